@@ -1,0 +1,42 @@
+"""The functions that `import rwkv_peft` offers."""
+
+from pathlib import Path
+
+import torch
+
+from rwkv_peft.checkpoint.adapter import load_adapter, merge
+from rwkv_peft.checkpoint.pth import load_official
+from rwkv_peft.device import dtype_of
+from rwkv_peft.generate.engine import generate
+from rwkv_peft.models.base import RWKV
+from rwkv_peft.train.loop import train
+
+__all__ = ["generate", "load_model", "merge", "train"]
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str = "float32",
+    op: str = "auto",
+    adapter: str | Path | None = None,
+) -> RWKV:
+    """The model of an official file, frozen and ready to compute.
+
+    `model(tokens_BT, state=None)` gives logits (B, T, V) and the state after the last token.
+
+    Args:
+        path: an official .pth or .safetensors file.
+        dtype: a torch dtype or its name; 'bf16', 'fp16' and 'fp32' work too.
+        op: backend of the recurrence: auto, torch, fla or reference.
+        adapter: folder of an adapter in peft's format to attach.
+    Raises:
+        CheckpointError: a file cannot be read or does not fit.
+        BackendUnavailableError: `op` cannot serve on this device and type.
+    """
+    dtype = dtype_of(dtype) if isinstance(dtype, str) else dtype
+    model = load_official(path, device=device, dtype=dtype, op=op)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    return model.eval()

@@ -1,0 +1,174 @@
+"""Official weight files: `.pth` and `.safetensors` of tensors under their official names."""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_peft.checkpoint.files import atomic_write
+from rwkv_peft.errors import CheckpointError
+from rwkv_peft.models import build
+from rwkv_peft.models.base import RWKV
+from rwkv_peft.models.geometry import Geometry, read_geometry
+
+LISTED_PROBLEMS = 12
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file in its own order, mapped from disk rather than read.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or it holds anything but tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    weights = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pth(path)
+    strange = [name for name, x in weights.items() if not isinstance(x, Tensor)]
+    if strange:
+        raise CheckpointError(
+            f"{path} holds other things than tensors ({', '.join(map(str, strange[:3]))} …): "
+            "give a file of weights alone"
+        )
+    return weights
+
+
+def _read_pth(path: Path) -> dict[str, Tensor]:
+    with open(path, "rb") as file:
+        is_archive = file.read(2) == b"PK"
+    if is_archive and not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} is truncated: download or copy it again")
+    try:
+        # files older than the zip format cannot be mapped
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is refused: it is damaged, or would run code when opened. Only files of plain "
+            "tensors are read"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} is damaged or no .pth file ({first[:120]})") from error
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"{path} holds a {type(weights).__name__}, not a table of tensors")
+    return weights
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or no .safetensors file ({error})") from error
+
+
+def write_weights(path: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """Writes a `.pth` (or `.safetensors`, by its name) atomically, keeping the order of `weights`.
+
+    Raises:
+        CheckpointError: it cannot be written; a file of that name stays as it was.
+    """
+    with atomic_write(path) as file:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import save
+
+            file.write(save({name: x.contiguous() for name, x in weights.items()}))
+            return
+        try:
+            torch.save({name: _own_storage(x) for name, x in weights.items()}, file)
+        except RuntimeError as error:
+            # torch's zip writer meets the failed write once more when it closes
+            raise _first_os_error(error) from error
+
+
+def _own_storage(x: Tensor) -> Tensor:
+    """The tensor itself unless torch.save would write the larger storage that it is a view of."""
+    is_whole = x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return x.detach() if is_whole and x.is_contiguous() else x.detach().clone()
+
+
+def _first_os_error(error: BaseException) -> BaseException:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return error
+
+
+def geometry_of(weights: Mapping[str, Tensor]) -> Geometry:
+    """The geometry of a file's tensors; see `read_geometry`."""
+    return read_geometry({name: tuple(x.shape) for name, x in weights.items()})
+
+
+def load_weights(
+    model: RWKV,
+    weights: Mapping[str, Tensor],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Puts weights into a model made by `build`, frozen, in one type on one device.
+
+    Raises:
+        CheckpointError: names or shapes disagree; all of them are in the one message.
+    """
+    expected = {name: tuple(x.shape) for name, x in model.named_parameters()}
+    problems = [f"missing {name}" for name in expected if name not in weights]
+    problems += [f"unexpected {name}" for name in weights if name not in expected]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in weights and tuple(weights[name].shape) != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - LISTED_PROBLEMS} more" * (len(problems) > LISTED_PROBLEMS)
+        raise CheckpointError(
+            f"the file does not fit an RWKV model, {len(problems)} problems: "
+            + "; ".join(problems[:LISTED_PROBLEMS])
+            + more
+        )
+    for name in expected:
+        owner, _, leaf = name.rpartition(".")
+        value = weights[name].to(device=device, dtype=dtype)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def load_official(
+    path: str | Path, *, device: torch.device | str, dtype: torch.dtype, op: str
+) -> RWKV:
+    """A model with the weights of an official file, all frozen.
+
+    Raises:
+        CheckpointError: the file cannot be read or is no complete model.
+        BackendUnavailableError: `op` cannot serve on that device and type.
+    """
+    weights = read_weights(path)
+    model = build(geometry_of(weights), op=op, device=device, dtype=dtype)
+    load_weights(model, weights, device=device, dtype=dtype)
+    return model
+
+
+def write_like(path: str | Path, base: str | Path, changed: Mapping[str, Tensor]) -> None:
+    """Writes the file `base` anew with some tensors changed.
+
+    Order, shapes and dtypes are those of the base; tensors not in `changed` keep their bits.
+
+    Raises:
+        CheckpointError: a changed tensor is not in the base or has another shape.
+    """
+    weights = read_weights(base)
+    for name, value in changed.items():
+        if name not in weights or weights[name].shape != value.shape:
+            found = tuple(weights[name].shape) if name in weights else "missing"
+            raise CheckpointError(
+                f"{name} {tuple(value.shape)} does not fit {base}, where it is {found}: give the "
+                "model that was trained"
+            )
+        weights[name] = value.to(weights[name].dtype)
+    write_weights(path, weights)

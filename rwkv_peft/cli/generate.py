@@ -1,0 +1,115 @@
+"""`rwkv-peft generate --load_model M --prompt P`"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rwkv_peft.cli.parse import parse
+from rwkv_peft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rwkv_peft.generate.sampling import Sampling
+    from rwkv_peft.models.base import RWKV
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which model to use, where and how it draws."""
+
+    load_model: str = ""
+    """Official weights, or a result of training (.pth or .safetensors)."""
+    adapter: str = ""
+    """Folder of an adapter to attach."""
+    max_tokens: int = 256
+    """Most tokens of an answer."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_p: float = 0.5
+    """Draws from the likeliest tokens that make up this probability."""
+    presence: float = 0.0
+    """Lowers the logit of every token drawn before."""
+    frequency: float = 0.0
+    """Lowers it further with each time it was drawn."""
+    random_seed: int = -1
+    """Makes the draws repeatable if not negative."""
+    accelerator: str = "auto"
+    """Device: auto, cpu, gpu, or a torch device type such as cuda or mps."""
+    precision: str = "auto"
+    """Number type: auto, fp32, bf16, fp16."""
+    op: str = "auto"
+    """Backend of the recurrence: auto, torch, fla."""
+
+    def model(self) -> "RWKV":
+        """Loads the model."""
+        from rwkv_peft.api import load_model
+        from rwkv_peft.device import choose_precision, resolve_device
+
+        if not self.load_model:
+            raise ConfigError("no model given: --load_model model.pth")
+        device = resolve_device(self.accelerator)
+        precision = choose_precision(device)[0] if self.precision == "auto" else self.precision
+        return load_model(
+            self.load_model,
+            device=device,
+            dtype=precision,
+            op=self.op,
+            adapter=self.adapter or None,
+        )
+
+    def sampling(self) -> "Sampling":
+        """How to draw."""
+        from rwkv_peft.generate.sampling import Sampling
+
+        return Sampling(self.temperature, self.top_p, self.presence, self.frequency)
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the draws, None for a new one each time."""
+        return None if self.random_seed < 0 else self.random_seed
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateOptions(ModelOptions):
+    """A prompt to continue."""
+
+    prompt: str = ""
+    """The text to continue; read from standard input if '-'."""
+    stop: list[str] | None = None
+    """Texts before which the answer ends, as a JSON list."""
+    json: bool = False
+    """Print one JSON object: text, tokens, seconds."""
+
+
+def run(args: Sequence[str]) -> int:
+    """Prints the continuation as it is drawn."""
+    arguments = [f"{a}=true" if a == "--json" else a for a in args]
+    options = parse(GenerateOptions, arguments, command="generate")
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not prompt:
+        raise ConfigError("--prompt is empty: give the text to continue, or - for standard input")
+    model = options.model()
+
+    from rwkv_peft.generate.engine import stream
+
+    started = time.perf_counter()
+    pieces = stream(
+        model,
+        prompt,
+        max_tokens=options.max_tokens,
+        sampling=options.sampling(),
+        stop=options.stop or (),
+        seed=options.seed,
+    )
+    if options.json:
+        text = "".join(pieces)
+        seconds = time.perf_counter() - started
+        answer = {"prompt": prompt, "text": text, "seconds": round(seconds, 3)}
+        print(json.dumps(answer, ensure_ascii=False))
+        return 0
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    return 0

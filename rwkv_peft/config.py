@@ -1,0 +1,154 @@
+"""The settings of a training run, with RWKV-PEFT's names: fields, YAML keys and flags are the same.
+
+A field that is None (or 'auto') is chosen when the model and the data are known, in
+`train.plan`; the choice is printed with its reason and saved with the run.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from rwkv_peft.errors import ConfigError
+
+Switch = Literal[0, 1]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """Settings of one training run."""
+
+    load_model: str = ""
+    """The official weights to start from (.pth or .safetensors)."""
+    data_file: str = ""
+    """The texts to learn: one {"text": ...} a line."""
+    proj_dir: str = ""
+    """Folder of the run's results; 'out', or the first free of out-2, out-3 …, if empty."""
+    data_type: Literal["auto", "jsonl"] = "auto"
+    """Format of data_file; found from the file if auto."""
+    vocab_size: int = 0
+    """Vocabulary; read from load_model. If given, must agree with it."""
+    n_layer: int = 0
+    """Layers; read from load_model. If given, must agree with it."""
+    n_embd: int = 0
+    """Width; read from load_model. If given, must agree with it."""
+    dim_att: int = 0
+    """Width of time mixing; read from load_model. If given, must agree with it."""
+    dim_ffn: int = 0
+    """Width of channel mixing; read from load_model. If given, must agree with it."""
+    head_size_a: int = 0
+    """Head size; read from load_model. If given, must agree with it."""
+    head_size_divisor: int = 8
+    """Sets the epsilon of the group norm, 1e-5 times its square; 8 in every RWKV-7."""
+    my_testing: str = ""
+    """Version such as x070; read from load_model. If given, must agree with it."""
+
+    peft: Literal["auto", "none", "lora"] = "auto"
+    """Method: lora, or none for full tuning; lora if auto."""
+    peft_config: dict[str, Any] = field(default_factory=dict)
+    """Options of the method as JSON, those of Hugging Face peft: {"r": 8, "lora_alpha": 32}."""
+    train_type: Literal["none"] = "none"
+    """Kind of training besides the method; none is the plain one."""
+    merge: Switch = 1
+    """After each epoch: 1 also writes a merged model, 0 only the adapter."""
+
+    ctx_len: int | None = None
+    """Longest row in tokens; longer documents are split, not cut."""
+    micro_bsz: int | None = None
+    """Rows of one forward pass."""
+    accumulate_grad_batches: int = 1
+    """Forward passes of one optimizer step."""
+    dataload: Literal["pad"] = "pad"
+    """How documents become rows: pad lays one document in a row."""
+    loss_mask: Literal["none", "pad"] = "none"
+    """Which tokens are trained; none and pad: all but padding."""
+    data_shuffle: Switch = 1
+    """1 draws a new order each epoch, 0 keeps the order of the file."""
+    epoch_count: int | None = None
+    """Epochs to train."""
+    epoch_steps: int = 0
+    """At most so many micro-batches an epoch; the next goes on where it stopped. 0: all."""
+    epoch_begin: int = 0
+    """Number of the first epoch in the names of files."""
+    epoch_save: int = 1
+    """Save after every so many epochs, and after the last."""
+
+    lr_init: float | None = None
+    """Learning rate at the start."""
+    lr_final: float | None = None
+    """Learning rate at the end."""
+    lr_schedule: Literal["cos", "wsd"] = "cos"
+    """cos falls all the way; wsd is stable, then falls over the last fifth of the steps."""
+    warmup_steps: int | None = None
+    """Optimizer steps over which the rate rises from a hundredth."""
+    optimizer: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    beta1: float = 0.9
+    """Decay of AdamW's mean of gradients."""
+    beta2: float = 0.99
+    """Decay of AdamW's mean of squared gradients."""
+    adam_eps: float = 1e-8
+    """Epsilon of AdamW."""
+    weight_decay: float = 0.0
+    """Decay of weight matrices in full tuning; never of vectors or adapters."""
+    grad_clip: float = 1.0
+    """Largest norm of all gradients together; 0 clips nothing."""
+    l2wrap: float = 1e-4
+    """Pull on each token's largest logit, as in RWKV's own training; 0 for none."""
+
+    op: str = "auto"
+    """Backend of the recurrence: auto, torch, fla."""
+    accelerator: str = "auto"
+    """Device: auto, cpu, gpu, or a torch device type such as cuda or mps."""
+    devices: int = 1
+    """Number of devices; only 1 so far."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Number type of weights and activations; trained tensors keep float32 masters."""
+    grad_cp: Switch | None = None
+    """1 recomputes each block in backward: less memory, more time."""
+    random_seed: int = -1
+    """Seed of initialisation, dropout and data order; drawn and printed if negative."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count")
+        _require_positive(self, "epoch_save", "lr_init")
+        _require_not_negative(self, "epoch_steps", "epoch_begin", "lr_final", "warmup_steps")
+        _require_not_negative(self, "weight_decay", "grad_clip", "l2wrap", "adam_eps")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"--{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.head_size_divisor != 8:
+            raise ConfigError(
+                f"--head_size_divisor {self.head_size_divisor}: every RWKV-7 has 8; leave it out"
+            )
+        if self.devices != 1:
+            raise ConfigError(f"--devices {self.devices}: only one device can be used: use 1")
+        if self.peft == "none" and self.peft_config:
+            raise ConfigError("--peft_config needs a method: give --peft lora, or leave it out")
+
+    def require_files(self) -> None:
+        """Raises ConfigError unless both files are named and exist."""
+        for name, what in (("load_model", "model"), ("data_file", "data")):
+            value = getattr(self, name)
+            if not value:
+                raise ConfigError(f"no {what} given: rwkv-peft train model.pth data.jsonl")
+            if not Path(value).is_file():
+                raise ConfigError(f"--{name}: there is no file {value}")
+
+
+def field_docs(config: type[Any]) -> dict[str, Any]:
+    """Name and type of each field of a config class."""
+    return {f.name: f.type for f in fields(config)}
+
+
+def _require_positive(config: TrainConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{name} must be above 0, got {value}")
+
+
+def _require_not_negative(config: TrainConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise ConfigError(f"--{name} must not be below 0, got {value}")

@@ -1,0 +1,1 @@
+"""From files of texts and dialogues to batches of token ids."""

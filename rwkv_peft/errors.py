@@ -1,0 +1,29 @@
+"""The exceptions of RWKV-PEFT. The command line prints their message as one line and exits 2."""
+
+
+class RwkvPeftError(Exception):
+    """Base of every error a user can cause and mend; its message says what to do."""
+
+
+class ConfigError(RwkvPeftError, ValueError):
+    """A flag or key has a value that is unknown, impossible, or contradicts another."""
+
+
+class ShapeError(RwkvPeftError, ValueError):
+    """A tensor's shape or dtype disagrees with the contract of the function it was given to."""
+
+
+class DataError(RwkvPeftError, ValueError):
+    """A data file or a row of it cannot be used; the message names file and line."""
+
+
+class CheckpointError(RwkvPeftError, ValueError):
+    """A weight or adapter file cannot be read, does not fit, or cannot be written."""
+
+
+class BackendUnavailableError(RwkvPeftError, RuntimeError):
+    """An operator backend or device asked for by name cannot serve; the message says why."""
+
+
+class TrainingError(RwkvPeftError, RuntimeError):
+    """Training cannot go on, for example because the loss is not a number."""

@@ -1,0 +1,38 @@
+"""Models: which versions there are, and how one is built from a geometry."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from rwkv_peft.models.base import RWKV
+from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.models.rwkv7 import Block as Block7
+from rwkv_peft.ops.dispatch import Backend, Request, select
+from rwkv_peft.ops.wkv7 import TABLE as WKV7
+
+# version -> its block, its operator's name and table
+MODELS: dict[str, tuple[Callable[..., nn.Module], str, tuple[Backend, ...]]] = {
+    "x070": (Block7, "wkv7", WKV7),
+}
+
+
+def build(
+    geometry: Geometry,
+    *,
+    op: str = "auto",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> RWKV:
+    """A model without weights (on the meta device), with its operator's backend chosen.
+
+    Args:
+        op: 'auto' or a backend's name; `device` and `dtype` are what it must serve.
+    Raises:
+        BackendUnavailableError: no backend, or not the one asked for, can serve.
+    """
+    block, operator, table = MODELS[geometry.version]
+    request = Request(torch.device(device), dtype, geometry.head_size)
+    choice = select(operator, table, op, request)
+    with torch.device("meta"):
+        return RWKV(geometry, block, choice)

@@ -1,0 +1,74 @@
+"""The skeleton of every version: embedding, blocks, last norm, head; state in, state out."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rwkv_peft.errors import ShapeError
+from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.ops.dispatch import Choice
+from rwkv_peft.state import LayerState, RWKVState
+
+
+class RWKV(nn.Module):
+    """An RWKV language model whose parameters are named as in the official files.
+
+    Attributes:
+        geometry: its shape.
+        op: the chosen backend of its operator.
+        grad_cp: recompute each block in backward instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        block: Callable[[Geometry, int, Callable[..., tuple[Tensor, Tensor]]], nn.Module],
+        op: Choice,
+    ) -> None:
+        super().__init__()
+        self.geometry, self.op, self.grad_cp = geometry, op, False
+        self.emb = nn.Embedding(geometry.vocab_size, geometry.n_embd)
+        self.blocks = nn.ModuleList(
+            block(geometry, layer, op.function) for layer in range(geometry.n_layer)
+        )
+        self.ln_out = nn.LayerNorm(geometry.n_embd)
+        self.head = nn.Linear(geometry.n_embd, geometry.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor, state: RWKVState | None = None) -> tuple[Tensor, RWKVState]:
+        """Logits (B, T, V) of the token after each position, and the state after the last.
+
+        Args:
+            tokens: (B, T) integers below V, T >= 1.
+            state: where to go on from; zeros if None.
+        Raises:
+            ShapeError: tokens or state have the wrong shape.
+        """
+        hidden, layers = self.hidden(tokens, state)
+        return self.head(hidden), RWKVState.from_layers(layers)
+
+    def hidden(
+        self, tokens: Tensor, state: RWKVState | None = None
+    ) -> tuple[Tensor, list[LayerState]]:
+        """Like `forward`, with the normed last hidden state (B, T, D) in place of logits.
+
+        The state comes as a list of its layers, which costs nothing where it is not wanted.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] < 1:
+            raise ShapeError(f"tokens must be (B, T) with T >= 1, got {tuple(tokens.shape)}")
+        if state is not None and state.wkv.shape[:2] != (len(self.blocks), len(tokens)):
+            raise ShapeError(
+                f"the state is of {tuple(state.wkv.shape[:2])} (layers, rows), "
+                f"the model and tokens of {(len(self.blocks), len(tokens))}"
+            )
+        x, carry = self.emb(tokens), None
+        layers: list[LayerState] = []
+        for i, block in enumerate(self.blocks):
+            layer = None if state is None else state.layer(i)
+            if self.grad_cp and torch.is_grad_enabled():
+                x, carry, layer = checkpoint(block, x, carry, layer, use_reentrant=False)
+            else:
+                x, carry, layer = block(x, carry, layer)
+            layers.append(layer)
+        return self.ln_out(x), layers

@@ -1,0 +1,98 @@
+"""Weights of a fresh RWKV-7, initialised as in official pre-training.
+
+Source: RWKV-LM, RWKV-v7/train_temp/src/model.py, `__init__` of both mixers and
+`generate_init_weight`.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_peft.models.geometry import Geometry
+
+
+def default_ranks(n_embd: int) -> dict[str, int]:
+    """Low-rank widths that official pre-training gives a new model, multiples of 32."""
+
+    def width(factor: float) -> int:
+        return max(32, round(factor * math.sqrt(n_embd) / 32) * 32)
+
+    return {"w": width(2.5), "a": width(2.5), "v": width(1.7), "g": width(5.0)}
+
+
+def initial_weights(geometry: Geometry, seed: int) -> dict[str, Tensor]:
+    """All tensors of a new RWKV-7 by official name, in official order, float32."""
+    generator = torch.Generator().manual_seed(seed)
+    V, D, L = geometry.vocab_size, geometry.n_embd, geometry.n_layer
+    weights = {"emb.weight": torch.empty(V, D).uniform_(-1e-4, 1e-4, generator=generator)}
+    for layer in range(L):
+        prefix = f"blocks.{layer}."
+        norms = ("ln1", "ln2", "ln0") if layer == 0 else ("ln1", "ln2")
+        for norm in norms:
+            weights[f"{prefix}{norm}.weight"] = torch.ones(D)
+            weights[f"{prefix}{norm}.bias"] = torch.zeros(D)
+        for name, value in _time_mix(geometry, layer, generator).items():
+            weights[f"{prefix}att.{name}"] = value
+        for name, value in _channel_mix(geometry, layer, generator).items():
+            weights[f"{prefix}ffn.{name}"] = value
+    weights["ln_out.weight"], weights["ln_out.bias"] = torch.ones(D), torch.zeros(D)
+    weights["head.weight"] = _orthogonal(V, D, 0.5 * max(1.0, math.sqrt(V / D)), generator)
+    return weights
+
+
+def _time_mix(geometry: Geometry, layer: int, generator: torch.Generator) -> dict[str, Tensor]:
+    D, L, N = geometry.n_embd, geometry.n_layer, geometry.head_size
+    depth = layer / max(L - 1, 1)  # 0 in the first layer, 1 in the last
+    rest = 1 - layer / L
+    channel = torch.arange(D) / D
+    linear = torch.arange(D) / (D - 1) - 0.5
+    zigzag = (torch.arange(D) % N - (N - 1) / 2) / ((N - 1) / 2)
+    zigzag = zigzag * zigzag.abs()
+
+    def row(values: Tensor) -> Tensor:
+        return values.reshape(1, 1, D)
+
+    weights = {
+        f"x_{name}": row(1 - channel ** (power * rest))
+        for name, power in {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}.items()
+    }
+    decay = -6 + 6 * (torch.arange(D) / (D - 1)) ** (1 + depth**0.3)
+    biases = {
+        "w": decay + 0.5 + zigzag * 2.5,
+        "a": -0.19 + zigzag * 0.3 + linear * 0.4,
+        "v": 0.73 - linear * 0.4,
+        "g": None,
+    }
+    for name, bias in biases.items():
+        rank = geometry.ranks[name]
+        if name == "v" and layer == 0 and not geometry.has_first_value_mix:
+            continue
+        if bias is not None:
+            weights[f"{name}0"] = row(bias)
+        weights[f"{name}1"] = torch.zeros(D, rank)
+        weights[f"{name}2"] = _orthogonal(rank, D, 0.1, generator)
+    weights["k_k"] = row(0.71 - linear * 0.1)
+    weights["k_a"] = torch.full((1, 1, D), 1.02)
+    weights["r_k"] = torch.full((geometry.n_head, N), -0.04)
+    weights["receptance.weight"] = _orthogonal(D, D, 1.0, generator)
+    weights["key.weight"] = _orthogonal(D, D, 0.1, generator)
+    weights["value.weight"] = _orthogonal(D, D, 1.0, generator)
+    weights["output.weight"] = torch.zeros(D, D)
+    weights["ln_x.weight"] = torch.full((D,), ((1 + layer) / L) ** 0.7)
+    weights["ln_x.bias"] = torch.zeros(D)
+    return weights
+
+
+def _channel_mix(geometry: Geometry, layer: int, generator: torch.Generator) -> dict[str, Tensor]:
+    D, F = geometry.n_embd, geometry.dim_ffn
+    rest = 1 - layer / geometry.n_layer
+    return {
+        "x_k": (1 - (torch.arange(D) / D) ** (rest**4)).reshape(1, 1, D),
+        "key.weight": _orthogonal(F, D, 1.0, generator),
+        "value.weight": torch.zeros(D, F),
+    }
+
+
+def _orthogonal(rows: int, columns: int, gain: float, generator: torch.Generator) -> Tensor:
+    return nn.init.orthogonal_(torch.empty(rows, columns), gain=gain, generator=generator)

@@ -1,0 +1,144 @@
+"""RWKV-7: time mixing by a state that is decayed, corrected and written, then channel mixing.
+
+B batch, T time, D width, F feed-forward width, H heads, N head size.
+Source: RWKV-LM, RWKV-v7/train_temp/src/model.py and rwkv_v7_demo_rnn.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.models.layers import token_shift
+from rwkv_peft.ops.wkv7 import Kernel, wkv7
+from rwkv_peft.state import LayerState
+
+# 1e-5 of the other norms, times the square of the 8 by which RWKV-4 and 5 divided their heads
+GROUP_NORM_EPS = 64e-5
+
+
+class TimeMix(nn.Module):
+    """Time mixing of one block; parameters are named as in official files."""
+
+    x_r: nn.Parameter
+    x_w: nn.Parameter
+    x_k: nn.Parameter
+    x_v: nn.Parameter
+    x_a: nn.Parameter
+    x_g: nn.Parameter
+    w0: nn.Parameter
+    w1: nn.Parameter
+    w2: nn.Parameter
+    a0: nn.Parameter
+    a1: nn.Parameter
+    a2: nn.Parameter
+    v1: nn.Parameter
+    v2: nn.Parameter
+    g1: nn.Parameter
+    g2: nn.Parameter
+    k_k: nn.Parameter
+    k_a: nn.Parameter
+
+    def __init__(self, geometry: Geometry, layer: int, kernel: Kernel) -> None:
+        super().__init__()
+        D, H, N, ranks = geometry.n_embd, geometry.n_head, geometry.head_size, geometry.ranks
+        self.n_head, self.head_size, self.is_first, self.kernel = H, N, layer == 0, kernel
+
+        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a"):
+            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, D)))
+        low_rank = ["w", "a", "g"]
+        if layer > 0 or geometry.has_first_value_mix:
+            self.v0 = nn.Parameter(torch.empty(1, 1, D))
+            low_rank.append("v")
+        for name in low_rank:
+            self.register_parameter(f"{name}1", nn.Parameter(torch.empty(D, ranks[name])))
+            self.register_parameter(f"{name}2", nn.Parameter(torch.empty(ranks[name], D)))
+        self.r_k = nn.Parameter(torch.empty(H, N))
+        self.receptance = nn.Linear(D, D, bias=False)
+        self.key = nn.Linear(D, D, bias=False)
+        self.value = nn.Linear(D, D, bias=False)
+        self.output = nn.Linear(D, D, bias=False)
+        self.ln_x = nn.GroupNorm(H, D, eps=GROUP_NORM_EPS)
+
+    def forward(
+        self, x: Tensor, v_first: Tensor | None, state: LayerState | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mixed x (B, T, D), the first layer's values (B, T, D), the new wkv state."""
+        B, T, D = x.shape
+        heads = (B, T, self.n_head, self.head_size)
+
+        xx = token_shift(x, None if state is None else state.att_shift) - x
+        r = self.receptance(x + xx * self.x_r)
+        w = self.w0 + torch.tanh((x + xx * self.x_w) @ self.w1) @ self.w2
+        k = self.key(x + xx * self.x_k)
+        xv = x + xx * self.x_v
+        v = self.value(xv)
+        a = torch.sigmoid(self.a0 + ((x + xx * self.x_a) @ self.a1) @ self.a2)
+        g = torch.sigmoid((x + xx * self.x_g) @ self.g1) @ self.g2
+
+        if self.is_first or v_first is None:
+            v_first = v
+        else:
+            v = v + (v_first - v) * torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2)
+        kk = F.normalize((k * self.k_k).view(heads).float(), dim=-1, eps=1e-12).to(k.dtype)
+        k = k * (1 + (a - 1) * self.k_a)
+
+        r, k, v = r.view(heads), k.view(heads), v.view(heads)
+        y, wkv = wkv7(
+            r,
+            w.view(heads),
+            k,
+            v,
+            -kk,
+            kk * a.view(heads),
+            initial_state=None if state is None else state.wkv,
+            kernel=self.kernel,
+        )
+        y = self.ln_x(y.reshape(B * T, D)).view(heads)
+        y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v
+        mixed: Tensor = self.output(y.reshape(B, T, D) * g)
+        return mixed, v_first, wkv
+
+
+class ChannelMix(nn.Module):
+    """Channel mixing of one block: a squared ReLU over shifted input."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        self.x_k = nn.Parameter(torch.empty(1, 1, geometry.n_embd))
+        self.key = nn.Linear(geometry.n_embd, geometry.dim_ffn, bias=False)
+        self.value = nn.Linear(geometry.dim_ffn, geometry.n_embd, bias=False)
+
+    def forward(self, x: Tensor, shift: Tensor | None) -> Tensor:
+        """Mixed x (B, T, D)."""
+        k = x + (token_shift(x, shift) - x) * self.x_k
+        mixed: Tensor = self.value(torch.relu(self.key(k)) ** 2)
+        return mixed
+
+
+class Block(nn.Module):
+    """One layer of RWKV-7. What it hands on beside x is the first layer's values, v_first."""
+
+    def __init__(self, geometry: Geometry, layer: int, kernel: Kernel) -> None:
+        super().__init__()
+        D = geometry.n_embd
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(D)
+        self.ln1 = nn.LayerNorm(D)
+        self.ln2 = nn.LayerNorm(D)
+        self.att = TimeMix(geometry, layer, kernel)
+        self.ffn = ChannelMix(geometry)
+        self.is_first = layer == 0
+
+    def forward(
+        self, x: Tensor, v_first: Tensor | None, state: LayerState | None
+    ) -> tuple[Tensor, Tensor, LayerState]:
+        """x (B, T, D) and v_first (B, T, D) for the next block, and this layer's new state."""
+        if self.is_first:
+            x = self.ln0(x)
+        att_in = self.ln1(x)
+        mixed, v_first, wkv = self.att(att_in, v_first, state)
+        x = x + mixed
+        ffn_in = self.ln2(x)
+        x = x + self.ffn(ffn_in, None if state is None else state.ffn_shift)
+        return x, v_first, LayerState(att_in[:, -1], ffn_in[:, -1], wkv)

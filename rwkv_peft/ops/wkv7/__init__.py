@@ -1,0 +1,97 @@
+"""WKV-7, the recurrence of RWKV-7: its contract, the check of its arguments, and its backends."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rwkv_peft.errors import ShapeError
+from rwkv_peft.ops.dispatch import Backend, Request, is_installed
+from rwkv_peft.ops.wkv7.reference import wkv7_reference
+
+Kernel = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _load_torch() -> Kernel:
+    from rwkv_peft.ops.wkv7.chunked import wkv7_chunked
+
+    return wkv7_chunked
+
+
+def _load_fla() -> Kernel:
+    from rwkv_peft.ops.wkv7.fla import wkv7_fla
+
+    return wkv7_fla
+
+
+def _fla_objection(request: Request) -> str | None:
+    if request.device.type == "cpu":
+        return "needs a GPU"
+    if not is_installed("fla"):
+        return "is not installed (pip install 'rwkv-peft[fla]')"
+    if request.dtype == torch.float64:
+        return "does not compute in float64"
+    return None
+
+
+TABLE = (
+    Backend("fla", _load_fla, _fla_objection, "Triton kernels of flash-linear-attention"),
+    Backend("torch", _load_torch, lambda request: None, "chunked matrix products in PyTorch"),
+    Backend("reference", lambda: wkv7_reference, lambda request: None, "token by token"),
+)
+
+
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    kernel: Kernel | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-7 recurrence over time; differentiable in every tensor.
+
+    S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   y_t = S_t r_t,
+    d = exp(-exp(-1/2) sigmoid(w))
+
+    Args:
+        r, k, v, a, b: (B, T, H, N), one dtype, any T >= 1.
+        w: (B, T, H, N) decay logits, before any clamp.
+        initial_state: (B, H, N, N) float32 (float64 with float64 inputs), rows = value,
+            columns = key. Zeros if None.
+        kernel: function of the backend that `dispatch.select` chose; the chunked form if None.
+    Returns:
+        y (B, T, H, N) in the dtype of r; last state (B, H, N, N), float32 or float64.
+    Raises:
+        ShapeError: a tensor disagrees with r; the message names it.
+    Source: RWKV-LM RWKV-v7/train_temp, the `clampw` form of the operator.
+    """
+    _validate(r, {"w": w, "k": k, "v": v, "a": a, "b": b}, initial_state)
+    if r.shape[1] == 1:
+        # a single token is the recurrence itself, and no chunk can do it with less work
+        kernel = wkv7_reference
+    elif kernel is None:
+        kernel = _load_torch()
+    return kernel(r, w, k, v, a, b, initial_state)
+
+
+def _validate(r: Tensor, others: dict[str, Tensor], initial_state: Tensor | None) -> None:
+    if r.ndim != 4 or r.shape[1] < 1:
+        raise ShapeError(f"wkv7: r must be (B, T, H, N) with T >= 1, got {tuple(r.shape)}")
+    for name, x in others.items():
+        if x.shape != r.shape or x.dtype != r.dtype or x.device != r.device:
+            raise ShapeError(
+                f"wkv7: {name} must be like r, {tuple(r.shape)} {r.dtype} on {r.device}; "
+                f"got {tuple(x.shape)} {x.dtype} on {x.device}"
+            )
+    B, _, H, N = r.shape
+    if initial_state is not None:
+        dtype = torch.promote_types(r.dtype, torch.float32)
+        if initial_state.shape != (B, H, N, N) or initial_state.dtype != dtype:
+            raise ShapeError(
+                f"wkv7: initial_state must be {(B, H, N, N)} {dtype}, "
+                f"got {tuple(initial_state.shape)} {initial_state.dtype}"
+            )

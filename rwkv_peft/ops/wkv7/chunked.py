@@ -1,0 +1,201 @@
+"""WKV-7 in chunks of time: matrix products inside a chunk, a short scan of states between chunks.
+
+Inside a chunk the state is written as S_t = E_t diag(D_t), with D_t the decay accumulated since the
+chunk began. The decay then leaves the recurrence and moves into the operands: with two rows a token
+
+    P = [a_t D_{t-1}; r_t D_t],   Q = [b_t / D_t; k_t / D_t],   A = P Q^T, cut to what token t may see
+
+and u_t = S_{t-1} a_t, the vector that token t takes out of the state, X = [u; v], the chunk is
+
+    u = (I - A_ab)^-1 (P_a S_0^T + A_ak v),   y = P_r S_0^T + A_r X,   S_C = (S_0 + X^T Q) diag(D_C).
+
+Only u and S_C are sequential, from chunk to chunk. RWKV-7 decays lie in (0.545, 1), so that D_t of
+32 tokens stays above 3e-9 and nothing leaves the range of float32.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rwkv_peft.ops.wkv7.reference import DECAY_SCALE
+
+CHUNK = 32
+
+
+def wkv7_chunked(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The recurrence by chunks of 32 tokens in plain PyTorch, with a backward of its own.
+
+    Same arguments and results as `wkv7_reference`, on any device.
+    """
+    y, state = _ChunkedWkv7.apply(r, w, k, v, a, b, initial_state)
+    return y, state
+
+
+class _Operands(NamedTuple):
+    """One call as n = M*B*H matrices, the M chunks of C = 32 tokens in the outer order."""
+
+    p: Tensor  # (n, 2C, N): rows of a, then rows of r
+    q: Tensor  # (n, 2C, N): rows of b, then rows of k
+    decayed: Tensor  # (n, C, N): D_t
+    dlog_dw: Tensor  # (n, C, N): derivative of the log decay by w
+
+
+def _to_chunks(x_BTHN: Tensor, fill: float = 0.0) -> Tensor:
+    """(B, T, H, N) as a view (M, B, H, C, N), padded in time by `fill`."""
+    B, T, H, N = x_BTHN.shape
+    if pad := -T % CHUNK:
+        x_BTHN = F.pad(x_BTHN, (0, 0, 0, 0, 0, pad), value=fill)
+    return x_BTHN.reshape(B, -1, CHUNK, H, N).permute(1, 0, 3, 2, 4)
+
+
+def _operands(
+    r: Tensor, w: Tensor, k: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype
+) -> _Operands:
+    # padding tokens have decay 1 (logit -inf) and zero k, b: they leave the state as it is
+    gate = torch.sigmoid(_to_chunks(w, fill=-torch.inf).to(dtype).contiguous())
+    log_decay = gate * -DECAY_SCALE
+    decayed = torch.exp(log_decay).cumprod(3)
+    M, B, H, C, N = decayed.shape
+    p, q = decayed.new_empty(2, M, B, H, 2, C, N)
+    a = _to_chunks(a)
+    p[..., 0, :1, :] = a[..., :1, :]
+    torch.mul(a[..., 1:, :], decayed[..., :-1, :], out=p[..., 0, 1:, :])
+    torch.mul(_to_chunks(r), decayed, out=p[..., 1, :, :])
+    torch.div(_to_chunks(b), decayed, out=q[..., 0, :, :])
+    torch.div(_to_chunks(k), decayed, out=q[..., 1, :, :])
+    return _Operands(
+        p=p.view(-1, 2 * C, N),
+        q=q.view(-1, 2 * C, N),
+        decayed=decayed.view(-1, C, N),
+        dlog_dw=log_decay.mul_(gate.neg_().add_(1)).view(-1, C, N),
+    )
+
+
+def _causal_mask(like: Tensor) -> Tensor:
+    """(2C, 2C) of 0 and 1: a row of `a` sees the tokens before it, a row of `r` its own as well."""
+    ones = torch.ones(CHUNK, CHUNK, dtype=like.dtype, device=like.device)
+    return torch.cat((ones.tril(-1).repeat(1, 2), ones.tril().repeat(1, 2)))
+
+
+def _unit_lower_inverse(strict: Tensor) -> Tensor:
+    """(I - strict)^-1 for strictly lower triangular (n, C, C), C a power of two, by halves.
+
+    As stable as substitution, and made of batched products, which solve_triangular is not.
+    """
+    C = strict.shape[-1]
+    if C == 2:
+        return torch.eye(C, dtype=strict.dtype, device=strict.device) + strict
+    h = C // 2
+    halves = torch.cat((strict[:, :h, :h], strict[:, h:, h:]))
+    first, second = _unit_lower_inverse(halves).chunk(2)
+    inverse = torch.zeros_like(strict)
+    inverse[:, :h, :h] = first
+    inverse[:, h:, h:] = second
+    inverse[:, h:, :h] = second @ strict[:, h:, :h].contiguous() @ first
+    return inverse
+
+
+class _ChunkedWkv7(torch.autograd.Function):
+    """Keeps the operands, the chunk-start states, u, v and two small matrices a chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, r, w, k, v, a, b, initial_state):  # type: ignore[no-untyped-def]
+        B, _, H, N = r.shape
+        dtype = torch.promote_types(r.dtype, torch.float32)
+        x = _operands(r, w, k, a, b, dtype)
+        whole = x.decayed[:, -1:]
+        seen = (x.p @ x.q.mT).mul_(_causal_mask(x.p))
+        solve = _unit_lower_inverse(seen[:, :CHUNK, :CHUNK])
+        from_state = solve @ x.p[:, :CHUNK]
+        u_and_v = torch.empty_like(x.p)
+        values = u_and_v[:, CHUNK:]
+        values.view(-1, B, H, CHUNK, N).copy_(_to_chunks(v))
+        u = solve @ (seen[:, :CHUNK, CHUNK:] @ values)
+        added = values.mT @ x.q[:, CHUNK:]
+
+        states = torch.empty_like(added)
+        state = added.new_zeros(B * H, N, N)
+        if initial_state is not None:
+            state += initial_state.reshape(B * H, N, N)
+        for m in range(0, len(states), B * H):
+            chunk = slice(m, m + B * H)
+            states[chunk] = state
+            u[chunk].baddbmm_(from_state[chunk], state.mT)
+            state = added[chunk].add_(state).baddbmm_(u[chunk].mT, x.q[chunk, :CHUNK])
+            state = state * whole[chunk]
+        u_and_v[:, :CHUNK] = u
+        y = torch.baddbmm(x.p[:, CHUNK:] @ states.mT, seen[:, CHUNK:], u_and_v)
+
+        ctx.save_for_backward(*x, seen, solve, u_and_v, states, state)
+        ctx.shape, ctx.dtype = r.shape, r.dtype
+        ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+        return _from_chunks(y, r.shape, r.dtype), state.reshape(B, H, N, N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy, dstate):  # type: ignore[no-untyped-def]
+        *operands, seen, solve, u_and_v, states, last_state = ctx.saved_tensors
+        x, heads = _Operands(*operands), len(last_state)
+        whole = x.decayed[:, -1:]
+        dz_and_dy = torch.empty_like(x.p)
+        dy_chunks = dz_and_dy[:, CHUNK:]
+        dy_chunks.view(-1, *ctx.shape[::2], CHUNK, ctx.shape[3]).copy_(_to_chunks(dy))
+
+        # dz is the gradient of the right-hand side of the triangular system; d of the state that
+        # leaves a chunk, before its decay over the chunk
+        dz = solve.mT @ (seen[:, CHUNK:, :CHUNK].mT @ dy_chunks)
+        through_b = solve.mT @ x.q[:, :CHUNK]
+        from_y = dy_chunks.mT @ x.p[:, CHUNK:]
+        dstates = torch.empty_like(states)
+        dlast = dstate.reshape(last_state.shape).to(states.dtype)
+        for m in reversed(range(0, len(states), heads)):
+            chunk = slice(m, m + heads)
+            d = torch.mul(dlast, whole[chunk], out=dstates[chunk])
+            dz[chunk].baddbmm_(through_b[chunk], d.mT)
+            dlast = from_y[chunk].add_(d).baddbmm_(dz[chunk].mT, x.p[chunk, :CHUNK])
+        dz_and_dy[:, :CHUNK] = dz
+
+        dseen = (dz_and_dy @ u_and_v.mT).mul_(_causal_mask(dy_chunks))
+        dp = torch.baddbmm(dz_and_dy @ states, dseen, x.q)
+        dq = torch.baddbmm(u_and_v @ dstates, dseen.mT, x.p)
+        dv = torch.baddbmm(x.q[:, CHUNK:] @ dstates.mT, seen[:, :, CHUNK:].mT, dz_and_dy)
+
+        dw = _decay_gradient(x, dp, dq, states, dstates, last_state)
+        dp[:, 1:CHUNK] *= x.decayed[:, :-1]
+        dp[:, CHUNK:] *= x.decayed
+        dq.unflatten(1, (2, CHUNK)).div_(x.decayed.unsqueeze(1))
+        grads = (dp[:, CHUNK:], dw, dq[:, CHUNK:], dv, dp[:, :CHUNK], dq[:, :CHUNK])
+        dinitial = None
+        if ctx.initial_dtype is not None:
+            dinitial = dlast.reshape(dstate.shape).to(ctx.initial_dtype)
+        return *(_from_chunks(g, ctx.shape, ctx.dtype) for g in grads), dinitial
+
+
+def _from_chunks(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """(n, C, N) as (B, T, H, N) in a dtype, in one pass."""
+    B, T, H, N = shape
+    result = torch.empty(B, len(x) // (B * H), CHUNK, H, N, dtype=dtype, device=x.device)
+    result.copy_(x.unflatten(0, (-1, B, H)).permute(1, 0, 3, 2, 4))
+    return result.view(B, -1, H, N)[:, :T]
+
+
+def _decay_gradient(
+    x: _Operands, dp: Tensor, dq: Tensor, states: Tensor, dstates: Tensor, last_state: Tensor
+) -> Tensor:
+    """Gradient of w: a decay scales all that comes after it in the chunk, and the leaving state."""
+    heads = len(last_state)
+    ends = torch.cat((states[heads:], last_state))
+    leaving = (dstates * ends).sum(1, keepdim=True) / x.decayed[:, -1:]
+    # what a token's own decay scales, and what only the decays before it do
+    after = dp[:, CHUNK:] * x.p[:, CHUNK:]
+    after.addcmul_(dq[:, :CHUNK], x.q[:, :CHUNK], value=-1)
+    after.addcmul_(dq[:, CHUNK:], x.q[:, CHUNK:], value=-1)
+    scaled = torch.addcmul(after, dp[:, :CHUNK], x.p[:, :CHUNK])
+    later = scaled.cumsum(1)
+    leaving += later[:, -1:]
+    return after.sub_(later).add_(leaving).mul_(x.dlog_dw)

@@ -1,0 +1,37 @@
+"""The WKV-7 recurrence token by token: the specification that all backends are tested against."""
+
+import torch
+from torch import Tensor
+
+# log of the decay is -DECAY_SCALE * sigmoid(w): no RWKV-7 decay is below exp(-0.6065) = 0.545
+DECAY_SCALE = 0.606530659712633  # exp(-1/2)
+
+
+def wkv7_reference(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Output and last state of the recurrence, one token after the other, by plain autograd.
+
+    Runs in float64 where the inputs are float64, else in float32.
+
+    Args:
+        r, w, k, v, a, b: (B, T, H, N); `w` is the raw decay logit.
+        initial_state: (B, H, N, N), rows = value, columns = key; zeros if None.
+    Returns:
+        y (B, T, H, N) in the dtype of `r`; last state (B, H, N, N) in the computing dtype.
+    """
+    dtype = torch.promote_types(r.dtype, torch.float32)
+    B, _, H, N = r.shape
+    if initial_state is None:
+        state = torch.zeros(B, H, N, N, dtype=dtype, device=r.device)
+    else:
+        state = initial_state.to(dtype)
+    decay = torch.exp(-DECAY_SCALE * torch.sigmoid(w.to(dtype)))
+    rows = [x.to(dtype).unsqueeze(-2).unbind(1) for x in (r, decay, k, a, b)]
+    values = v.to(dtype).unsqueeze(-1).unbind(1)
+    y = []
+    for r_t, d_t, k_t, a_t, b_t, v_t in zip(*rows, values, strict=True):
+        removed = (state * a_t).sum(-1, keepdim=True)
+        state = state * d_t + removed * b_t + v_t * k_t
+        y.append((state * r_t).sum(-1))
+    return torch.stack(y, 1).to(r.dtype), state

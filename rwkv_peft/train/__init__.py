@@ -1,0 +1,1 @@
+"""Training: plan, step, optimizer, schedule, the loop and what it writes."""

@@ -1,0 +1,233 @@
+"""The training run, from files to files."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rwkv_peft.checkpoint.adapter import merge, write_adapter
+from rwkv_peft.checkpoint.pth import geometry_of, load_weights, read_weights, write_like
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.data.batching import PaddedBatches
+from rwkv_peft.data.prepare import read_documents
+from rwkv_peft.data.tokenizer import Tokenizer
+from rwkv_peft.device import dtype_of, resolve_device
+from rwkv_peft.errors import TrainingError
+from rwkv_peft.methods.attach import attach
+from rwkv_peft.models import build
+from rwkv_peft.models.base import RWKV
+from rwkv_peft.models.geometry import FLAGS, check_flags
+from rwkv_peft.train import plan as planning
+from rwkv_peft.train.interrupt import Interrupt
+from rwkv_peft.train.metrics import Display, RunFolder, StepRecord, peak_memory
+from rwkv_peft.train.optim import Optimizer
+from rwkv_peft.train.schedule import learning_rate
+from rwkv_peft.train.step import Step, full_step
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run left behind.
+
+    Attributes:
+        proj_dir: its folder.
+        weights: the last full or merged model, None if none was written.
+        adapter: the last adapter folder, None in full tuning.
+        loss: mean cross-entropy of the last epoch's trained tokens, in nats.
+        steps: optimizer steps taken.
+        signal: number of the signal that ended it early, 0 if none did.
+    """
+
+    proj_dir: Path
+    weights: Path | None
+    adapter: Path | None
+    loss: float
+    steps: int
+    signal: int = 0
+
+
+@dataclass(slots=True)
+class _Run:
+    """What the parts of a run share."""
+
+    config: TrainConfig
+    model: RWKV
+    optimizer: Optimizer
+    batches: PaddedBatches
+    plan: planning.Plan
+    step: Step
+    folder: RunFolder
+    display: Display
+
+
+def train(config: TrainConfig, *, step: Step = full_step) -> Result:
+    """Trains as configured and writes the run folder.
+
+    Ctrl-C or SIGTERM finish the optimizer step, save what was learned to
+    `checkpoints/step-NNN` and return with `Result.signal` set.
+
+    Args:
+        step: forward and loss of a micro-batch; a researcher's own may take its place.
+    Raises:
+        RwkvPeftError: a file, a setting or the data cannot be used, or the loss is not a number.
+    """
+    config.require_files()
+    weights = read_weights(config.load_model)
+    geometry = geometry_of(weights)
+    flags = {name: getattr(config, name) for name in FLAGS}
+    check_flags(geometry, flags, config.load_model)
+    config, choices = planning.choose_model_settings(config)
+    documents = read_documents(config.data_file, Tokenizer(geometry.vocab_size))
+    config, more = planning.choose_training_settings(config, geometry, documents)
+    choices += more
+    planning.seed_everything(config.random_seed)
+
+    device, dtype = resolve_device(config.accelerator), dtype_of(config.precision)
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    model = build(geometry, op=config.op, device=device, dtype=dtype)
+    load_weights(model, weights, device=device, dtype=dtype)
+    model.grad_cp = bool(config.grad_cp)
+    trained = attach(model, "none" if config.peft == "none" else "lora", config.peft_config)
+
+    batches = PaddedBatches(
+        documents,
+        ctx_len=config.ctx_len or 1,
+        micro_bsz=config.micro_bsz or 1,
+        seed=config.random_seed,
+        is_shuffled=bool(config.data_shuffle),
+    )
+    plan = planning.make_plan(config, batches)
+    config, more = planning.choose_warmup(config, plan.steps)
+    num_weights = sum(w.numel() for w in weights.values())
+    num_trained = sum(p.numel() for p in trained.values())
+    lines = [
+        f"model: {config.load_model}, {geometry.describe()}, {num_weights:,} weights, "
+        f"{num_trained:,} of them trained"
+        if config.peft == "none"
+        else f"model: {config.load_model}, {geometry.describe()}, {num_weights:,} weights; "
+        f"{config.peft} trains {num_trained:,} beside them",
+        f"op: {model.op.name} ({model.op.reason})",
+        *(f"chosen: {c.name} = {c.value} ({c.reason})" for c in choices + more),
+        *planning.describe_plan(
+            config, plan, batches, planning.guess_memory(config, geometry, num_weights, num_trained)
+        ),
+    ]
+    optimizer = Optimizer(
+        trained,
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        grad_clip=config.grad_clip,
+        is_full=config.peft == "none",
+        uses_loss_scale=dtype == torch.float16,
+    )
+    with RunFolder(config.proj_dir) as folder, Display(plan.steps) as display:
+        folder.write_config(config)
+        for line in lines:
+            display.line(line)
+            folder.log(line)
+        return _run_epochs(_Run(config, model, optimizer, batches, plan, step, folder, display))
+
+
+def _run_epochs(run: _Run) -> Result:
+    config, position, done = run.config, 0, 0
+    assert config.epoch_count is not None
+    result = Result(run.folder.path, None, None, math.nan, 0)
+    run.model.train()
+    with Interrupt() as interrupt:
+        for epoch in range(config.epoch_count):
+            end = position + run.plan.micro_batches
+            loss_sum, num_tokens = 0.0, 0
+            while position < end:
+                stop = min(position + config.accumulate_grad_batches, end)
+                record = _optimizer_step(run, range(position, stop), done, epoch)
+                position, done = stop, done + 1
+                loss_sum += record.loss * record.trained_tokens
+                num_tokens += record.trained_tokens
+                run.folder.record(record)
+                run.display.update(record)
+                if interrupt.signal:
+                    return _save_interrupted(run, done, loss_sum / num_tokens, interrupt.signal)
+            loss = loss_sum / num_tokens
+            number = config.epoch_begin + epoch
+            line = f"epoch {number}: loss {loss:.4f}"
+            is_last = epoch == config.epoch_count - 1
+            if is_last or (epoch + 1) % config.epoch_save == 0:
+                weights, adapter = _save(run, run.folder.path / f"rwkv-{number}")
+                result = Result(run.folder.path, weights, adapter, loss, done)
+                line += ", saved " + " and ".join(str(p) for p in (weights, adapter) if p)
+            run.display.line(line)
+            run.folder.log(line)
+    return result
+
+
+def _optimizer_step(run: _Run, positions: range, done: int, epoch: int) -> StepRecord:
+    config, started = run.config, time.perf_counter()
+    assert config.lr_init is not None and config.lr_final is not None
+    assert config.warmup_steps is not None
+    micro_batches = [run.batches[position] for position in positions]
+    # counted first, so that every token weighs the same however the step is split
+    num_trained = sum(batch.num_trained for batch in micro_batches)
+    loss_sum = 0.0
+    for batch in micro_batches:
+        output = run.step(run.model, batch, l2wrap=config.l2wrap)
+        value = output.loss_sum.item()
+        if not math.isfinite(value):
+            run.optimizer.zero_grad()
+            lines = ", ".join(map(str, batch.lines))
+            raise TrainingError(
+                f"the loss is {value} at step {done + 1}, in the rows from lines {lines} of "
+                f"{config.data_file}: nothing of this step was learned. Try a lower --lr_init, "
+                "or --precision bf16 in place of fp16"
+            )
+        run.optimizer.backward(output.objective_sum / num_trained)
+        loss_sum += value
+    lr = learning_rate(
+        done,
+        total=run.plan.steps,
+        schedule=config.lr_schedule,
+        lr_init=config.lr_init,
+        lr_final=config.lr_final,
+        warmup_steps=config.warmup_steps,
+    )
+    grad_norm = run.optimizer.step(lr)
+    tokens = sum(batch.num_trained for batch in micro_batches)
+    seconds = time.perf_counter() - started
+    return StepRecord(
+        step=done + 1,
+        epoch=config.epoch_begin + epoch,
+        loss=loss_sum / num_trained,
+        lr=lr,
+        grad_norm=grad_norm,
+        tokens=tokens,
+        trained_tokens=num_trained,
+        t_cost=seconds,
+        kt_s=tokens / seconds / 1000,
+        peak_memory=peak_memory(run.model.emb.weight.device),
+    )
+
+
+def _save(run: _Run, stem: Path) -> tuple[Path | None, Path | None]:
+    """Writes `stem`.pth, and for an adapter the folder `stem`-adapter."""
+    config = run.config
+    weights = stem.with_name(stem.name + ".pth")
+    if config.peft == "none":
+        write_like(weights, config.load_model, run.optimizer.masters)
+        return weights, None
+    adapter = stem.with_name(stem.name + "-adapter")
+    write_adapter(adapter, run.model, run.optimizer.masters, config.load_model)
+    if not config.merge:
+        return None, adapter
+    merge(config.load_model, adapter, weights)
+    return weights, adapter
+
+
+def _save_interrupted(run: _Run, done: int, loss: float, signal: int) -> Result:
+    folder = run.folder.path / "checkpoints" / f"step-{done:06d}"
+    weights, adapter = _save(run, folder / "rwkv")
+    line = f"stopped by signal {signal} after step {done}, saved {weights or adapter}"
+    run.display.line(line)
+    run.folder.log(line)
+    return Result(run.folder.path, weights, adapter, loss, done, signal)

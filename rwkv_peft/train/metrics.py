@@ -1,0 +1,166 @@
+"""What a run writes and shows: its folder's logs, and progress on a terminal or in plain lines."""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from rwkv_peft.checkpoint.files import atomic_write
+from rwkv_peft.config import TrainConfig
+
+# without a terminal, at most one line of progress in so many seconds
+PLAIN_INTERVAL = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One optimizer step, as a line of loss_data.jsonl.
+
+    Attributes:
+        loss: cross-entropy in nats, the mean over the step's trained tokens.
+        tokens: positions of all micro-batches, without padding.
+        trained_tokens: those with a loss.
+        t_cost: seconds.
+        kt_s: thousands of tokens a second.
+        peak_memory: most bytes allocated on the device so far; 0 on a CPU.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    trained_tokens: int
+    t_cost: float
+    kt_s: float
+    peak_memory: int
+
+
+class RunFolder:
+    """The logs of one run in `proj_dir`; those of an earlier run are renamed, not overwritten."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder)
+        self.path.mkdir(parents=True, exist_ok=True)
+        losses = self.path / "loss_data.jsonl"
+        if losses.exists():
+            losses.rename(_free_name(losses))
+        self._losses = open(losses, "w", encoding="utf-8")  # noqa: SIM115 closed in __exit__
+        self._log = open(self.path / "train_log.txt", "a", encoding="utf-8")  # noqa: SIM115
+        self.log(f"run begins {time.strftime('%Y-%m-%d %H:%M:%S')}")
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Saves all effective values as config.yaml, which `--config` reads again."""
+        import yaml
+
+        with atomic_write(self.path / "config.yaml", "w") as file:
+            yaml.safe_dump(asdict(config), file, sort_keys=False, allow_unicode=True)
+
+    def log(self, line: str) -> None:
+        """Appends a line to train_log.txt."""
+        self._log.write(line + "\n")
+        self._log.flush()
+
+    def record(self, record: StepRecord) -> None:
+        """Appends a step to loss_data.jsonl."""
+        self._losses.write(json.dumps(asdict(record)) + "\n")
+        self._losses.flush()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._losses.close()
+        self._log.close()
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (free := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+        number += 1
+    return free
+
+
+class Display:
+    """Progress for a person: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._last_line = total, 0.0
+        self._start = time.monotonic()
+        self._bar = _rich_bar(total) if sys.stderr.isatty() else None
+
+    def line(self, text: str) -> None:
+        """Prints a line above the progress."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def update(self, record: StepRecord) -> None:
+        """Shows a finished step."""
+        done = record.step
+        if self._bar is not None:
+            self._bar.update(0, completed=done, text=_summary(record))
+            return
+        now = time.monotonic()
+        if now - self._last_line >= PLAIN_INTERVAL or done == self._total:
+            self._last_line = now
+            left = (now - self._start) / done * (self._total - done)
+            self.line(f"step {done}/{self._total}  {_summary(record)}  {left:.0f} s left")
+
+    def __enter__(self) -> "Display":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _summary(record: StepRecord) -> str:
+    memory = f"  {record.peak_memory / 2**30:.1f} GiB" if record.peak_memory else ""
+    return (
+        f"epoch {record.epoch}  loss {record.loss:.4f}  lr {record.lr:.2e}  "
+        f"{record.kt_s:.2f} kt/s{memory}"
+    )
+
+
+def _rich_bar(total: int) -> Any:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    bar.add_task("", total=total, text="")
+    return bar
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that tensors have held on an accelerator; 0 on a CPU."""
+    return 0 if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)

@@ -1,0 +1,97 @@
+"""AdamW over float32 masters of the trained tensors, with clipping and loss scaling."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+# official pre-training gives the decay's bias twice the rate
+DOUBLED = "att.w0"
+
+
+class Optimizer:
+    """Steps the masters and copies them back into the model.
+
+    A float32 parameter is its own master. For any other type the gradient of each micro-batch is
+    added to the master's in float32 as soon as backward has made it, so that accumulation does not
+    round, and a small step is not lost in a bf16 weight.
+
+    Attributes:
+        masters: the values to save, by name.
+    """
+
+    def __init__(
+        self,
+        trained: Mapping[str, nn.Parameter],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        grad_clip: float,
+        is_full: bool,
+        uses_loss_scale: bool,
+    ) -> None:
+        self._parameters = dict(trained)
+        self.masters = {name: _master(p) for name, p in trained.items()}
+        self._grad_clip = grad_clip
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, master in self.masters.items():
+            is_matrix = is_full and name.endswith(".weight") and master.ndim >= 2
+            scale = 2.0 if is_full and name.endswith(DOUBLED) else 1.0
+            groups.setdefault((scale, weight_decay if is_matrix else 0.0), []).append(master)
+        device = next(iter(self.masters.values())).device
+        self._adamw = torch.optim.AdamW(
+            [
+                {"params": masters, "weight_decay": decay, "lr_scale": scale}
+                for (scale, decay), masters in groups.items()
+            ],
+            lr=0.0,
+            betas=betas,
+            eps=eps,
+            fused=device.type in ("cpu", "cuda", "xpu"),
+        )
+        self._scaler = torch.amp.GradScaler(device.type, enabled=uses_loss_scale)
+
+    def backward(self, objective: Tensor) -> None:
+        """Adds the gradient of one micro-batch to the masters'."""
+        self._scaler.scale(objective).backward()
+
+    def step(self, lr: float) -> float:
+        """Takes one step at a rate, clears the gradients and gives their norm before clipping.
+
+        With fp16, a step whose scaled gradients overflow is skipped and the scale lowered.
+        """
+        for group in self._adamw.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self._scaler.unscale_(self._adamw)
+        limit = self._grad_clip or float("inf")
+        norm = nn.utils.clip_grad_norm_(self.masters.values(), limit, foreach=True)
+        self._scaler.step(self._adamw)
+        self._scaler.update()
+        self._adamw.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                if parameter is not self.masters[name]:
+                    parameter.copy_(self.masters[name])
+        return norm.item()
+
+    def zero_grad(self) -> None:
+        """Forgets what the micro-batches of an unfinished step left."""
+        self._adamw.zero_grad(set_to_none=True)
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    if parameter.dtype == torch.float32:
+        return parameter
+    master = nn.Parameter(parameter.detach().float())
+
+    def move_gradient(p: Tensor) -> None:
+        assert p.grad is not None
+        if master.grad is None:
+            master.grad = p.grad.float()
+        else:
+            master.grad += p.grad
+        p.grad = None
+
+    parameter.register_post_accumulate_grad_hook(move_gradient)
+    return master

@@ -1,0 +1,168 @@
+"""Choosing what the user left open, and saying before the run what it will do."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from secrets import randbelow
+
+import torch
+
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.data.batching import PaddedBatches
+from rwkv_peft.data.prepare import Documents
+from rwkv_peft.device import choose_precision, dtype_of, resolve_device
+from rwkv_peft.models.geometry import Geometry
+
+# longest row chosen without being asked: what recent official files were trained on
+MAX_CHOSEN_CTX = 4096
+# tokens of a micro-batch aimed at; more keeps a GPU busier but costs memory
+TOKENS_PER_MICRO_BATCH = 1024
+# below so many documents one pass is seldom enough
+SMALL_SET = 1000
+LORA_DEFAULTS = {"r": 32, "lora_alpha": 32}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A value chosen for a field, and why."""
+
+    name: str
+    value: object
+    reason: str
+
+
+def choose_model_settings(config: TrainConfig) -> tuple[TrainConfig, list[Choice]]:
+    """Fills in what must be known to load the model: folder, device, precision, method, seed."""
+    choices = []
+    if not config.proj_dir:
+        choices.append(Choice("proj_dir", _free_folder("out"), "the first free name"))
+    device = resolve_device(config.accelerator)
+    if config.accelerator == "auto":
+        choices.append(Choice("accelerator", str(device), "found on this machine"))
+    if config.precision == "auto":
+        choices.append(Choice("precision", *choose_precision(device)))
+    if config.peft == "auto":
+        choices.append(Choice("peft", "lora", "learns as much as full tuning from small data"))
+        if not config.peft_config:
+            reason = "about 2 % of the weights; a scale of 1"
+            choices.append(Choice("peft_config", dict(LORA_DEFAULTS), reason))
+    if config.random_seed < 0:
+        choices.append(Choice("random_seed", randbelow(2**31), "drawn; give it to repeat the run"))
+    return replace(config, **{c.name: c.value for c in choices}), choices
+
+
+def choose_training_settings(
+    config: TrainConfig, geometry: Geometry, documents: Documents
+) -> tuple[TrainConfig, list[Choice]]:
+    """Fills in what depends on the model and the data."""
+    choices = []
+
+    def choose(name: str, value: object, reason: str) -> None:
+        if getattr(config, name) is None:
+            choices.append(Choice(name, value, reason))
+
+    ctx_len = config.ctx_len or min(MAX_CHOSEN_CTX, max(16, math.ceil(documents.longest / 16) * 16))
+    choose("ctx_len", ctx_len, f"the longest document has {documents.longest} tokens")
+    typical = max(1, min(ctx_len, documents.num_trained // len(documents)))
+    micro_bsz = max(1, min(8, TOKENS_PER_MICRO_BATCH // typical))
+    choose("micro_bsz", micro_bsz, f"a document has {typical} tokens on average")
+    few = len(documents) < SMALL_SET
+    reason = f"{len(documents)} documents are {'few' if few else 'enough'}"
+    choose("epoch_count", 3 if few else 1, reason)
+    if config.peft == "none":
+        lr, reason = 3e-5 * math.sqrt(768 / geometry.n_embd), "full tuning at this width"
+    else:
+        lr, reason = 2e-4, "usual for adapters"
+    lr = config.lr_init or float(f"{lr:.1g}")
+    choose("lr_init", lr, reason)
+    choose("lr_final", lr / 10, "a tenth of lr_init")
+    is_deep = ctx_len * (config.micro_bsz or micro_bsz) * geometry.n_layer * geometry.n_embd > 2**24
+    choose("grad_cp", int(is_deep), "saves memory" if is_deep else "the batch is small")
+    return replace(config, **{c.name: c.value for c in choices}), choices
+
+
+def choose_warmup(config: TrainConfig, steps: int) -> tuple[TrainConfig, list[Choice]]:
+    """Fills in the warm-up once the number of steps is known."""
+    if config.warmup_steps is not None:
+        return config, []
+    warmup = Choice("warmup_steps", min(100, steps // 20), "a twentieth of the steps")
+    return replace(config, warmup_steps=warmup.value), [warmup]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        micro_batches: of one epoch.
+        steps: optimizer steps of all epochs.
+    """
+
+    micro_batches: int
+    steps: int
+
+
+def make_plan(config: TrainConfig, batches: PaddedBatches) -> Plan:
+    """Counts the work of a run whose settings are all chosen."""
+    assert config.epoch_count is not None
+    micro_batches = len(batches)
+    if config.epoch_steps:
+        micro_batches = min(micro_batches, config.epoch_steps)
+    per_epoch = -(-micro_batches // config.accumulate_grad_batches)
+    return Plan(micro_batches, per_epoch * config.epoch_count)
+
+
+def describe_plan(
+    config: TrainConfig, plan: Plan, batches: PaddedBatches, memory: float
+) -> Iterable[str]:
+    """The plan in lines for a person."""
+    documents = batches.documents
+    assert config.epoch_count is not None and config.ctx_len is not None
+    split = batches.num_rows - len(documents)
+    yield (
+        f"data: {len(documents):,} documents, {len(documents.tokens):,} tokens, "
+        f"{documents.num_trained:,} of them trained in each pass"
+        + (f"; {documents.num_empty} empty rows left out" if documents.num_empty else "")
+        + (f"; long documents give {split:,} more rows of ctx_len" if split else "")
+    )
+    yield (
+        f"plan: {config.epoch_count} epochs of {plan.micro_batches:,} micro-batches of "
+        f"{config.micro_bsz} rows, {plan.steps:,} optimizer steps"
+    )
+    if plan.micro_batches < len(batches):
+        seen = plan.micro_batches * config.epoch_count / len(batches)
+        yield (
+            f"plan: epoch_steps {config.epoch_steps} stops each epoch early and the next goes on "
+            f"there: the run makes {seen:.2f} passes over the data"
+        )
+    yield f"memory: about {memory / 2**30:.1f} GiB (a guess)"
+
+
+def guess_memory(
+    config: TrainConfig, geometry: Geometry, num_weights: int, num_trained: int
+) -> float:
+    """Bytes that training may take: weights, masters with moments, activations, logits."""
+    assert config.ctx_len is not None and config.micro_bsz is not None
+    size = dtype_of(config.precision).itemsize
+    rows = config.ctx_len * config.micro_bsz
+    # vectors of D that a block keeps for backward, counted on the plain PyTorch form
+    kept = rows * geometry.n_embd * 47 * size
+    layers = geometry.n_layer
+    activations = kept + rows * geometry.n_embd * size * layers if config.grad_cp else kept * layers
+    masters = num_trained * (12 if size == 4 else 16)
+    logits = min(rows * geometry.vocab_size, 1 << 24) * 12
+    return num_weights * size + masters + activations + logits
+
+
+def _free_folder(stem: str) -> str:
+    number, folder = 1, stem
+    while Path(folder).exists():
+        number += 1
+        folder = f"{stem}-{number}"
+    return folder
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds PyTorch on all devices; the order of the data has a generator of its own."""
+    torch.manual_seed(seed)
