@@ -21,7 +21,7 @@ _HOME = {
     "TrainConfig": "rwkv_peft.config",
     "Tokenizer": "rwkv_peft.data.tokenizer",
 }
-__all__ = ["TrainConfig", "Tokenizer", "generate", "load_model", "merge", "train"]
+__all__ = ["Tokenizer", "TrainConfig", "generate", "load_model", "merge", "train"]
 
 
 def __getattr__(name: str) -> object:

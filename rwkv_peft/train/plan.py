@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from secrets import randbelow
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ class Choice:
     """A value chosen for a field, and why."""
 
     name: str
-    value: object
+    value: Any
     reason: str
 
 

@@ -1,13 +1,15 @@
 """WKV-7 in chunks of time: matrix products inside a chunk, a short scan of states between chunks.
 
 Inside a chunk the state is written as S_t = E_t diag(D_t), with D_t the decay accumulated since the
-chunk began. The decay then leaves the recurrence and moves into the operands: with two rows a token
+chunk began. The decay then leaves the recurrence and moves into the operands, two rows a token:
 
-    P = [a_t D_{t-1}; r_t D_t],   Q = [b_t / D_t; k_t / D_t],   A = P Q^T, cut to what token t may see
+    P = [a_t D_{t-1}; r_t D_t],   Q = [b_t / D_t; k_t / D_t],   A = P Q^T, causally masked.
 
-and u_t = S_{t-1} a_t, the vector that token t takes out of the state, X = [u; v], the chunk is
+With u_t = S_{t-1} a_t, the vector that token t takes out of the state, and X = [u; v], a chunk is
 
-    u = (I - A_ab)^-1 (P_a S_0^T + A_ak v),   y = P_r S_0^T + A_r X,   S_C = (S_0 + X^T Q) diag(D_C).
+    u = (I - A_ab)^-1 (P_a S_0^T + A_ak v)
+    y = P_r S_0^T + A_r X
+    S_C = (S_0 + X^T Q) diag(D_C).
 
 Only u and S_C are sequential, from chunk to chunk. RWKV-7 decays lie in (0.545, 1), so that D_t of
 32 tokens stays above 3e-9 and nothing leaves the range of float32.
