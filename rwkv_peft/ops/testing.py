@@ -35,7 +35,7 @@ class Wkv7Case:
             x: Tensor | None = getattr(self, f.name)
             is_state = f.name in ("initial_state", "dstate")
             moved[f.name] = None if x is None else x.to(device, state_dtype if is_state else dtype)
-        return Wkv7Case(**moved)
+        return Wkv7Case(**moved)  # type: ignore[arg-type]
 
 
 def wkv7_case(
@@ -116,13 +116,18 @@ def wkv7_plain(
 def assert_within_budget(kernel: Tensor, exact: Tensor, plain: Tensor, name: str = "") -> None:
     """Raises AssertionError unless all values are finite and the error is within the budget
 
-    max|kernel - exact| <= 2 max|plain - exact| + eps(dtype) max|exact|.
+    max|kernel - exact| <= 2 max|plain - exact| + c eps(dtype) max|exact|.
+
+    c is 1 for 16-bit types, whose sums are kept in float32. A float32 kernel rounds its own sums as
+    well: a matrix product adds N = 64 terms at full magnitude, a random walk of sqrt(64) steps of
+    eps/2, so c is 4. The token loop seldom pays that, as decay lets it add small terms first.
     """
     assert bool(kernel.isfinite().all()), f"{name}: not finite"
     exact = exact.double().cpu()
     error = (kernel.double().cpu() - exact).abs().max().item()
+    c = 4 if kernel.dtype == torch.float32 == plain.dtype else 1
     allowed = (
         2 * (plain.double().cpu() - exact).abs().max().item()
-        + torch.finfo(kernel.dtype).eps * exact.abs().max().item()
+        + c * torch.finfo(kernel.dtype).eps * exact.abs().max().item()
     )
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
