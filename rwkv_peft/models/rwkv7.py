@@ -80,7 +80,8 @@ class TimeMix(nn.Module):
             v_first = v
         else:
             v = v + (v_first - v) * torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2)
-        kk = F.normalize((k * self.k_k).view(heads).float(), dim=-1, eps=1e-12).to(k.dtype)
+        precise = torch.promote_types(k.dtype, torch.float32)
+        kk = F.normalize((k * self.k_k).view(heads).to(precise), dim=-1, eps=1e-12).to(k.dtype)
         k = k * (1 + (a - 1) * self.k_a)
 
         r, k, v = r.view(heads), k.view(heads), v.view(heads)

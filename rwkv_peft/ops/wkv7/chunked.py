@@ -131,7 +131,7 @@ class _ChunkedWkv7(torch.autograd.Function):
             state = added[chunk].add_(state).baddbmm_(u[chunk].mT, x.q[chunk, :CHUNK])
             state = state * whole[chunk]
         u_and_v[:, :CHUNK] = u
-        y = torch.baddbmm(x.p[:, CHUNK:] @ states.mT, seen[:, CHUNK:], u_and_v)
+        y = (x.p[:, CHUNK:] @ states.mT).baddbmm_(seen[:, CHUNK:], u_and_v)
 
         ctx.save_for_backward(*x, seen, solve, u_and_v, states, state)
         ctx.shape, ctx.dtype = r.shape, r.dtype
@@ -153,21 +153,23 @@ class _ChunkedWkv7(torch.autograd.Function):
         dz = solve.mT @ (seen[:, CHUNK:, :CHUNK].mT @ dy_chunks)
         through_b = solve.mT @ x.q[:, :CHUNK]
         from_y = dy_chunks.mT @ x.p[:, CHUNK:]
-        dstates = torch.empty_like(states)
-        dlast = dstate.reshape(last_state.shape).to(states.dtype)
+        dstates, leaving = torch.empty_like(states), torch.empty_like(whole)
+        dlast, end = dstate.reshape(last_state.shape).to(states.dtype), last_state
         for m in reversed(range(0, len(states), heads)):
             chunk = slice(m, m + heads)
+            leaving[chunk] = (dlast * end).sum(1, keepdim=True)
+            end = states[chunk]
             d = torch.mul(dlast, whole[chunk], out=dstates[chunk])
             dz[chunk].baddbmm_(through_b[chunk], d.mT)
             dlast = from_y[chunk].add_(d).baddbmm_(dz[chunk].mT, x.p[chunk, :CHUNK])
         dz_and_dy[:, :CHUNK] = dz
 
         dseen = (dz_and_dy @ u_and_v.mT).mul_(_causal_mask(dy_chunks))
-        dp = torch.baddbmm(dz_and_dy @ states, dseen, x.q)
-        dq = torch.baddbmm(u_and_v @ dstates, dseen.mT, x.p)
-        dv = torch.baddbmm(x.q[:, CHUNK:] @ dstates.mT, seen[:, :, CHUNK:].mT, dz_and_dy)
+        dp = (dz_and_dy @ states).baddbmm_(dseen, x.q)
+        dq = (u_and_v @ dstates).baddbmm_(dseen.mT, x.p)
+        dv = (x.q[:, CHUNK:] @ dstates.mT).baddbmm_(seen[:, :, CHUNK:].mT, dz_and_dy)
 
-        dw = _decay_gradient(x, dp, dq, states, dstates, last_state)
+        dw = _decay_gradient(x, dp, dq, leaving)
         dp[:, 1:CHUNK] *= x.decayed[:, :-1]
         dp[:, CHUNK:] *= x.decayed
         dq.unflatten(1, (2, CHUNK)).div_(x.decayed.unsqueeze(1))
@@ -186,18 +188,12 @@ def _from_chunks(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return result.view(B, -1, H, N)[:, :T]
 
 
-def _decay_gradient(
-    x: _Operands, dp: Tensor, dq: Tensor, states: Tensor, dstates: Tensor, last_state: Tensor
-) -> Tensor:
+def _decay_gradient(x: _Operands, dp: Tensor, dq: Tensor, leaving: Tensor) -> Tensor:
     """Gradient of w: a decay scales all that comes after it in the chunk, and the leaving state."""
-    heads = len(last_state)
-    ends = torch.cat((states[heads:], last_state))
-    leaving = (dstates * ends).sum(1, keepdim=True) / x.decayed[:, -1:]
     # what a token's own decay scales, and what only the decays before it do
     after = dp[:, CHUNK:] * x.p[:, CHUNK:]
     after.addcmul_(dq[:, :CHUNK], x.q[:, :CHUNK], value=-1)
     after.addcmul_(dq[:, CHUNK:], x.q[:, CHUNK:], value=-1)
     scaled = torch.addcmul(after, dp[:, :CHUNK], x.p[:, :CHUNK])
     later = scaled.cumsum(1)
-    leaving += later[:, -1:]
-    return after.sub_(later).add_(leaving).mul_(x.dlog_dw)
+    return after.sub_(later).add_(later[:, -1:] + leaving).mul_(x.dlog_dw)
