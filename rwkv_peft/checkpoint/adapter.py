@@ -35,7 +35,9 @@ def write_adapter(folder: str | Path, model: RWKV, values: Mapping[str, Tensor],
     folder = Path(folder)
     state = model.state_dict()
     state.update(values)
-    tensors = get_peft_model_state_dict(model, state_dict=state)
+    tensors = get_peft_model_state_dict(
+        model, state_dict=state, save_embedding_layers=False
+    )
     configs: Any = model.peft_config
     config = configs["default"].to_dict()
     config.update(base_model_name_or_path=str(base), inference_mode=True)
@@ -97,7 +99,9 @@ def load_adapter(model: RWKV, folder: str | Path) -> None:
     config, tensors = read_adapter(folder)
     dtype, device = model.emb.weight.dtype, model.emb.weight.device
     inject(model, config)
-    expected = {n: tuple(x.shape) for n, x in get_peft_model_state_dict(model).items()}
+    # saving embeddings is off, since peft would look for a config of the base on a hub
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = {n: tuple(x.shape) for n, x in own.items()}
     found = {n: tuple(x.shape) for n, x in tensors.items()}
     if expected != found:
         differ = sorted(

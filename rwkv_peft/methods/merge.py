@@ -56,8 +56,15 @@ def merged_weights(
 
 
 def _only(config: "LoraConfig", name: str) -> "LoraConfig":
-    """The config for a tree that holds one module alone."""
+    """The config for a tree that holds one module alone, its patterns resolved for that module."""
+    from peft.utils.other import get_pattern_key
+
     config = copy.deepcopy(config)
+    for pattern, field in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        values = getattr(config, pattern)
+        key = get_pattern_key(values, name)
+        setattr(config, field, values.get(key, getattr(config, field)))
+        setattr(config, pattern, {})
     config.target_modules = {name}
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     return config
