@@ -1,0 +1,268 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rwkv_peft
+from rwkv_peft.checkpoint.adapter import read_adapter
+from rwkv_peft.checkpoint.pth import read_weights
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.errors import TrainingError
+from rwkv_peft.train.loop import train
+from rwkv_peft.train.step import StepOutput, full_step
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run(model_file: Path, data_file: Path, tmp_path: Path) -> Run:
+    """Trains two epochs of LoRA on the small files, with changes."""
+    base = TrainConfig(
+        load_model=str(model_file),
+        data_file=str(data_file),
+        proj_dir=str(tmp_path / "out"),
+        peft="lora",
+        peft_config={"r": 4},
+        epoch_count=2,
+        micro_bsz=4,
+        ctx_len=32,
+        lr_init=1e-3,
+        lr_final=1e-3,
+        warmup_steps=0,
+        random_seed=1,
+        precision="fp32",
+        accelerator="cpu",
+    )
+
+    def start(step: Any = full_step, **changes: Any) -> Any:
+        return train(replace(base, **changes), step=step)
+
+    return start
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "loss_data.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def adapter_of(result: Any) -> dict[str, torch.Tensor]:
+    return read_adapter(result.adapter)[1]
+
+
+def test_training_lowers_the_loss_and_writes_the_run_folder(run: Run, tmp_path: Path) -> None:
+    result = run(epoch_count=6)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+        ["config.yaml", "loss_data.jsonl", "train_log.txt"]
+        + [f"rwkv-{k}{end}" for k in range(6) for end in (".pth", "-adapter")]
+    )
+    values = losses(tmp_path / "out")
+    assert len(values) == result.steps
+    assert values[-1] < 0.9 * values[0]
+    record = json.loads((tmp_path / "out" / "loss_data.jsonl").read_text().splitlines()[0])
+    assert {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "trained_tokens"} <= set(record)
+    assert {"t_cost", "kt_s", "peak_memory"} <= set(record)
+    log = (tmp_path / "out" / "train_log.txt").read_text()
+    assert "12 documents" in log and "epoch 5: loss" in log
+
+
+def test_the_merged_file_gives_the_official_runtime_the_adapter_models_logits(
+    run: Run, make_model_file: Callable[..., Path], official_logits: Callable[..., torch.Tensor]
+) -> None:
+    base = make_model_file("float.pth", dtype=torch.float32)
+    result = run(load_model=str(base))
+    tokens = list(range(1, 40))
+    with torch.inference_mode():
+        adapted = rwkv_peft.load_model(base, adapter=result.adapter)(torch.tensor([tokens]))[0][0]
+        plain = rwkv_peft.load_model(base)(torch.tensor([tokens]))[0][0]
+    assert (adapted - plain).abs().max() > 1e-2
+    official = official_logits(result.weights, tokens)
+    torch.testing.assert_close(official, adapted, rtol=0, atol=1e-4)
+    before, after = read_weights(base), read_weights(result.weights)
+    assert list(before) == list(after)
+    touched = {n for n in before if not torch.equal(before[n], after[n])}
+    suffixes = ("receptance", "key", "value", "output")
+    assert touched == {n for n in before if n.split(".")[-2] in suffixes}
+
+
+@pytest.mark.parametrize(("micro_bsz", "accumulate"), [(2, 4), (1, 8)])
+def test_splitting_a_step_into_micro_batches_does_not_change_it(
+    micro_bsz: int, accumulate: int, run: Run, tmp_path: Path
+) -> None:
+    whole = run(micro_bsz=8, ctx_len=1000, proj_dir=str(tmp_path / "whole"))
+    split = run(
+        micro_bsz=micro_bsz,
+        accumulate_grad_batches=accumulate,
+        ctx_len=1000,
+        proj_dir=str(tmp_path / "split"),
+    )
+    assert split.steps == whole.steps == 4
+    assert losses(split.proj_dir) == pytest.approx(losses(whole.proj_dir), rel=1e-6)
+    for name, value in adapter_of(whole).items():
+        torch.testing.assert_close(adapter_of(split)[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_split_and_whole_gradients_agree_to_a_millionth(
+    model_file: Path, data_file: Path
+) -> None:
+    from rwkv_peft.data.batching import PaddedBatches
+    from rwkv_peft.data.prepare import read_documents
+    from rwkv_peft.methods.attach import attach
+
+    documents = read_documents(data_file, rwkv_peft.Tokenizer(320))
+    gradients = []
+    for micro_bsz in (8, 4, 1):
+        batches = PaddedBatches(
+            documents, ctx_len=1000, micro_bsz=micro_bsz, seed=0, is_shuffled=False
+        )
+        torch.manual_seed(0)
+        model = rwkv_peft.load_model(model_file)
+        trained = attach(model, "lora", {"r": 4, "init_lora_weights": False})
+        micro_batches = [batches[i] for i in range(8 // micro_bsz)]
+        assert micro_bsz > 1 or len({b.num_trained for b in micro_batches}) > 3
+        count = sum(b.num_trained for b in micro_batches)
+        for batch in micro_batches:
+            (full_step(model, batch, l2wrap=1e-4).objective_sum / count).backward()
+        gradients.append({n: p.grad for n, p in trained.items()})
+    for other in gradients[1:]:
+        for name, gradient in gradients[0].items():
+            assert gradient is not None and other[name] is not None
+            error = (other[name] - gradient).norm() / gradient.norm()
+            assert error < 1e-6, name
+
+
+@pytest.mark.parametrize("peft", ["lora", "none"])
+def test_recomputing_blocks_changes_nothing(peft: str, run: Run, tmp_path: Path) -> None:
+    settings = {"peft": peft, "peft_config": {} if peft == "none" else {"r": 4}}
+    plain = run(grad_cp=0, proj_dir=str(tmp_path / "plain"), **settings)
+    recomputed = run(grad_cp=1, proj_dir=str(tmp_path / "recomputed"), **settings)
+    one, other = read_weights(plain.weights), read_weights(recomputed.weights)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_recomputing_draws_the_same_dropout(run: Run, tmp_path: Path) -> None:
+    options = {"r": 4, "lora_dropout": 0.3}
+    plain = run(grad_cp=0, proj_dir=str(tmp_path / "plain"), peft_config=options)
+    recomputed = run(grad_cp=1, proj_dir=str(tmp_path / "recomputed"), peft_config=options)
+    assert losses(plain.proj_dir) == losses(recomputed.proj_dir)
+    without = run(proj_dir=str(tmp_path / "without"))
+    assert losses(without.proj_dir) != losses(plain.proj_dir)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(run: Run, tmp_path: Path) -> None:
+    results = [run(random_seed=s, proj_dir=str(tmp_path / f"{i}")) for i, s in enumerate((1, 1, 2))]
+    one, again, other = [adapter_of(r) for r in results]
+    assert all(torch.equal(one[n], again[n]) for n in one)
+    assert not all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_full_tuning_moves_every_tensor_that_is_read_and_keeps_the_rest(
+    run: Run, make_model_file: Callable[..., Path]
+) -> None:
+    base = make_model_file("full.pth", dtype=torch.float32, has_first_value_mix=True)
+    result = run(load_model=str(base), peft="none", peft_config={})
+    before, after = read_weights(base), read_weights(result.weights)
+    same = {n for n in before if torch.equal(before[n], after[n])}
+    assert same == {f"blocks.0.att.v{i}" for i in range(3)}
+    assert result.adapter is None
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_and_saves_finite_masters(precision: str, run: Run) -> None:
+    result = run(precision=precision, epoch_count=6)
+    values = losses(result.proj_dir)
+    assert values[-1] < 0.9 * values[0]
+    for value in adapter_of(result).values():
+        assert value.dtype == torch.float32
+        assert value.isfinite().all()
+
+
+def test_epoch_steps_stops_an_epoch_early_and_the_next_goes_on_there(
+    run: Run, tmp_path: Path
+) -> None:
+    seen: list[int] = []
+
+    def watching(model: Any, batch: Any, **options: Any) -> StepOutput:
+        seen.extend(batch.lines)
+        return full_step(model, batch, **options)
+
+    run(watching, epoch_steps=2, epoch_count=3, micro_bsz=2, ctx_len=1000)
+    assert sorted(seen) == list(range(1, 13))
+    log = (tmp_path / "out" / "train_log.txt").read_text()
+    assert "the run makes 1.00 passes over the data" in log
+
+
+def test_weights_are_saved_every_so_many_epochs_and_after_the_last(run: Run) -> None:
+    result = run(epoch_count=5, epoch_save=2, epoch_begin=10, merge=0)
+    names = sorted(p.name for p in result.proj_dir.iterdir() if p.name.startswith("rwkv"))
+    assert names == ["rwkv-11-adapter", "rwkv-13-adapter", "rwkv-14-adapter"]
+    assert result.weights is None
+
+
+def test_a_loss_that_is_no_number_stops_and_names_the_rows(run: Run, tmp_path: Path) -> None:
+    calls = 0
+
+    def failing(model: Any, batch: Any, **options: Any) -> StepOutput:
+        nonlocal calls
+        calls += 1
+        output = full_step(model, batch, **options)
+        bad = torch.tensor(math.nan)
+        return output._replace(loss_sum=bad) if calls == 2 else output
+
+    with pytest.raises(TrainingError, match=r"loss is nan at step 2, in the rows from lines [\d, ]+"):
+        run(failing)
+    assert not list((tmp_path / "out").glob("rwkv-*"))
+    assert len(losses(tmp_path / "out")) == 1
+
+
+def test_a_second_run_in_a_folder_keeps_the_first_ones_losses(run: Run, tmp_path: Path) -> None:
+    run(epoch_count=1)
+    first = (tmp_path / "out" / "loss_data.jsonl").read_text()
+    run(epoch_count=1, random_seed=2)
+    assert (tmp_path / "out" / "loss_data-1.jsonl").read_text() == first
+    log = (tmp_path / "out" / "train_log.txt").read_text()
+    assert log.count("run begins") == 2
+
+
+def test_a_saved_config_repeats_the_run(run: Run, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    first = run()
+    config = tmp_path / "out" / "config.yaml"
+    done = cli("train", "--config", config, "--proj_dir", tmp_path / "again")
+    assert done.code == 0
+    again = read_adapter(tmp_path / "again" / "rwkv-1-adapter")[1]
+    assert all(torch.equal(again[n], x) for n, x in adapter_of(first).items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(
+    number: signal.Signals, model_file: Path, data_file: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "rwkv_peft.cli.main", "train", str(model_file)]
+    command += [str(data_file), "--proj_dir", str(tmp_path / "out"), "--epoch_count", "100000"]
+    command += ["--peft", "lora", "--micro_bsz", "1"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    path = tmp_path / "out" / "loss_data.jsonl"
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text().count("\n") > 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    steps = len(losses(tmp_path / "out"))
+    folder = tmp_path / "out" / "checkpoints" / f"step-{steps:06d}"
+    assert f"stopped by signal {int(number)} after step {steps}" in errors
+    merged = read_weights(folder / "rwkv.pth")
+    assert list(merged) == list(read_weights(model_file))
+    config, _ = read_adapter(folder / "rwkv-adapter")
+    assert config.r == 8

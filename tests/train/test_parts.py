@@ -1,0 +1,183 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rwkv_peft.data.batching import IGNORE, PaddedBatches
+from rwkv_peft.data.prepare import read_documents
+from rwkv_peft.data.tokenizer import Tokenizer
+from rwkv_peft.errors import DataError
+from rwkv_peft.train.optim import Optimizer
+from rwkv_peft.train.schedule import learning_rate
+
+
+def batches_of(path: Path, *, ctx_len: int = 8, micro_bsz: int = 3, seed: int = 0) -> PaddedBatches:
+    documents = read_documents(path, Tokenizer(320))
+    return PaddedBatches(
+        documents, ctx_len=ctx_len, micro_bsz=micro_bsz, seed=seed, is_shuffled=True
+    )
+
+
+@pytest.mark.parametrize("ctx_len", [1, 7, 8, 1000])
+def test_every_token_but_the_first_is_a_target_exactly_once_in_a_pass(
+    ctx_len: int, data_file: Path
+) -> None:
+    batches = batches_of(data_file, ctx_len=ctx_len)
+    documents = batches.documents
+    pairs = []
+    for position in range(len(batches)):
+        batch = batches[position]
+        trained = batch.targets != IGNORE
+        assert batch.tokens.shape[1] <= ctx_len
+        assert trained.any(1).all()
+        for row, line in enumerate(batch.lines):
+            kept = trained[row]
+            pairs += [
+                (line, x, y)
+                for x, y in zip(
+                    batch.tokens[row][kept].tolist(), batch.targets[row][kept].tolist(), strict=True
+                )
+            ]
+    expected = []
+    for i, line in enumerate(documents.lines.tolist()):
+        tokens = documents.tokens[documents.starts[i] : documents.starts[i + 1]].tolist()
+        assert tokens[-1] == 0
+        expected += [(line, x, y) for x, y in zip(tokens[:-1], tokens[1:], strict=True)]
+    assert sorted(pairs) == sorted(expected)
+    assert len(pairs) == documents.num_trained
+
+
+def test_the_order_depends_on_seed_and_pass_alone(data_file: Path) -> None:
+    one, again = batches_of(data_file, seed=1), batches_of(data_file, seed=1)
+    per_pass = len(one)
+    for position in (0, per_pass - 1, per_pass, 3 * per_pass + 1):
+        assert torch.equal(one[position].tokens, again[position].tokens)
+    orders = [[one[p * per_pass + i].lines for i in range(per_pass)] for p in range(2)]
+    other = [batches_of(data_file, seed=2)[i].lines for i in range(per_pass)]
+    assert orders[0] != orders[1] and orders[0] != other
+    flat = [sorted(line for lines in order for line in lines) for order in (*orders, other)]
+    assert flat[0] == flat[1] == flat[2]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no trainable token: the file is empty"),
+        (b"\n  \n", "no trainable token: the file is empty"),
+        (b'{"text": ""}\n', "no trainable token: all 1 rows have an empty text"),
+        (b'{"text": "a"}\n{"text": \n', r"bad.jsonl:2: not JSON"),
+        (b'{"text": "a"}\n\n{"txt": "b"}\n', r'bad.jsonl:3: no "text" \(found keys txt\)'),
+        (b'["a"]\n', r'bad.jsonl:1: no "text" \(found list\)'),
+        (b'{"text": 7}\n', r'bad.jsonl:1: "text" is a int'),
+        (b'{"text": "\xff"}\n', r"bad.jsonl:1: byte 11 of the line is not UTF-8"),
+        (b'{"text": "\\ud83d"}\n', r"bad.jsonl:1: .*lone surrogate"),
+    ],
+)
+def test_a_broken_data_file_is_named_with_its_line(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_documents(tmp_path / "bad.jsonl", Tokenizer(320))
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "ab"}\r\n{"text": "c"}\r\n')
+    documents = read_documents(tmp_path / "a.jsonl", Tokenizer(320))
+    assert documents.tokens.tolist() == [*Tokenizer(320).encode("ab"), 0, ord("c") + 1, 0]
+    assert documents.lines.tolist() == [1, 2]
+
+
+def test_cos_falls_from_the_first_rate_to_the_last() -> None:
+    def rate(step: int, warmup: int = 0) -> float:
+        return learning_rate(
+            step, total=101, schedule="cos", lr_init=1.0, lr_final=0.1, warmup_steps=warmup
+        )
+
+    assert rate(0) == 1.0
+    assert rate(50) == pytest.approx(0.55)
+    assert rate(100) == pytest.approx(0.1)
+    assert rate(0, warmup=10) == pytest.approx(0.01)
+    assert rate(5, warmup=10) == pytest.approx(rate(5) * 0.505)
+    assert rate(10, warmup=10) == rate(10)
+
+
+def test_wsd_is_stable_and_falls_over_the_last_fifth() -> None:
+    rates = [
+        learning_rate(s, total=101, schedule="wsd", lr_init=1.0, lr_final=0.0, warmup_steps=0)
+        for s in range(101)
+    ]
+    assert rates[:81] == [1.0] * 81
+    assert rates[90] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0.0)
+
+
+def make_optimizer(trained: dict[str, nn.Parameter], **changes: object) -> Optimizer:
+    settings = {
+        "betas": (0.9, 0.99),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "grad_clip": 0.0,
+        "is_full": True,
+        "uses_loss_scale": False,
+    }
+    return Optimizer(trained, **{**settings, **changes})  # type: ignore[arg-type]
+
+
+def test_steps_too_small_for_bf16_add_up_in_the_master() -> None:
+    parameter = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = make_optimizer({"x": parameter})
+    for _ in range(20):
+        optimizer.backward(parameter.sum())
+        assert parameter.grad is None
+        optimizer.step(lr=1e-3)
+    # one step of 0.001 is lost between 1 and the next smaller bf16, 0.99609375
+    torch.testing.assert_close(optimizer.masters["x"], torch.full((4,), 0.98), rtol=0, atol=1e-5)
+    assert torch.equal(parameter, optimizer.masters["x"].bfloat16())
+
+
+def test_micro_batch_gradients_add_up_in_float32() -> None:
+    parameter = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    optimizer = make_optimizer({"x": parameter})
+    for _ in range(512):
+        optimizer.backward(parameter.sum())
+    # a bf16 sum of ones stops at 256
+    gradient = optimizer.masters["x"].grad
+    assert gradient is not None and gradient.item() == 512
+
+
+def test_decay_touches_matrices_of_full_tuning_alone() -> None:
+    names = ("blocks.0.att.key.weight", "blocks.0.att.w1", "blocks.0.ln1.weight")
+    shapes = ((2, 2), (2, 2), (2,))
+    for is_full in (True, False):
+        trained = {n: nn.Parameter(torch.ones(s)) for n, s in zip(names, shapes, strict=True)}
+        optimizer = make_optimizer(trained, weight_decay=0.5, is_full=is_full)
+        optimizer.backward(sum((p * 0).sum() for p in trained.values()))  # type: ignore[arg-type]
+        optimizer.step(lr=0.1)
+        values = [p.flatten()[0].item() for p in trained.values()]
+        assert values == pytest.approx([0.95, 1, 1] if is_full else [1, 1, 1])
+
+
+def test_gradients_are_clipped_together_and_the_norm_is_told() -> None:
+    trained = {n: nn.Parameter(torch.zeros(1)) for n in "ab"}
+    optimizer = make_optimizer(trained, grad_clip=1.0, betas=(0.0, 0.0), eps=1.0)
+    optimizer.backward(3 * trained["a"].sum() + 4 * trained["b"].sum())
+    assert optimizer.step(lr=1.0) == pytest.approx(5.0)
+    # with these settings Adam moves by g / (|g| + 1)
+    assert trained["a"].item() == pytest.approx(-0.6 / 1.6)
+    assert trained["b"].item() == pytest.approx(-0.8 / 1.8)
+
+
+def test_overflowing_half_precision_gradients_skip_the_step_and_lower_the_scale() -> None:
+    parameter = nn.Parameter(torch.ones(1, dtype=torch.float16))
+    optimizer = make_optimizer({"x": parameter}, uses_loss_scale=True)
+    optimizer.backward(parameter.sum() * 60000)
+    optimizer.step(lr=0.1)
+    assert parameter.item() == 1
+    for _ in range(30):
+        optimizer.backward(parameter.sum())
+        optimizer.step(lr=0.1)
+    assert parameter.item() < 0
+
