@@ -46,7 +46,11 @@ def make_model_file(tmp_path: Path) -> Callable[..., Path]:
     """Writes a small RWKV-7 file whose every tensor is random, as trained ones are."""
 
     def make(
-        name: str = "base.pth", *, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **changes: Any
+        name: str = "base.pth",
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        seed: int = 0,
+        **changes: Any,
     ) -> Path:
         geometry = make_geometry(**changes)
         generator = torch.Generator().manual_seed(seed)

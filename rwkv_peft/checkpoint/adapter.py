@@ -35,9 +35,7 @@ def write_adapter(folder: str | Path, model: RWKV, values: Mapping[str, Tensor],
     folder = Path(folder)
     state = model.state_dict()
     state.update(values)
-    tensors = get_peft_model_state_dict(
-        model, state_dict=state, save_embedding_layers=False
-    )
+    tensors = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     configs: Any = model.peft_config
     config = configs["default"].to_dict()
     config.update(base_model_name_or_path=str(base), inference_mode=True)

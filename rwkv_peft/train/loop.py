@@ -2,10 +2,12 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from rwkv_peft.checkpoint.adapter import merge, write_adapter
 from rwkv_peft.checkpoint.pth import geometry_of, load_weights, read_weights, write_like
@@ -18,7 +20,7 @@ from rwkv_peft.errors import TrainingError
 from rwkv_peft.methods.attach import attach
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.models.geometry import FLAGS, check_flags
+from rwkv_peft.models.geometry import FLAGS, Geometry, check_flags
 from rwkv_peft.train import plan as planning
 from rwkv_peft.train.interrupt import Interrupt
 from rwkv_peft.train.metrics import Display, RunFolder, StepRecord, peak_memory
@@ -76,21 +78,10 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
     config.require_files()
     weights = read_weights(config.load_model)
     geometry = geometry_of(weights)
-    flags = {name: getattr(config, name) for name in FLAGS}
-    check_flags(geometry, flags, config.load_model)
+    check_flags(geometry, {name: getattr(config, name) for name in FLAGS}, config.load_model)
     config, choices = planning.choose_model_settings(config)
     documents = read_documents(config.data_file, Tokenizer(geometry.vocab_size))
     config, more = planning.choose_training_settings(config, geometry, documents)
-    choices += more
-    planning.seed_everything(config.random_seed)
-
-    device, dtype = resolve_device(config.accelerator), dtype_of(config.precision)
-    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
-    model = build(geometry, op=config.op, device=device, dtype=dtype)
-    load_weights(model, weights, device=device, dtype=dtype)
-    model.grad_cp = bool(config.grad_cp)
-    trained = attach(model, "none" if config.peft == "none" else "lora", config.peft_config)
-
     batches = PaddedBatches(
         documents,
         ctx_len=config.ctx_len or 1,
@@ -99,36 +90,49 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
         is_shuffled=bool(config.data_shuffle),
     )
     plan = planning.make_plan(config, batches)
-    config, more = planning.choose_warmup(config, plan.steps)
-    num_weights = sum(w.numel() for w in weights.values())
-    num_trained = sum(p.numel() for p in trained.values())
+    config, last = planning.choose_warmup(config, plan.steps)
+
+    torch.manual_seed(config.random_seed)
+    model = _load_model(config, geometry, weights)
+    trained = attach(model, "none" if config.peft == "none" else "lora", config.peft_config)
+    optimizer = _make_optimizer(config, trained)
     lines = [
-        f"model: {config.load_model}, {geometry.describe()}, {num_weights:,} weights, "
-        f"{num_trained:,} of them trained"
-        if config.peft == "none"
-        else f"model: {config.load_model}, {geometry.describe()}, {num_weights:,} weights; "
-        f"{config.peft} trains {num_trained:,} beside them",
+        *planning.describe_model(config, geometry, _count(weights), _count(trained)),
         f"op: {model.op.name} ({model.op.reason})",
-        *(f"chosen: {c.name} = {c.value} ({c.reason})" for c in choices + more),
-        *planning.describe_plan(
-            config, plan, batches, planning.guess_memory(config, geometry, num_weights, num_trained)
-        ),
+        *(f"chosen: {c.name} = {c.value} ({c.reason})" for c in choices + more + last),
+        *planning.describe_plan(config, plan, batches),
     ]
-    optimizer = Optimizer(
-        trained,
-        betas=(config.beta1, config.beta2),
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-        grad_clip=config.grad_clip,
-        is_full=config.peft == "none",
-        uses_loss_scale=dtype == torch.float16,
-    )
     with RunFolder(config.proj_dir) as folder, Display(plan.steps) as display:
         folder.write_config(config)
         for line in lines:
             display.line(line)
             folder.log(line)
         return _run_epochs(_Run(config, model, optimizer, batches, plan, step, folder, display))
+
+
+def _load_model(config: TrainConfig, geometry: Geometry, weights: Mapping[str, Tensor]) -> RWKV:
+    device, dtype = resolve_device(config.accelerator), dtype_of(config.precision)
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    model = build(geometry, op=config.op, device=device, dtype=dtype)
+    load_weights(model, weights, device=device, dtype=dtype)
+    model.grad_cp = bool(config.grad_cp)
+    return model
+
+
+def _count(tensors: Mapping[str, Tensor]) -> int:
+    return sum(x.numel() for x in tensors.values())
+
+
+def _make_optimizer(config: TrainConfig, trained: Mapping[str, nn.Parameter]) -> Optimizer:
+    return Optimizer(
+        trained,
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        grad_clip=config.grad_clip,
+        is_full=config.peft == "none",
+        uses_loss_scale=dtype_of(config.precision) == torch.float16,
+    )
 
 
 def _run_epochs(run: _Run) -> Result:

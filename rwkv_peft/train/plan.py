@@ -7,8 +7,6 @@ from pathlib import Path
 from secrets import randbelow
 from typing import Any
 
-import torch
-
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.batching import PaddedBatches
 from rwkv_peft.data.prepare import Documents
@@ -37,7 +35,7 @@ def choose_model_settings(config: TrainConfig) -> tuple[TrainConfig, list[Choice
     """Fills in what must be known to load the model: folder, device, precision, method, seed."""
     choices = []
     if not config.proj_dir:
-        choices.append(Choice("proj_dir", _free_folder("out"), "the first free name"))
+        choices.append(Choice("proj_dir", free_folder("out"), "the first free name"))
     device = resolve_device(config.accelerator)
     if config.accelerator == "auto":
         choices.append(Choice("accelerator", str(device), "found on this machine"))
@@ -114,10 +112,20 @@ def make_plan(config: TrainConfig, batches: PaddedBatches) -> Plan:
     return Plan(micro_batches, per_epoch * config.epoch_count)
 
 
-def describe_plan(
-    config: TrainConfig, plan: Plan, batches: PaddedBatches, memory: float
+def describe_model(
+    config: TrainConfig, geometry: Geometry, num_weights: int, num_trained: int
 ) -> Iterable[str]:
-    """The plan in lines for a person."""
+    """Model, method and memory in lines for a person."""
+    trained = f"{num_trained:,} of them trained"
+    if config.peft != "none":
+        trained = f"frozen; {config.peft} trains {num_trained:,} beside them"
+    yield f"model: {config.load_model}, {geometry.describe()}, {num_weights:,} weights, {trained}"
+    memory = guess_memory(config, geometry, num_weights, num_trained)
+    yield f"memory: about {memory / 2**30:.1f} GiB (a guess)"
+
+
+def describe_plan(config: TrainConfig, plan: Plan, batches: PaddedBatches) -> Iterable[str]:
+    """Data and work in lines for a person."""
     documents = batches.documents
     assert config.epoch_count is not None and config.ctx_len is not None
     split = batches.num_rows - len(documents)
@@ -137,7 +145,6 @@ def describe_plan(
             f"plan: epoch_steps {config.epoch_steps} stops each epoch early and the next goes on "
             f"there: the run makes {seen:.2f} passes over the data"
         )
-    yield f"memory: about {memory / 2**30:.1f} GiB (a guess)"
 
 
 def guess_memory(
@@ -156,14 +163,10 @@ def guess_memory(
     return num_weights * size + masters + activations + logits
 
 
-def _free_folder(stem: str) -> str:
+def free_folder(stem: str) -> str:
+    """The first of stem, stem-2, stem-3 … that does not exist."""
     number, folder = 1, stem
     while Path(folder).exists():
         number += 1
         folder = f"{stem}-{number}"
     return folder
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds PyTorch on all devices; the order of the data has a generator of its own."""
-    torch.manual_seed(seed)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import rwkv_peft
 from rwkv_peft.checkpoint.pth import geometry_of, read_weights, write_like, write_weights
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.models.geometry import check_flags
-import rwkv_peft
 
 
 class RunsCode:
@@ -30,8 +30,15 @@ def test_geometry_is_read_from_names_and_shapes(make_model_file: Callable[..., P
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("n_layer", 3), ("n_embd", 256), ("vocab_size", 65536), ("dim_att", 64), ("dim_ffn", 9),
-     ("head_size_a", 32), ("my_testing", "x060")],
+    [
+        ("n_layer", 3),
+        ("n_embd", 256),
+        ("vocab_size", 65536),
+        ("dim_att", 64),
+        ("dim_ffn", 9),
+        ("head_size_a", 32),
+        ("my_testing", "x060"),
+    ],
 )
 def test_a_flag_that_contradicts_the_file_names_both_values(
     flag: str, value: int | str, model_file: Path

@@ -123,9 +123,7 @@ def test_a_full_disk_ends_training_with_one_line_and_keeps_the_earlier_file(
     )
     arguments = ["train", str(model_file), str(data_file), "--proj_dir", str(folder)]
     arguments += ["--epoch_count", "1", "--peft", "lora"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: cannot write") and "previous file is untouched" in last
@@ -219,9 +217,7 @@ def test_inspect_tells_a_files_geometry_and_what_is_odd(
     assert "tensors of several types" in text
 
 
-def test_init_makes_a_model_that_loads_with_the_loss_of_a_guess(
-    cli: Cli, tmp_path: Path
-) -> None:
+def test_init_makes_a_model_that_loads_with_the_loss_of_a_guess(cli: Cli, tmp_path: Path) -> None:
     import math
 
     import rwkv_peft

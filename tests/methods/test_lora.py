@@ -134,7 +134,7 @@ def test_an_adapter_of_another_shape_is_refused(
     model, trained = adapted(base, {"r": 4})
     write_adapter(tmp_path / "adapter", model, trained, str(base))
     other = make_model_file("other.pth", n_layer=3)
-    with pytest.raises(CheckpointError, match="12 tensors differ, first blocks.2"):
+    with pytest.raises(CheckpointError, match=r"12 tensors differ, first blocks\.2"):
         load_adapter(rwkv_peft.load_model(other), tmp_path / "adapter")
     narrow = make_model_file("narrow.pth", n_embd=64, dim_att=64)
     with pytest.raises(CheckpointError, match="does not fit"):
@@ -150,7 +150,7 @@ def test_an_untrained_adapter_is_not_merged(model_file: Path, tmp_path: Path) ->
 
 
 def test_a_folder_that_is_no_adapter_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no adapter: it has no adapter_config.json"):
+    with pytest.raises(CheckpointError, match=r"no adapter: it has no adapter_config\.json"):
         read_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"junk")

@@ -111,9 +111,7 @@ def test_splitting_a_step_into_micro_batches_does_not_change_it(
         torch.testing.assert_close(adapter_of(split)[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_split_and_whole_gradients_agree_to_a_millionth(
-    model_file: Path, data_file: Path
-) -> None:
+def test_split_and_whole_gradients_agree_to_a_millionth(model_file: Path, data_file: Path) -> None:
     from rwkv_peft.data.batching import PaddedBatches
     from rwkv_peft.data.prepare import read_documents
     from rwkv_peft.methods.attach import attach
@@ -218,7 +216,9 @@ def test_a_loss_that_is_no_number_stops_and_names_the_rows(run: Run, tmp_path: P
         bad = torch.tensor(math.nan)
         return output._replace(loss_sum=bad) if calls == 2 else output
 
-    with pytest.raises(TrainingError, match=r"loss is nan at step 2, in the rows from lines [\d, ]+"):
+    with pytest.raises(
+        TrainingError, match=r"loss is nan at step 2, in the rows from lines [\d, ]+"
+    ):
         run(failing)
     assert not list((tmp_path / "out").glob("rwkv-*"))
     assert len(losses(tmp_path / "out")) == 1

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -44,7 +44,7 @@ def test_every_token_but_the_first_is_a_target_exactly_once_in_a_pass(
     for i, line in enumerate(documents.lines.tolist()):
         tokens = documents.tokens[documents.starts[i] : documents.starts[i + 1]].tolist()
         assert tokens[-1] == 0
-        expected += [(line, x, y) for x, y in zip(tokens[:-1], tokens[1:], strict=True)]
+        expected += [(line, x, y) for x, y in pairwise(tokens)]
     assert sorted(pairs) == sorted(expected)
     assert len(pairs) == documents.num_trained
 
@@ -180,4 +180,3 @@ def test_overflowing_half_precision_gradients_skip_the_step_and_lower_the_scale(
         optimizer.backward(parameter.sum())
         optimizer.step(lr=0.1)
     assert parameter.item() < 0
-

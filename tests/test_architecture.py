@@ -1,0 +1,101 @@
+"""Guards the rules of docs/architecture.md that a reader of the source can check."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "rwkv_peft"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# imports point from a layer to the same or a later one
+LAYERS = (
+    ("cli",),
+    ("api",),
+    ("train", "generate"),
+    ("checkpoint",),
+    ("methods", "quant", "data", "loss"),
+    ("models",),
+    ("ops", "state", "device"),
+    ("config", "errors"),
+)
+HEAVY = {"peft", "transformers", "datasets", "triton", "fla", "deepspeed", "bitsandbytes", "wandb"}
+HEAVY |= {"pyrwkv_tokenizer", "jsonargparse", "yaml", "rich", "safetensors"}
+LINES, KERNEL_LINES, FUNCTION_LINES = 400, 600, 60
+
+
+def layer_of(module: str) -> int | None:
+    name = module.split(".")[1] if "." in module else ""
+    return next((i for i, names in enumerate(LAYERS) if name in names), None)
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[str, bool]]:
+    """Every imported module, and whether it is imported at the top of the file."""
+    inner = {
+        node
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for node in ast.walk(function)
+    }
+    for guard in ast.walk(tree):
+        if isinstance(guard, ast.If) and ast.unparse(guard.test) == "TYPE_CHECKING":
+            inner.update(ast.walk(guard))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node not in inner) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, node not in inner
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_file_keeps_to_its_layer_and_its_size(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    module = "rwkv_peft." + path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
+    own = layer_of(module.removesuffix(".__init__"))
+    for name, is_top in imports(tree):
+        assert not (is_top and name.split(".")[0] in HEAVY), f"{name} is imported at the top"
+        if name.startswith("rwkv_peft.") and own is not None:
+            other = layer_of(name)
+            assert other is not None and other >= own, f"{name} is a layer above"
+    is_kernel = "ops" in path.parts
+    assert text.count("\n") <= (KERNEL_LINES if is_kernel else LINES)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < FUNCTION_LINES, f"{node.name} is too long"
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else ""
+            assert caught not in ("", "Exception", "BaseException"), "a broad except"
+
+
+def test_no_file_is_a_drawer_for_anything() -> None:
+    drawers = ("utils", "common", "helpers")
+    assert not [p for p in PACKAGE.rglob("*") if p.stem in drawers]
+
+
+def test_importing_the_package_loads_no_other() -> None:
+    code = (
+        "import sys, rwkv_peft\n"
+        "heavy = {'torch', 'numpy', 'peft', 'yaml', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert callable(rwkv_peft.load_model) and callable(rwkv_peft.merge)\n"
+        "heavy = {'peft', 'transformers', 'rich', 'yaml', 'jsonargparse'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_function_says_what_it_gives() -> None:
+    missing = []
+    for path in FILES:
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        classes = [n for n in module.body if isinstance(n, ast.ClassDef)]
+        for owner in [module, *(c for c in classes if not c.name.startswith("_"))]:
+            for node in owner.body:
+                is_public = getattr(node, "name", "_")[0] != "_"
+                if is_public and isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                    missing += [f"{path.name}: {node.name}"] * (ast.get_docstring(node) is None)
+    assert not missing
