@@ -7,9 +7,9 @@ import torch
 from rwkv_peft.checkpoint.adapter import load_adapter, merge
 from rwkv_peft.checkpoint.pth import load_official
 from rwkv_peft.device import dtype_of
-from rwkv_peft.generate.engine import generate
+from rwkv_peft.generation.engine import generate
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.train.loop import train
+from rwkv_peft.training.loop import train
 
 __all__ = ["generate", "load_model", "merge", "train"]
 

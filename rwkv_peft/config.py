@@ -1,7 +1,7 @@
 """The settings of a training run, with RWKV-PEFT's names: fields, YAML keys and flags are the same.
 
 A field that is None (or 'auto') is chosen when the model and the data are known, in
-`train.plan`; the choice is printed with its reason and saved with the run.
+`training.plan`; the choice is printed with its reason and saved with the run.
 """
 
 from dataclasses import dataclass, field, fields

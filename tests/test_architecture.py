@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("cli",),
     ("api",),
-    ("train", "generate"),
+    ("training", "generation"),
     ("checkpoint",),
     ("methods", "quant", "data", "loss"),
     ("models",),

@@ -20,7 +20,7 @@ def run(args: Sequence[str]) -> int:
     options = parse(ChatOptions, args, command="chat", positional=("load_model",))
     model = options.model()
 
-    from rwkv_peft.generate.chat import Chat
+    from rwkv_peft.generation.chat import Chat
 
     chat = Chat(model, options.sampling(), seed=options.seed)
     while True:

@@ -36,7 +36,7 @@ def run(args: Sequence[str]) -> int:
 
     from rwkv_peft.api import load_model, train
     from rwkv_peft.device import resolve_device
-    from rwkv_peft.train.plan import free_folder
+    from rwkv_peft.training.plan import free_folder
 
     device = resolve_device(options.accelerator)
     print(
@@ -84,7 +84,7 @@ def held_out_loss(model: "RWKV") -> float:
     from rwkv_peft.data.batching import PaddedBatches
     from rwkv_peft.data.prepare import read_documents
     from rwkv_peft.data.tokenizer import Tokenizer
-    from rwkv_peft.train.step import evaluate_loss
+    from rwkv_peft.training.step import evaluate_loss
 
     documents = read_documents(HELD_OUT, Tokenizer(model.geometry.vocab_size))
     batches = PaddedBatches(
@@ -104,9 +104,9 @@ def questions(count: int) -> list[str]:
 
 def answer(model: "RWKV", question: str) -> str:
     """The model's likeliest answer to one question, on one line."""
-    from rwkv_peft.generate.chat import STOPS, turn_prompt
-    from rwkv_peft.generate.engine import generate
-    from rwkv_peft.generate.sampling import Sampling
+    from rwkv_peft.generation.chat import STOPS, turn_prompt
+    from rwkv_peft.generation.engine import generate
+    from rwkv_peft.generation.sampling import Sampling
 
     text = generate(
         model,

@@ -11,7 +11,7 @@ from rwkv_peft.cli.parse import parse
 from rwkv_peft.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rwkv_peft.generate.sampling import Sampling
+    from rwkv_peft.generation.sampling import Sampling
     from rwkv_peft.models.base import RWKV
 
 
@@ -61,7 +61,7 @@ class ModelOptions:
 
     def sampling(self) -> "Sampling":
         """How to draw."""
-        from rwkv_peft.generate.sampling import Sampling
+        from rwkv_peft.generation.sampling import Sampling
 
         return Sampling(self.temperature, self.top_p, self.presence, self.frequency)
 
@@ -92,7 +92,7 @@ def run(args: Sequence[str]) -> int:
         raise ConfigError("--prompt is empty: give the text to continue, or - for standard input")
     model = options.model()
 
-    from rwkv_peft.generate.engine import stream
+    from rwkv_peft.generation.engine import stream
 
     started = time.perf_counter()
     pieces = stream(

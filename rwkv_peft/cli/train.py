@@ -11,7 +11,7 @@ def run(args: Sequence[str]) -> int:
     config = parse(TrainConfig, args, command="train", positional=("load_model", "data_file"))
     config.require_files()
 
-    from rwkv_peft.train.loop import train
+    from rwkv_peft.training.loop import train
 
     result = train(config)
     return 128 + result.signal if result.signal else 0

@@ -21,12 +21,12 @@ from rwkv_peft.methods.attach import attach
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.geometry import FLAGS, Geometry, check_flags
-from rwkv_peft.train import plan as planning
-from rwkv_peft.train.interrupt import Interrupt
-from rwkv_peft.train.metrics import Display, RunFolder, StepRecord, peak_memory
-from rwkv_peft.train.optim import Optimizer
-from rwkv_peft.train.schedule import learning_rate
-from rwkv_peft.train.step import Step, full_step
+from rwkv_peft.training import plan as planning
+from rwkv_peft.training.interrupt import Interrupt
+from rwkv_peft.training.metrics import Display, RunFolder, StepRecord, peak_memory
+from rwkv_peft.training.optim import Optimizer
+from rwkv_peft.training.schedule import learning_rate
+from rwkv_peft.training.step import Step, full_step
 
 
 @dataclass(frozen=True, slots=True)

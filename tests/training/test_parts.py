@@ -9,8 +9,8 @@ from rwkv_peft.data.batching import IGNORE, PaddedBatches
 from rwkv_peft.data.prepare import read_documents
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import DataError
-from rwkv_peft.train.optim import Optimizer
-from rwkv_peft.train.schedule import learning_rate
+from rwkv_peft.training.optim import Optimizer
+from rwkv_peft.training.schedule import learning_rate
 
 
 def batches_of(path: Path, *, ctx_len: int = 8, micro_bsz: int = 3, seed: int = 0) -> PaddedBatches:

@@ -18,8 +18,8 @@ from rwkv_peft.checkpoint.adapter import read_adapter
 from rwkv_peft.checkpoint.pth import read_weights
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import TrainingError
-from rwkv_peft.train.loop import train
-from rwkv_peft.train.step import StepOutput, full_step
+from rwkv_peft.training.loop import train
+from rwkv_peft.training.step import StepOutput, full_step
 
 Run = Callable[..., Any]
 

@@ -6,7 +6,7 @@ import torch
 
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import DataError
-from rwkv_peft.generate.sampling import Sampler, Sampling
+from rwkv_peft.generation.sampling import Sampler, Sampling
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.state import RWKVState
 

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator
 
 from rwkv_peft.data.tokenizer import Tokenizer
-from rwkv_peft.generate.engine import Session, num_known_tokens, until_stop
-from rwkv_peft.generate.sampling import Sampler, Sampling
+from rwkv_peft.generation.engine import Session, num_known_tokens, until_stop
+from rwkv_peft.generation.sampling import Sampler, Sampling
 from rwkv_peft.models.base import RWKV
 
 STOPS = ("\n\nUser", "\n\nSystem")

@@ -1,0 +1,130 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import rwkv_peft
+from rwkv_peft.errors import ConfigError, DataError
+from rwkv_peft.generation.chat import Chat, turn_prompt
+from rwkv_peft.generation.engine import Session, num_known_tokens, stream, until_stop
+from rwkv_peft.generation.sampling import Sampler, Sampling
+
+
+def test_greedy_generation_equals_the_argmax_of_whole_forwards(model_file: Path) -> None:
+    model = rwkv_peft.load_model(model_file)
+    tokenizer = rwkv_peft.Tokenizer(320)
+    tokens = tokenizer.encode("some prompt")
+    text = rwkv_peft.generate(model, "some prompt", max_tokens=12, sampling=Sampling(temperature=0))
+    for _ in range(12):
+        with torch.inference_mode():
+            token = int(model(torch.tensor([tokens]))[0][0, -1].argmax())
+        if token == 0:
+            break
+        tokens.append(token)
+    assert text == tokenizer.decode(tokens[len(tokenizer.encode("some prompt")) :])
+
+
+@torch.inference_mode()
+def test_a_long_prompt_read_in_stretches_leaves_the_state_of_one_forward(
+    model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rwkv_peft.generation.engine.PREFILL", 7)
+    model = rwkv_peft.load_model(model_file, dtype="float64")
+    session = Session(model, rwkv_peft.Tokenizer(320))
+    tokens = list(range(1, 31))
+    session.read(tokens)
+    _, state = model(torch.tensor([tokens]))
+    assert session.state is not None
+    torch.testing.assert_close(session.state.wkv, state.wkv, rtol=0, atol=1e-10)
+    torch.testing.assert_close(session.state.ffn_shift, state.ffn_shift, rtol=0, atol=1e-10)
+
+
+def test_one_token_costs_the_same_after_any_text(model_file: Path) -> None:
+    model = rwkv_peft.load_model(model_file)
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda module, args: None)
+    original = model.hidden
+
+    def watching(tokens: torch.Tensor, state: object = None) -> object:
+        seen.append(tokens.shape[1])
+        return original(tokens, state)  # type: ignore[arg-type]
+
+    model.hidden = watching  # type: ignore[method-assign, assignment]
+    list(stream(model, "x" * 50, max_tokens=6, sampling=Sampling(temperature=0)))
+    assert seen[1:] == [1] * (len(seen) - 1) and len(seen) > 1
+
+
+def test_ids_without_text_are_never_drawn(make_model_file: Callable[..., Path]) -> None:
+    model = rwkv_peft.load_model(make_model_file(vocab_size=65536, n_embd=64, dim_att=64))
+    tokenizer = rwkv_peft.Tokenizer(65536)
+    assert num_known_tokens(model, tokenizer) == 65530
+    logits = torch.zeros(65536)
+    logits[65533] = 100.0
+    logits[7] = 1.0
+    assert Sampler(Sampling(temperature=0), 65530).draw(logits) == 7
+
+
+def test_top_p_draws_from_the_likeliest_tokens_alone() -> None:
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+    drawn = {
+        p: {Sampler(Sampling(1.0, top_p=p), 4, seed=s).draw(logits) for s in range(300)}
+        for p in (0.4, 0.7, 0.9, 1.0)
+    }
+    assert drawn == {0.4: {0}, 0.7: {0, 1}, 0.9: {0, 1, 2}, 1.0: {0, 1, 2, 3}}
+
+
+def test_draws_follow_the_probabilities() -> None:
+    logits = torch.log(torch.tensor([0.6, 0.3, 0.1]))
+    sampler = Sampler(Sampling(1.0, top_p=1.0), 3, seed=0)
+    counts = torch.bincount(torch.tensor([sampler.draw(logits) for _ in range(4000)]))
+    # three standard deviations of a binomial count are below 0.024
+    torch.testing.assert_close(counts / 4000, torch.tensor([0.6, 0.3, 0.1]), rtol=0, atol=0.024)
+
+
+def test_penalties_turn_from_tokens_already_drawn() -> None:
+    logits = torch.tensor([1.0, 0.9, 0.0])
+    sampler = Sampler(Sampling(temperature=0, presence=0.5), 3)
+    assert [sampler.draw(logits) for _ in range(3)] == [0, 1, 0]
+    counting = Sampler(Sampling(temperature=0, frequency=0.6), 3)
+    assert [counting.draw(logits) for _ in range(4)] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("settings", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}])
+def test_impossible_sampling_is_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="got"):
+        Sampling(**settings)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 100])
+def test_text_ends_before_a_stop_that_spans_pieces(width: int) -> None:
+    text = "An answer.\n\nUse it.\n\nUser: more"
+    pieces = [text[i : i + width] for i in range(0, len(text), width)]
+    got = "".join(until_stop(iter(pieces), ["\n\nUser", "\n\nSystem"]))
+    assert got == "An answer.\n\nUse it."
+    assert "".join(until_stop(iter(pieces), [])) == text
+    assert "".join(until_stop(iter(["ends in \n\nUs"]), ["\n\nUser"])) == "ends in \n\nUs"
+
+
+def test_an_empty_prompt_is_refused(model_file: Path) -> None:
+    with pytest.raises(DataError, match="no prompt"):
+        rwkv_peft.generate(rwkv_peft.load_model(model_file), "")
+
+
+def test_a_users_turn_holds_no_blank_line_and_the_prompt_no_space_at_its_end() -> None:
+    assert turn_prompt(" a\r\n\r\nb \n\n\nc ") == "User: a\nb \nc\n\nAssistant:"
+
+
+def test_a_dialogue_has_the_state_of_its_text(model_file: Path) -> None:
+    model = rwkv_peft.load_model(model_file, dtype="float64")
+    chat = Chat(model, Sampling(temperature=0))
+    answers = ["".join(chat.reply(text, max_tokens=5)) for text in ("hello", "again")]
+    tokenizer = rwkv_peft.Tokenizer(320)
+    tokens = [
+        *tokenizer.encode("User: hello\n\nAssistant:" + answers[0].rstrip()),
+        *tokenizer.encode("\n\nUser: again\n\nAssistant:" + answers[1].rstrip()),
+    ]
+    with torch.inference_mode():
+        _, state = model(torch.tensor([tokens]))
+    assert chat._session.state is not None
+    torch.testing.assert_close(chat._session.state.wkv, state.wkv, rtol=0, atol=1e-10)
