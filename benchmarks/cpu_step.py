@@ -1,0 +1,153 @@
+"""Time of the WKV-7 operator and of a LoRA training step on a CPU, backends side by side.
+
+    python benchmarks/cpu_step.py [--output FILE] [--threads 2]
+
+The backends take turns in one process, so that a machine whose speed drifts is the same for all;
+the table shows medians and, beside them, minima. A figure is printed only if the numerical check of
+the same run passed: every result and gradient of the operator within the error budget, the loss of
+a step equal over backends to 1e-5.
+"""
+
+import argparse
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from rwkv_peft.checkpoint.pth import load_weights
+from rwkv_peft.data.batching import Batch
+from rwkv_peft.methods.attach import attach
+from rwkv_peft.models import build
+from rwkv_peft.models.base import RWKV
+from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.models.initial import default_ranks, initial_weights
+from rwkv_peft.ops.testing import assert_within_budget, run_wkv7, wkv7_case, wkv7_plain
+from rwkv_peft.ops.wkv7.chunked import wkv7_chunked
+from rwkv_peft.ops.wkv7.reference import wkv7_reference
+from rwkv_peft.training.optim import Optimizer
+from rwkv_peft.training.step import full_step
+
+OPERATORS = {"token loop": wkv7_reference, "torch": wkv7_chunked}
+SHAPES = ((1, 512, 2), (1, 512, 4), (1, 512, 12), (4, 512, 4), (1, 2048, 4))
+# name, layers, width, vocabulary, rows, tokens a row
+MODELS = (("bundled base", 6, 256, 5120, 8, 96), ("0.1b", 12, 768, 65536, 1, 512))
+
+
+def take_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run, the runs taking turns, after one round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(rounds + 1):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            if i:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def operator_rows(rounds: int) -> list[str]:
+    """A table row a shape: forward and backward of each backend, and their ratio."""
+    rows = []
+    for B, T, H in SHAPES:
+        case = wkv7_case(B=B, T=T, H=H)
+        exact = run_wkv7(case.to(torch.float64), wkv7_reference)
+        plain = run_wkv7(case, wkv7_plain)
+        for name, value in run_wkv7(case, wkv7_chunked).items():
+            assert_within_budget(value, exact[name], plain[name], name)
+        seconds = take_turns(
+            {name: partial(run_wkv7, case, f) for name, f in OPERATORS.items()}, rounds
+        )
+        loop, torch_ = seconds["token loop"], seconds["torch"]
+        ratio = statistics.median(a / b for a, b in zip(loop, torch_, strict=True))
+        rows.append(
+            f"| {B}, {T}, {H} | {statistics.median(loop) * 1e3:.1f} ({min(loop) * 1e3:.1f}) | "
+            f"{statistics.median(torch_) * 1e3:.1f} ({min(torch_) * 1e3:.1f}) | {ratio:.1f}× |"
+        )
+    return rows
+
+
+def make_step(geometry: Geometry, op: str, batch: Batch) -> Callable[[], float]:
+    """A LoRA step (rank 32) of a fresh model, and its loss."""
+    model: RWKV = build(geometry, op=op)
+    load_weights(model, initial_weights(geometry, seed=0))
+    torch.manual_seed(0)
+    trained = attach(model, "lora", {"r": 32, "lora_alpha": 32})
+    optimizer = Optimizer(
+        trained,
+        betas=(0.9, 0.99),
+        eps=1e-8,
+        weight_decay=0.0,
+        grad_clip=1.0,
+        is_full=False,
+        uses_loss_scale=False,
+    )
+
+    def step() -> float:
+        output = full_step(model, batch, l2wrap=1e-4)
+        optimizer.backward(output.objective_sum / output.num_tokens)
+        optimizer.step(lr=0.0)
+        return output.loss_sum.item() / output.num_tokens
+
+    return step
+
+
+def step_rows(rounds: int) -> list[str]:
+    """A table row a model: a whole step with each backend."""
+    rows = []
+    for name, n_layer, n_embd, vocab_size, num_rows, T in MODELS:
+        geometry = Geometry(
+            "x070", n_layer, n_embd, n_embd, 4 * n_embd, 64, vocab_size, default_ranks(n_embd)
+        )
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(1, vocab_size, (num_rows, T + 1), generator=generator)
+        batch = Batch(tokens[:, :-1], tokens[:, 1:], list(range(num_rows)))
+        steps = {op: make_step(geometry, op, batch) for op in ("reference", "torch")}
+        losses = [step() for step in steps.values()]
+        assert abs(losses[0] - losses[1]) < 1e-5 * losses[0], losses
+        seconds = take_turns(dict(steps), rounds)
+        loop, torch_ = (statistics.median(seconds[op]) for op in ("reference", "torch"))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        rows.append(
+            f"| {name} | {num_rows} × {T} | {loop:.2f} | {torch_:.2f} | "
+            f"{num_rows * T / torch_:.0f} | {peak:.2f} |"
+        )
+    return rows
+
+
+def main() -> None:
+    """Prints the tables, and writes them to a file if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    lines = [
+        f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, float32",
+        "",
+        "Operator, forward + backward, ms, median (minimum); ratio pair by pair:",
+        "",
+        "| B, T, H | token loop | torch (chunked) | ratio |",
+        "|---|---|---|---|",
+        *operator_rows(options.rounds),
+        "",
+        "LoRA step, rank 32 (forward, backward, clip, AdamW), seconds, median; memory is the "
+        "process's peak, both models of a row loaded:",
+        "",
+        "| model | rows × tokens | token loop | torch (chunked) | tokens/s | peak GiB |",
+        "|---|---|---|---|---|---|",
+        *step_rows(max(3, options.rounds // 3)),
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if options.output:
+        options.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Time and memory of LoRA training steps on a GPU, for the shapes of the released models.
+
+    python benchmarks/gpu_step.py [--sizes 0.1b 1.5b] [--ops torch fla] [--output FILE]
+
+Random bf16 weights, random tokens, one row of 1024 tokens, LoRA of rank 32 on the default targets,
+blocks recomputed in backward: forward, backward, clip, AdamW on float32 masters. The backends are
+checked against each other first: a backend whose loss differs by more than 1 % is not timed. Memory
+is the peak of allocated tensors in GiB.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from rwkv_peft.data.batching import Batch
+from rwkv_peft.methods.attach import attach
+from rwkv_peft.models import build
+from rwkv_peft.models.base import RWKV
+from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.training.optim import Optimizer
+from rwkv_peft.training.step import full_step
+
+# layers, width, low-rank widths of w, a, v, g in the released files
+SIZES = {
+    "0.1b": (12, 768, (64, 64, 32, 128)),
+    "0.4b": (24, 1024, (64, 64, 32, 128)),
+    "1.5b": (24, 2048, (96, 96, 64, 256)),
+    "2.9b": (32, 2560, (96, 96, 64, 320)),
+    "7.2b": (32, 4096, (128, 128, 96, 480)),
+}
+TOKENS = 1024
+
+
+def make_model(size: str, op: str, device: torch.device) -> RWKV:
+    """A model of a released shape with random weights of a realistic scale."""
+    n_layer, n_embd, ranks = SIZES[size]
+    geometry = Geometry(
+        "x070",
+        n_layer,
+        n_embd,
+        n_embd,
+        4 * n_embd,
+        64,
+        65536,
+        dict(zip("wavg", ranks, strict=True)),
+        False,
+    )
+    model = build(geometry, op=op, device=device, dtype=torch.bfloat16)
+    model.to_empty(device=device).to(torch.bfloat16)
+    generator = torch.Generator(device=device).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0, 0.5 / parameter.shape[-1] ** 0.5, generator=generator)
+            if "ln" in name and name.endswith("weight"):
+                parameter.fill_(1.0)
+    model.grad_cp = True
+    return model
+
+
+def measure(size: str, op: str, rounds: int) -> tuple[float, float, float]:
+    """Loss, median seconds of a step and peak GiB."""
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    torch.accelerator.empty_cache()
+    torch.accelerator.reset_peak_memory_stats()
+    model = make_model(size, op, device)
+    torch.manual_seed(0)
+    trained = attach(model, "lora", {"r": 32, "lora_alpha": 32})
+    optimizer = Optimizer(
+        trained,
+        betas=(0.9, 0.99),
+        eps=1e-8,
+        weight_decay=0.0,
+        grad_clip=1.0,
+        is_full=False,
+        uses_loss_scale=False,
+    )
+    tokens = torch.randint(1, 65536, (1, TOKENS + 1), generator=torch.Generator().manual_seed(0))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], [1])
+    seconds, loss = [], 0.0
+    for _ in range(rounds + 3):
+        torch.accelerator.synchronize()
+        started = time.perf_counter()
+        output = full_step(model, batch, l2wrap=1e-4)
+        optimizer.backward(output.objective_sum / output.num_tokens)
+        optimizer.step(lr=0.0)
+        torch.accelerator.synchronize()
+        seconds.append(time.perf_counter() - started)
+        loss = output.loss_sum.item() / output.num_tokens
+    peak = torch.accelerator.max_memory_allocated() / 2**30
+    return loss, statistics.median(seconds[3:]), peak
+
+
+def main() -> None:
+    """Prints the table, and writes it to a file if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--ops", nargs="+", default=["torch", "fla"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    lines = ["| size | op | ms a step | tokens/s | peak GiB | loss |", "|---|---|---|---|---|---|"]
+    for size in options.sizes:
+        first = None
+        for op in options.ops:
+            loss, seconds, peak = measure(size, op, options.rounds)
+            first = loss if first is None else first
+            if abs(loss - first) > 0.01 * first:
+                lines.append(f"| {size} | {op} | not timed: the loss differs | | | {loss:.4f} |")
+                continue
+            lines.append(
+                f"| {size} | {op} | {seconds * 1e3:.0f} | {TOKENS / seconds:.0f} | {peak:.2f} | "
+                f"{loss:.4f} |"
+            )
+            print(lines[-1], flush=True)
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if options.output:
+        options.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
