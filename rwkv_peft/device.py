@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rwkv_peft.errors import BackendUnavailableError, ConfigError
 
@@ -69,7 +69,7 @@ def choose_precision(device: torch.device) -> tuple[str, str]:
 
     if device.type == "cpu":
         # not in every supported PyTorch
-        found = getattr(torch.cpu, "get_capabilities", dict)()
+        found: dict[str, Any] = dict(getattr(torch.cpu, "get_capabilities", dict)())
         if found.get("avx512_bf16") or found.get("amx_bf16"):
             return "bf16", "this CPU multiplies bf16 faster than fp32, in half the memory"
         return "fp32", "this CPU has no bf16 arithmetic"

@@ -77,7 +77,7 @@ def write_weights(path: str | Path, weights: Mapping[str, Tensor]) -> None:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import save
 
-            file.write(save({name: x.contiguous() for name, x in weights.items()}))
+            file.write(save({name: x.cpu().contiguous() for name, x in weights.items()}))
             return
         try:
             torch.save({name: _own_storage(x) for name, x in weights.items()}, file)
@@ -87,9 +87,11 @@ def write_weights(path: str | Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def _own_storage(x: Tensor) -> Tensor:
-    """The tensor itself unless torch.save would write the larger storage that it is a view of."""
+    """The tensor on the CPU, as a file may be opened where its device is not, and copied where
+    torch.save would write a larger storage that it is a view of."""
+    x = x.detach().cpu()
     is_whole = x.untyped_storage().nbytes() == x.numel() * x.element_size()
-    return x.detach() if is_whole and x.is_contiguous() else x.detach().clone()
+    return x if is_whole and x.is_contiguous() else x.clone()
 
 
 def _first_os_error(error: BaseException) -> BaseException:

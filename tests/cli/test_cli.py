@@ -45,7 +45,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = 
     "wrong geometry": (lambda m, d, t: [m, d, "--n_layer", 12], "--n_layer 12 contradicts"),
     "empty data": (lambda m, d, t: [m, write(t / "e.jsonl", b"")], "the file is empty"),
     "broken line": (
-        lambda m, d, t: [m, write(t / "b.jsonl", b'{"text": "a"}\n{"te\n')],
+        lambda m, d, t: [m, write(t / "b.jsonl", b'{"text": "a"}\n{"text\n')],
         "b.jsonl:2: not JSON",
     ),
     "row without text": (
@@ -287,5 +287,5 @@ def test_help_of_train_explains_every_flag(cli: Cli, capsys: pytest.CaptureFixtu
 
 
 def test_an_unknown_command_is_met_with_the_nearest(cli: Cli) -> None:
-    assert cli("trian").err == "error: unknown command 'trian': did you mean train?\n"
-    assert cli("trian").code == 2
+    assert cli("trai").err == "error: unknown command 'trai': did you mean train?\n"
+    assert cli("trai").code == 2
