@@ -4,7 +4,7 @@ A field that is None (or 'auto') is chosen when the model and the data are known
 `training.plan`; the choice is printed with its reason and saved with the run.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,11 +133,6 @@ class TrainConfig:
                 raise ConfigError(f"no {what} given: rwkv-peft train model.pth data.jsonl")
             if not Path(value).is_file():
                 raise ConfigError(f"--{name}: there is no file {value}")
-
-
-def field_docs(config: type[Any]) -> dict[str, Any]:
-    """Name and type of each field of a config class."""
-    return {f.name: f.type for f in fields(config)}
 
 
 def _require_positive(config: TrainConfig, *names: str) -> None:

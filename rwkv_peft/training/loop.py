@@ -179,13 +179,7 @@ def _optimizer_step(run: _Run, positions: range, done: int, epoch: int) -> StepR
         output = run.step(run.model, batch, l2wrap=config.l2wrap)
         value = output.loss_sum.item()
         if not math.isfinite(value):
-            run.optimizer.zero_grad()
-            lines = ", ".join(map(str, batch.lines))
-            raise TrainingError(
-                f"the loss is {value} at step {done + 1}, in the rows from lines {lines} of "
-                f"{config.data_file}: nothing of this step was learned. Try a lower --lr_init, "
-                "or --precision bf16 in place of fp16"
-            )
+            raise _not_finite(f"the loss is {value}", done, batch.lines, config)
         run.optimizer.backward(output.objective_sum / num_trained)
         loss_sum += value
     lr = learning_rate(
@@ -197,7 +191,9 @@ def _optimizer_step(run: _Run, positions: range, done: int, epoch: int) -> StepR
         warmup_steps=config.warmup_steps,
     )
     grad_norm = run.optimizer.step(lr)
-    tokens = sum(batch.num_trained for batch in micro_batches)
+    if not math.isfinite(grad_norm) and not run.optimizer.uses_loss_scale:
+        lines = [line for batch in micro_batches for line in batch.lines]
+        raise _not_finite(f"the gradient is {grad_norm}", done, lines, config)
     seconds = time.perf_counter() - started
     return StepRecord(
         step=done + 1,
@@ -205,11 +201,19 @@ def _optimizer_step(run: _Run, positions: range, done: int, epoch: int) -> StepR
         loss=loss_sum / num_trained,
         lr=lr,
         grad_norm=grad_norm,
-        tokens=tokens,
+        tokens=num_trained,
         trained_tokens=num_trained,
         t_cost=seconds,
-        kt_s=tokens / seconds / 1000,
+        kt_s=num_trained / seconds / 1000,
         peak_memory=peak_memory(run.model.emb.weight.device),
+    )
+
+
+def _not_finite(what: str, done: int, lines: list[int], config: TrainConfig) -> TrainingError:
+    return TrainingError(
+        f"{what} at step {done + 1}, in the rows from lines {', '.join(map(str, lines))} of "
+        f"{config.data_file}: nothing of this step was learned. Try a lower --lr_init, or "
+        "--precision bf16 in place of fp16"
     )
 
 

@@ -24,7 +24,7 @@ class StepRecord:
     Attributes:
         loss: cross-entropy in nats, the mean over the step's trained tokens.
         tokens: positions of all micro-batches, without padding.
-        trained_tokens: those with a loss.
+        trained_tokens: those with a loss; all of them as long as there are no masks.
         t_cost: seconds.
         kt_s: thousands of tokens a second.
         peak_memory: most bytes allocated on the device so far; 0 on a CPU.

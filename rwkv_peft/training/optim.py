@@ -18,6 +18,7 @@ class Optimizer:
 
     Attributes:
         masters: the values to save, by name.
+        uses_loss_scale: gradients are scaled against underflow, for fp16.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Optimizer:
     ) -> None:
         self._parameters = dict(trained)
         self.masters = {name: _master(p) for name, p in trained.items()}
-        self._grad_clip = grad_clip
+        self._grad_clip, self.uses_loss_scale = grad_clip, uses_loss_scale
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, master in self.masters.items():
             is_matrix = is_full and name.endswith(".weight") and master.ndim >= 2
@@ -59,25 +60,25 @@ class Optimizer:
     def step(self, lr: float) -> float:
         """Takes one step at a rate, clears the gradients and gives their norm before clipping.
 
-        With fp16, a step whose scaled gradients overflow is skipped and the scale lowered.
+        A step whose norm is not finite is not taken; with loss scaling that happens now and then,
+        and lowers the scale.
         """
         for group in self._adamw.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._scaler.unscale_(self._adamw)
         limit = self._grad_clip or float("inf")
         norm = nn.utils.clip_grad_norm_(self.masters.values(), limit, foreach=True)
-        self._scaler.step(self._adamw)
-        self._scaler.update()
+        if self.uses_loss_scale:
+            self._scaler.step(self._adamw)
+            self._scaler.update()
+        elif norm.isfinite():
+            self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 if parameter is not self.masters[name]:
                     parameter.copy_(self.masters[name])
         return norm.item()
-
-    def zero_grad(self) -> None:
-        """Forgets what the micro-batches of an unfinished step left."""
-        self._adamw.zero_grad(set_to_none=True)
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

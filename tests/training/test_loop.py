@@ -224,6 +224,18 @@ def test_a_loss_that_is_no_number_stops_and_names_the_rows(run: Run, tmp_path: P
     assert len(losses(tmp_path / "out")) == 1
 
 
+def test_a_gradient_that_is_no_number_stops_before_the_weights_change(
+    run: Run, tmp_path: Path
+) -> None:
+    def failing(model: Any, batch: Any, **options: Any) -> StepOutput:
+        output = full_step(model, batch, **options)
+        return output._replace(objective_sum=output.objective_sum * math.inf)
+
+    with pytest.raises(TrainingError, match=r"the gradient is (nan|inf) at step 1"):
+        run(failing)
+    assert not list((tmp_path / "out").glob("rwkv-*"))
+
+
 def test_a_second_run_in_a_folder_keeps_the_first_ones_losses(run: Run, tmp_path: Path) -> None:
     run(epoch_count=1)
     first = (tmp_path / "out" / "loss_data.jsonl").read_text()

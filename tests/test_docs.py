@@ -1,0 +1,100 @@
+"""Every command and example of README.md and docs/ runs."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rwkv_peft.checkpoint.pth import read_weights
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "README_zh.md")
+CHAT_LINE = "rwkv-peft chat out/rwkv-0.pth"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def commands(page: str) -> list[str]:
+    """The command lines of a page; a quoted argument may span lines."""
+    joined = "".join(blocks(page, "bash"))
+    return re.findall(r"^(?:rwkv-peft|python3)\b(?:[^\n\"]|\"[^\"]*\")*$", joined, re.M)
+
+
+def run(line: str, folder: Path, given: str = "") -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", line],
+        cwd=folder,
+        input=given,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path},
+    )
+
+
+def test_both_readmes_hold_the_same_commands() -> None:
+    english, chinese = (blocks(page, "bash") for page in PAGES)
+    assert english == chinese
+    assert len(commands("README.md")) == 11
+
+
+def test_the_commands_of_the_readme_run_in_their_order(
+    make_model_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    make_model_file("model.pth", vocab_size=1000)
+    (tmp_path / "data.jsonl").write_text(blocks("README.md", "json")[0] * 8, encoding="utf-8")
+    lines = [line for line in commands("README.md") if line.startswith("rwkv-peft")]
+    for line in lines:
+        done = run(line, tmp_path, given="hello\n\n" if line == CHAT_LINE else "")
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+    merged, saved = read_weights(tmp_path / "merged.pth"), read_weights(tmp_path / "out/rwkv-0.pth")
+    assert all((merged[name] == saved[name]).all() for name in saved)
+
+
+def test_ci_runs_the_readmes_own_line_of_tests() -> None:
+    line = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "grep -E '^python3 -m venv .*pytest' README.md" in line
+    found = [c for c in commands("README.md") if "pytest" in c]
+    assert found == [
+        "python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt '.[test]' && "
+        ".venv/bin/pytest"
+    ]
+
+
+@pytest.mark.slow
+def test_the_first_line_of_the_readme_installs_and_learns(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    line = next(c for c in commands("README.md") if "demo" in c)
+    done = run(line.replace("python3", sys.executable, 1), clone)
+    assert done.returncode == 0, done.stderr
+    assert "Thus the Devil's Dictionary." in done.stdout
+
+
+def test_the_example_of_the_library_page_runs(tmp_path: Path) -> None:
+    (code,) = blocks("docs/library.md", "python")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "merged.pth").exists()
+
+
+def test_the_usage_page_names_every_file_and_exit_code_of_a_run() -> None:
+    text = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
+    for name in ("config.yaml", "train_log.txt", "loss_data.jsonl", "rwkv-K.pth", "130, 143"):
+        assert name in text
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("examples/*/*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
