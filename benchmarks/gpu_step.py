@@ -1,11 +1,11 @@
-"""Time and memory of LoRA training steps on a GPU, for the shapes of the released models.
+"""Time and memory of training steps on a GPU, for the shapes of the released models.
 
-    python benchmarks/gpu_step.py [--sizes 0.1b 1.5b] [--ops torch fla] [--output FILE]
+    python benchmarks/gpu_step.py [--sizes 0.1b 1.5b] [--ops torch fla] [--methods lora none]
 
-Random bf16 weights, random tokens, one row of 1024 tokens, LoRA of rank 32 on the default targets,
-blocks recomputed in backward: forward, backward, clip, AdamW on float32 masters. The backends are
-checked against each other first: a backend whose loss differs by more than 1 % is not timed. Memory
-is the peak of allocated tensors in GiB.
+Random bf16 weights, random tokens, one row of 1024 tokens, LoRA of rank 32 on the default targets or
+full tuning (none), blocks recomputed in backward: forward, backward, clip, AdamW on float32 masters.
+The backends are checked against each other first: one whose loss differs by more than 1 % from the
+first's is not timed. Memory is the peak of allocated tensors in GiB.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from rwkv_peft.data.batching import Batch
+from rwkv_peft.methods import Method
 from rwkv_peft.methods.attach import attach
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
@@ -60,7 +61,7 @@ def make_model(size: str, op: str, device: torch.device) -> RWKV:
     return model
 
 
-def measure(size: str, op: str, rounds: int) -> tuple[float, float, float]:
+def measure(size: str, method: Method, op: str, rounds: int) -> tuple[float, float, float]:
     """Loss, median seconds of a step and peak GiB."""
     device = torch.accelerator.current_accelerator()
     assert device is not None
@@ -68,14 +69,14 @@ def measure(size: str, op: str, rounds: int) -> tuple[float, float, float]:
     torch.accelerator.reset_peak_memory_stats()
     model = make_model(size, op, device)
     torch.manual_seed(0)
-    trained = attach(model, "lora", {"r": 32, "lora_alpha": 32})
+    trained = attach(model, method, {} if method == "none" else {"r": 32, "lora_alpha": 32})
     optimizer = Optimizer(
         trained,
         betas=(0.9, 0.99),
         eps=1e-8,
         weight_decay=0.0,
         grad_clip=1.0,
-        is_full=False,
+        is_full=method == "none",
         uses_loss_scale=False,
     )
     tokens = torch.randint(1, 65536, (1, TOKENS + 1), generator=torch.Generator().manual_seed(0))
@@ -94,27 +95,45 @@ def measure(size: str, op: str, rounds: int) -> tuple[float, float, float]:
     return loss, statistics.median(seconds[3:]), peak
 
 
+def rows(size: str, method: Method, ops: list[str], rounds: int) -> list[str]:
+    """A table row a backend."""
+    found, first = [], None
+    for op in ops:
+        start = f"| {method} | {size} | {op} | "
+        try:
+            loss, seconds, peak = measure(size, method, op, rounds)
+        except torch.OutOfMemoryError:
+            found.append(start + "out of memory | | | |")
+            continue
+        first = loss if first is None else first
+        if abs(loss - first) > 0.01 * first:
+            found.append(start + f"not timed: the loss differs | | | {loss:.4f} |")
+            continue
+        found.append(
+            start + f"{seconds * 1e3:.0f} | {TOKENS / seconds:.0f} | {peak:.2f} | {loss:.4f} |"
+        )
+    return found
+
+
 def main() -> None:
     """Prints the table, and writes it to a file if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--ops", nargs="+", default=["torch", "fla"])
+    parser.add_argument("--methods", nargs="+", default=["lora", "none"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    lines = ["| size | op | ms a step | tokens/s | peak GiB | loss |", "|---|---|---|---|---|---|"]
-    for size in options.sizes:
-        first = None
-        for op in options.ops:
-            loss, seconds, peak = measure(size, op, options.rounds)
-            first = loss if first is None else first
-            if abs(loss - first) > 0.01 * first:
-                lines.append(f"| {size} | {op} | not timed: the loss differs | | | {loss:.4f} |")
-                continue
-            lines.append(
-                f"| {size} | {op} | {seconds * 1e3:.0f} | {TOKENS / seconds:.0f} | {peak:.2f} | "
-                f"{loss:.4f} |"
-            )
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    lines = [
+        f"{name}, torch {torch.__version__}, bf16, 1 row of {TOKENS} tokens",
+        "",
+        "| method | size | op | ms a step | tokens/s | peak GiB | loss |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method in options.methods:
+        for size in options.sizes:
+            lines += rows(size, method, options.ops, options.rounds)
             print(lines[-1], flush=True)
     text = "\n".join(lines) + "\n"
     print(text)
