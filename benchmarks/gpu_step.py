@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_step.py [--sizes 0.1b 1.5b] [--ops torch fla] [--methods lora none]
 
-Random bf16 weights, random tokens, one row of 1024 tokens, LoRA of rank 32 on the default targets or
-full tuning (none), blocks recomputed in backward: forward, backward, clip, AdamW on float32 masters.
-The backends are checked against each other first: one whose loss differs by more than 1 % from the
-first's is not timed. Memory is the peak of allocated tensors in GiB.
+Random bf16 weights, random tokens, one row of 1024 tokens, LoRA of rank 32 on the default targets
+or full tuning (none), blocks recomputed in backward: forward, backward, clip, AdamW on float32
+masters. The backends are checked against each other first: one whose loss differs by more than 1 %
+from the first's is not timed. Memory is the peak of allocated tensors in GiB.
 """
 
 import argparse

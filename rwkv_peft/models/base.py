@@ -29,7 +29,10 @@ class RWKV(nn.Module):
     ) -> None:
         super().__init__()
         self.geometry, self.op, self.grad_cp = geometry, op, False
-        self.emb = nn.Embedding(geometry.vocab_size, geometry.n_embd)
+        # an embedding that draws its own weights on the meta device loads a compiler to do so
+        self.emb = nn.Embedding.from_pretrained(
+            torch.empty(geometry.vocab_size, geometry.n_embd), freeze=False
+        )
         self.blocks = nn.ModuleList(
             block(geometry, layer, op.function) for layer in range(geometry.n_layer)
         )

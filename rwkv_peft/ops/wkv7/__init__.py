@@ -35,7 +35,7 @@ def _fla_objection(request: Request) -> str | None:
     return None
 
 
-FLA_NOTE = "Triton kernels of flash-linear-attention; they are tuned at the first step, which takes minutes"
+FLA_NOTE = "Triton kernels of flash-linear-attention, tuned at the first step, which takes minutes"
 TABLE = (
     Backend("fla", _load_fla, _fla_objection, FLA_NOTE),
     Backend("torch", _load_torch, lambda request: None, "chunked matrix products in PyTorch"),
