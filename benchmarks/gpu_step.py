@@ -65,9 +65,9 @@ def measure(size: str, method: Method, op: str, rounds: int) -> tuple[float, flo
     """Loss, median seconds of a step and peak GiB."""
     device = torch.accelerator.current_accelerator()
     assert device is not None
+    model = make_model(size, op, device)
     torch.accelerator.empty_cache()
     torch.accelerator.reset_peak_memory_stats()
-    model = make_model(size, op, device)
     torch.manual_seed(0)
     trained = attach(model, method, {} if method == "none" else {"r": 32, "lora_alpha": 32})
     optimizer = Optimizer(

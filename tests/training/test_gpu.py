@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def test_a_run_on_a_gpu_learns_and_its_file_opens_without_one(
     result = train(config)
     lines = (tmp_path / "out" / "loss_data.jsonl").read_text().splitlines()
     assert result.steps == len(lines)
-    assert result.loss < 5.0
+    assert result.loss < 0.96 * json.loads(lines[0])["loss"]
     assert result.weights is not None
     raw = torch.load(result.weights, weights_only=True)
     assert {x.device.type for x in raw.values()} == {"cpu"}

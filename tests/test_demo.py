@@ -1,0 +1,67 @@
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import rwkv_peft
+from rwkv_peft.cli.demo import BASE, answer, held_out_loss, questions
+from rwkv_peft.cli.main import main
+
+# a headword in capitals, its part of speech, a definition, the closing phrase
+HABIT = re.compile(
+    r"[A-Z][A-Z' -]*, (n|adj|adv|v|pp|interj|prep|v\.t|v\.i)\. .+ ?Thus the Devil's "
+)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The folder of one demo run, and its exit code."""
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    return SimpleNamespace(code=main(["demo", "--proj_dir", str(folder)]), folder=folder)
+
+
+def test_the_demo_at_least_halves_the_loss_on_dialogues_kept_aside(demo: SimpleNamespace) -> None:
+    assert demo.code == 0
+    before = held_out_loss(rwkv_peft.load_model(BASE))
+    after = held_out_loss(rwkv_peft.load_model(demo.folder / "rwkv-2.pth"))
+    assert after <= before / 2
+
+
+def test_the_tuned_model_has_the_habit_and_the_base_has_not(demo: SimpleNamespace) -> None:
+    base, tuned = rwkv_peft.load_model(BASE), rwkv_peft.load_model(demo.folder / "rwkv-2.pth")
+    asked = questions(10)
+    answers = [answer(tuned, question) for question in asked]
+    assert sum(bool(HABIT.match(text)) for text in answers) >= 9, answers
+    assert not any(HABIT.match(answer(base, question)) for question in asked[:3])
+
+
+@torch.inference_mode()
+def test_bundled_and_tuned_model_have_the_official_runtimes_logits(
+    demo: SimpleNamespace, official_logits: Callable[..., torch.Tensor]
+) -> None:
+    text = "User: What is the meaning of love?\n\nAssistant: LOVE, n. A temporary insanity"
+    for path in (BASE, demo.folder / "rwkv-2.pth"):
+        model = rwkv_peft.load_model(path)
+        tokens = rwkv_peft.Tokenizer(model.geometry.vocab_size).encode(text)
+        official = official_logits(Path(path), tokens)
+        whole = model(torch.tensor([tokens]))[0][0]
+        torch.testing.assert_close(whole, official, rtol=0, atol=1e-4)
+        state, logits = None, []
+        for token in tokens:
+            one, state = model(torch.tensor([[token]]), state)
+            logits.append(one[0])
+        torch.testing.assert_close(torch.cat(logits), official, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_the_demos_merged_file_differs_from_its_adapter_by_bf16_rounding_alone(
+    demo: SimpleNamespace,
+) -> None:
+    tokens = torch.tensor([rwkv_peft.Tokenizer(5120).encode("User: Define love.\n\nAssistant:")])
+    adapted = rwkv_peft.load_model(BASE, adapter=demo.folder / "rwkv-2-adapter")(tokens)[0]
+    merged = rwkv_peft.load_model(demo.folder / "rwkv-2.pth")(tokens)[0]
+    base = rwkv_peft.load_model(BASE)(tokens)[0]
+    assert (merged - adapted).norm() < 0.05 * (adapted - base).norm()
