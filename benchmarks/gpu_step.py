@@ -74,9 +74,9 @@ def measure(size: str, method: Method, op: str, rounds: int) -> tuple[float, flo
         trained,
         betas=(0.9, 0.99),
         eps=1e-8,
-        weight_decay=0.0,
         grad_clip=1.0,
         is_full=method == "none",
+        doubles_rate=False,
         uses_loss_scale=False,
     )
     tokens = torch.randint(1, 65536, (1, TOKENS + 1), generator=torch.Generator().manual_seed(0))

@@ -90,6 +90,10 @@ class TrainConfig:
     """Epsilon of AdamW."""
     weight_decay: float = 0.0
     """Decay of weight matrices in full tuning; never of vectors or adapters."""
+    weight_decay_final: float = -1.0
+    """Decay at the last step, reached geometrically; weight_decay throughout if negative."""
+    layerwise_lr: Switch = 1
+    """1 gives att.w0 twice the rate in full tuning, as official training does; 0 does not."""
     grad_clip: float = 1.0
     """Largest norm of all gradients together; 0 clips nothing."""
     l2wrap: float = 1e-4
@@ -101,6 +105,19 @@ class TrainConfig:
     """Device: auto, cpu, gpu, or a torch device type such as cuda or mps."""
     devices: int = 1
     """Number of devices; only 1 so far."""
+    num_nodes: int = 1
+    """Number of machines; only 1 so far."""
+    strategy: Literal[
+        "auto",
+        "ddp",
+        "deepspeed_stage_1",
+        "deepspeed_stage_2",
+        "deepspeed_stage_3",
+        "deepspeed_stage_1_offload",
+        "deepspeed_stage_2_offload",
+        "deepspeed_stage_3_offload",
+    ] = "auto"
+    """How devices share the work; one device has nothing to share, so that all are the same."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Number type of weights and activations; trained tensors keep float32 masters."""
     grad_cp: Switch | None = None
@@ -120,8 +137,11 @@ class TrainConfig:
             raise ConfigError(
                 f"--head_size_divisor {self.head_size_divisor}: every RWKV-7 has 8; leave it out"
             )
-        if self.devices != 1:
-            raise ConfigError(f"--devices {self.devices}: only one device can be used: use 1")
+        for name in ("devices", "num_nodes"):
+            if (value := getattr(self, name)) != 1:
+                raise ConfigError(f"--{name} {value}: only one device can be used so far: use 1")
+        if self.weight_decay_final > 0 and self.weight_decay <= 0:
+            raise ConfigError("--weight_decay_final needs --weight_decay above 0 to start from")
         if self.peft == "none" and self.peft_config:
             raise ConfigError("--peft_config needs a method: give --peft lora, or leave it out")
 

@@ -25,7 +25,7 @@ from rwkv_peft.training import plan as planning
 from rwkv_peft.training.interrupt import Interrupt
 from rwkv_peft.training.metrics import Display, RunFolder, StepRecord, peak_memory
 from rwkv_peft.training.optim import Optimizer
-from rwkv_peft.training.schedule import learning_rate
+from rwkv_peft.training.schedule import learning_rate, weight_decay
 from rwkv_peft.training.step import Step, full_step
 
 
@@ -128,9 +128,9 @@ def _make_optimizer(config: TrainConfig, trained: Mapping[str, nn.Parameter]) ->
         trained,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
-        weight_decay=config.weight_decay,
         grad_clip=config.grad_clip,
         is_full=config.peft == "none",
+        doubles_rate=bool(config.layerwise_lr),
         uses_loss_scale=dtype_of(config.precision) == torch.float16,
     )
 
@@ -190,7 +190,10 @@ def _optimizer_step(run: _Run, positions: range, done: int, epoch: int) -> StepR
         lr_final=config.lr_final,
         warmup_steps=config.warmup_steps,
     )
-    grad_norm = run.optimizer.step(lr)
+    decay = weight_decay(
+        done, total=run.plan.steps, first=config.weight_decay, last=config.weight_decay_final
+    )
+    grad_norm = run.optimizer.step(lr, decay)
     if not math.isfinite(grad_norm) and not run.optimizer.uses_loss_scale:
         lines = [line for batch in micro_batches for line in batch.lines]
         raise _not_finite(f"the gradient is {grad_norm}", done, lines, config)

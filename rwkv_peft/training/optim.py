@@ -27,24 +27,24 @@ class Optimizer:
         *,
         betas: tuple[float, float],
         eps: float,
-        weight_decay: float,
         grad_clip: float,
         is_full: bool,
+        doubles_rate: bool,
         uses_loss_scale: bool,
     ) -> None:
         self._parameters = dict(trained)
         self.masters = {name: _master(p) for name, p in trained.items()}
         self._grad_clip, self.uses_loss_scale = grad_clip, uses_loss_scale
-        groups: dict[tuple[float, float], list[Tensor]] = {}
+        groups: dict[tuple[float, bool], list[Tensor]] = {}
         for name, master in self.masters.items():
-            is_matrix = is_full and name.endswith(".weight") and master.ndim >= 2
-            scale = 2.0 if is_full and name.endswith(DOUBLED) else 1.0
-            groups.setdefault((scale, weight_decay if is_matrix else 0.0), []).append(master)
+            decays = is_full and name.endswith(".weight") and master.ndim >= 2
+            scale = 2.0 if is_full and doubles_rate and name.endswith(DOUBLED) else 1.0
+            groups.setdefault((scale, decays), []).append(master)
         device = next(iter(self.masters.values())).device
         self._adamw = torch.optim.AdamW(
             [
-                {"params": masters, "weight_decay": decay, "lr_scale": scale}
-                for (scale, decay), masters in groups.items()
+                {"params": masters, "decays": decays, "lr_scale": scale}
+                for (scale, decays), masters in groups.items()
             ],
             lr=0.0,
             betas=betas,
@@ -57,14 +57,17 @@ class Optimizer:
         """Adds the gradient of one micro-batch to the masters'."""
         self._scaler.scale(objective).backward()
 
-    def step(self, lr: float) -> float:
-        """Takes one step at a rate, clears the gradients and gives their norm before clipping.
+    def step(self, lr: float, weight_decay: float = 0.0) -> float:
+        """Takes one step, clears the gradients and gives their norm before clipping.
+
+        The decay acts on weight matrices in full tuning, on nothing else.
 
         A step whose norm is not finite is not taken; with loss scaling that happens now and then,
         and lowers the scale.
         """
         for group in self._adamw.param_groups:
             group["lr"] = lr * group["lr_scale"]
+            group["weight_decay"] = weight_decay if group["decays"] else 0.0
         self._scaler.unscale_(self._adamw)
         limit = self._grad_clip or float("inf")
         norm = nn.utils.clip_grad_norm_(self.masters.values(), limit, foreach=True)

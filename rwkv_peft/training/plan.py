@@ -122,6 +122,8 @@ def describe_model(
     yield f"model: {config.load_model}, {geometry.describe()}, {num_weights:,} weights, {trained}"
     memory = guess_memory(config, geometry, num_weights, num_trained)
     yield f"memory: about {memory / 2**30:.1f} GiB (a guess)"
+    if config.strategy != "auto":
+        yield f"strategy: {config.strategy} has nothing to share on one device, and changes nothing"
 
 
 def describe_plan(config: TrainConfig, plan: Plan, batches: PaddedBatches) -> Iterable[str]:

@@ -24,3 +24,13 @@ def learning_rate(
     if step < warmup_steps:
         rate *= 0.01 + 0.99 * step / warmup_steps
     return rate
+
+
+def weight_decay(step: int, *, total: int, first: float, last: float) -> float:
+    """Decay of optimizer step `step` (from 0) of `total`: from `first` to `last` geometrically.
+
+    A `last` that is not above 0 means `first` throughout.
+    """
+    if last <= 0 or first <= 0:
+        return first
+    return float(first * (last / first) ** (step / max(total - 1, 1)))

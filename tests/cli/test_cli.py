@@ -159,6 +159,7 @@ def test_train_py_takes_the_flags_of_an_old_script(
     command += ["--precision", "bf16", "--my_testing", "x070", "--grad_cp", "1", "--peft", "lora"]
     command += ["--peft_config", '{"r":8,"lora_alpha":32,"lora_dropout":0.05}', "--merge", "1"]
     command += ["--dataload", "pad", "--loss_mask", "pad", "--op", "torch", "--train_type", "none"]
+    command += ["--strategy", "deepspeed_stage_1", "--num_nodes", "1", "--weight_decay", "0"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "out" / "loss_data.jsonl").read_text().splitlines()) == 2
@@ -245,6 +246,21 @@ def test_generate_repeats_itself_at_temperature_0_and_prints_json(
     drawn = [cli("generate", *arguments, "--random_seed", s).out for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert "--prompt is empty" in cli("generate", "--load_model", model_file).err
+
+
+def test_generate_with_an_adapter_gives_the_merged_models_text(
+    cli: Cli, make_model_file: Callable[..., Path], data_file: Path, tmp_path: Path
+) -> None:
+    base, out = make_model_file("float.pth", dtype=torch.float32), tmp_path / "out"
+    settings = ("--epoch_count", 4, "--lr_init", 1e-2, "--precision", "fp32", "--merge", 1)
+    assert cli("train", base, data_file, "--proj_dir", out, *settings).code == 0
+    arguments = ("--prompt", "row 3:", "--max_tokens", 15, "--temperature", 0)
+    arguments += ("--precision", "fp32")
+    merged = cli("generate", "--load_model", out / "rwkv-3.pth", *arguments)
+    adapter = ("--adapter", out / "rwkv-3-adapter")
+    assert merged.code == 0, merged.err
+    assert cli("generate", "--load_model", base, *adapter, *arguments).out == merged.out
+    assert cli("generate", "--load_model", base, *arguments).out != merged.out
 
 
 def test_chat_answers_each_line_until_an_empty_one(model_file: Path) -> None:

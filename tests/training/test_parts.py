@@ -10,7 +10,7 @@ from rwkv_peft.data.prepare import read_documents
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import DataError
 from rwkv_peft.training.optim import Optimizer
-from rwkv_peft.training.schedule import learning_rate
+from rwkv_peft.training.schedule import learning_rate, weight_decay
 
 
 def batches_of(path: Path, *, ctx_len: int = 8, micro_bsz: int = 3, seed: int = 0) -> PaddedBatches:
@@ -118,9 +118,9 @@ def make_optimizer(trained: dict[str, nn.Parameter], **changes: object) -> Optim
     settings = {
         "betas": (0.9, 0.99),
         "eps": 1e-8,
-        "weight_decay": 0.0,
         "grad_clip": 0.0,
         "is_full": True,
+        "doubles_rate": True,
         "uses_loss_scale": False,
     }
     return Optimizer(trained, **{**settings, **changes})  # type: ignore[arg-type]
@@ -153,11 +153,28 @@ def test_decay_touches_matrices_of_full_tuning_alone() -> None:
     shapes = ((2, 2), (2, 2), (2,))
     for is_full in (True, False):
         trained = {n: nn.Parameter(torch.ones(s)) for n, s in zip(names, shapes, strict=True)}
-        optimizer = make_optimizer(trained, weight_decay=0.5, is_full=is_full)
+        optimizer = make_optimizer(trained, is_full=is_full)
         optimizer.backward(sum((p * 0).sum() for p in trained.values()))  # type: ignore[arg-type]
-        optimizer.step(lr=0.1)
+        optimizer.step(lr=0.1, weight_decay=0.5)
         values = [p.flatten()[0].item() for p in trained.values()]
         assert values == pytest.approx([0.95, 1, 1] if is_full else [1, 1, 1])
+
+
+def test_the_decay_bias_has_twice_the_rate_in_full_tuning_unless_switched_off() -> None:
+    names = ("blocks.0.att.w0", "blocks.0.att.a0")
+    for is_full, doubles_rate, expected in ((True, True, 2), (True, False, 1), (False, True, 1)):
+        trained = {n: nn.Parameter(torch.zeros(1)) for n in names}
+        optimizer = make_optimizer(trained, is_full=is_full, doubles_rate=doubles_rate)
+        optimizer.backward(trained[names[0]].sum() + trained[names[1]].sum())
+        optimizer.step(lr=0.1)
+        moved = [p.item() for p in trained.values()]
+        assert moved[0] / moved[1] == pytest.approx(expected)
+
+
+def test_weight_decay_goes_from_first_to_last_geometrically() -> None:
+    values = [weight_decay(s, total=3, first=0.1, last=0.001) for s in range(3)]
+    assert values == pytest.approx([0.1, 0.01, 0.001])
+    assert [weight_decay(s, total=3, first=0.1, last=-1) for s in range(3)] == [0.1] * 3
 
 
 def test_gradients_are_clipped_together_and_the_norm_is_told() -> None:
