@@ -24,7 +24,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def write_adapter(folder: str | Path, model: RWKV, values: Mapping[str, Tensor], base: str) -> None:
-    """Writes the adapter of a model; a reader finds the old folder or the new one, no mixture.
+    """Writes the adapter of a model; nobody ever finds a mixture of an old folder and a new one.
 
     Args:
         values: the trained tensors under the names of `model.named_parameters()`.

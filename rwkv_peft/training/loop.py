@@ -97,7 +97,7 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
     trained = attach(model, "none" if config.peft == "none" else "lora", config.peft_config)
     optimizer = _make_optimizer(config, trained)
     lines = [
-        *planning.describe_model(config, geometry, _count(weights), _count(trained)),
+        *planning.describe_model(config, geometry, model.op.name, _count(weights), _count(trained)),
         f"op: {model.op.name} ({model.op.reason})",
         *(f"chosen: {c.name} = {c.value} ({c.reason})" for c in choices + more + last),
         *planning.describe_plan(config, plan, batches),

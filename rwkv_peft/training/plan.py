@@ -42,9 +42,9 @@ def choose_model_settings(config: TrainConfig) -> tuple[TrainConfig, list[Choice
     if config.precision == "auto":
         choices.append(Choice("precision", *choose_precision(device)))
     if config.peft == "auto":
-        choices.append(Choice("peft", "lora", "learns as much as full tuning from small data"))
+        choices.append(Choice("peft", "lora", "needs little memory and gives small files"))
         if not config.peft_config:
-            reason = "about 2 % of the weights; a scale of 1"
+            reason = "a rank that suits most tasks, at a scale of 1"
             choices.append(Choice("peft_config", dict(LORA_DEFAULTS), reason))
     if config.random_seed < 0:
         choices.append(Choice("random_seed", randbelow(2**31), "drawn; give it to repeat the run"))
@@ -113,14 +113,14 @@ def make_plan(config: TrainConfig, batches: PaddedBatches) -> Plan:
 
 
 def describe_model(
-    config: TrainConfig, geometry: Geometry, num_weights: int, num_trained: int
+    config: TrainConfig, geometry: Geometry, op: str, num_weights: int, num_trained: int
 ) -> Iterable[str]:
     """Model, method and memory in lines for a person."""
     trained = f"{num_trained:,} of them trained"
     if config.peft != "none":
         trained = f"frozen; {config.peft} trains {num_trained:,} beside them"
     yield f"model: {config.load_model}, {geometry.describe()}, {num_weights:,} weights, {trained}"
-    memory = guess_memory(config, geometry, num_weights, num_trained)
+    memory = guess_memory(config, geometry, op, num_weights, num_trained)
     yield f"memory: about {memory / 2**30:.1f} GiB (a guess)"
     if config.strategy != "auto":
         yield f"strategy: {config.strategy} has nothing to share on one device, and changes nothing"
@@ -150,14 +150,14 @@ def describe_plan(config: TrainConfig, plan: Plan, batches: PaddedBatches) -> It
 
 
 def guess_memory(
-    config: TrainConfig, geometry: Geometry, num_weights: int, num_trained: int
+    config: TrainConfig, geometry: Geometry, op: str, num_weights: int, num_trained: int
 ) -> float:
     """Bytes that training may take: weights, masters with moments, activations, logits."""
     assert config.ctx_len is not None and config.micro_bsz is not None
     size = dtype_of(config.precision).itemsize
     rows = config.ctx_len * config.micro_bsz
-    # vectors of D that a block keeps for backward, counted on the plain PyTorch form
-    kept = rows * geometry.n_embd * 47 * size
+    # vectors of D that a block keeps for backward, and those that the chunked operator does
+    kept = rows * geometry.n_embd * (47 * size + (13 * 4 if op == "torch" else 0))
     layers = geometry.n_layer
     activations = kept + rows * geometry.n_embd * size * layers if config.grad_cp else kept * layers
     masters = num_trained * (12 if size == 4 else 16)
