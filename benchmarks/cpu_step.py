@@ -26,7 +26,7 @@ from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.geometry import Geometry
 from rwkv_peft.models.initial import default_ranks, initial_weights
-from rwkv_peft.ops.testing import assert_within_budget, run_wkv7, wkv7_case, wkv7_plain
+from rwkv_peft.ops.testing import assert_within_budget, run, wkv7_case, wkv7_plain
 from rwkv_peft.ops.wkv7.chunked import wkv7_chunked
 from rwkv_peft.ops.wkv7.reference import wkv7_reference
 from rwkv_peft.training.optim import Optimizer
@@ -43,9 +43,9 @@ def take_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
     """Seconds of each run, the runs taking turns, after one round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 1):
-        for name, run in runs.items():
+        for name, call in runs.items():
             started = time.perf_counter()
-            run()
+            call()
             if i:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
@@ -56,13 +56,11 @@ def operator_rows(rounds: int) -> list[str]:
     rows = []
     for B, T, H in SHAPES:
         case = wkv7_case(B=B, T=T, H=H)
-        exact = run_wkv7(case.to(torch.float64), wkv7_reference)
-        plain = run_wkv7(case, wkv7_plain)
-        for name, value in run_wkv7(case, wkv7_chunked).items():
+        exact = run(case.to(torch.float64), wkv7_reference)
+        plain = run(case, wkv7_plain)
+        for name, value in run(case, wkv7_chunked).items():
             assert_within_budget(value, exact[name], plain[name], name)
-        seconds = take_turns(
-            {name: partial(run_wkv7, case, f) for name, f in OPERATORS.items()}, rounds
-        )
+        seconds = take_turns({name: partial(run, case, f) for name, f in OPERATORS.items()}, rounds)
         cells = [f"{statistics.median(x) * 1e3:.1f} ({min(x) * 1e3:.1f})" for x in seconds.values()]
         for name in ("package", "reference"):
             pairs = zip(seconds[name], seconds["torch"], strict=True)

@@ -38,7 +38,7 @@ class TrainConfig:
     head_size_a: int = 0
     """Head size; read from load_model. If given, must agree with it."""
     head_size_divisor: int = 8
-    """Sets the epsilon of the group norm, 1e-5 times its square; 8 in every RWKV-7."""
+    """Sets the epsilon of the group norm, 1e-5 times its square; 8 in every RWKV."""
     my_testing: str = ""
     """Version such as x070; read from load_model. If given, must agree with it."""
 
@@ -93,7 +93,7 @@ class TrainConfig:
     weight_decay_final: float = -1.0
     """Decay at the last step, reached geometrically; weight_decay throughout if negative."""
     layerwise_lr: Switch = 1
-    """1 gives att.w0 twice the rate in full tuning, as official training does; 0 does not."""
+    """1 gives the decay's own vector twice the rate in full tuning, as officially; 0 does not."""
     grad_clip: float = 1.0
     """Largest norm of all gradients together; 0 clips nothing."""
     l2wrap: float = 1e-4
@@ -135,7 +135,7 @@ class TrainConfig:
                 raise ConfigError(f"--{name} must lie in [0, 1), got {getattr(self, name)}")
         if self.head_size_divisor != 8:
             raise ConfigError(
-                f"--head_size_divisor {self.head_size_divisor}: every RWKV-7 has 8; leave it out"
+                f"--head_size_divisor {self.head_size_divisor}: every RWKV has 8; leave it out"
             )
         for name in ("devices", "num_nodes"):
             if (value := getattr(self, name)) != 1:

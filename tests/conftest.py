@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ os.environ["RWKV_V7_ON"] = "1"
 os.environ["RWKV_JIT_ON"] = "0"
 
 from rwkv_peft.checkpoint.pth import write_weights
+from rwkv_peft.models import build
 from rwkv_peft.models.geometry import Geometry
 from rwkv_peft.models.initial import initial_weights
 
@@ -41,6 +44,24 @@ def make_geometry(**changes: Any) -> Geometry:
     return Geometry(**{**values, **changes})
 
 
+def older_weights(geometry: Geometry, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Tensors of RWKV-5 or 6 in the range of trained ones."""
+    vectors = ("time_mix", "time_maa", "time_fa", "time_first")
+    weights = {}
+    for name, parameter in build(geometry, op="reference").named_parameters():
+        shape, leaf = parameter.shape, name.split(".")[-1]
+        uniform = torch.rand(shape, generator=generator)
+        if leaf == "time_decay":
+            weights[name] = uniform * 7 - 6
+        elif leaf.startswith(vectors) and "_w" not in leaf:
+            weights[name] = uniform
+        elif leaf == "weight" and len(shape) == 2:
+            weights[name] = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+        else:
+            weights[name] = torch.full(shape, float(leaf == "weight"))
+    return weights
+
+
 @pytest.fixture
 def make_model_file(tmp_path: Path) -> Callable[..., Path]:
     """Writes a small RWKV-7 file whose every tensor is random, as trained ones are."""
@@ -54,8 +75,12 @@ def make_model_file(tmp_path: Path) -> Callable[..., Path]:
     ) -> Path:
         geometry = make_geometry(**changes)
         generator = torch.Generator().manual_seed(seed)
+        if geometry.version == "x070":
+            start = initial_weights(geometry, seed)
+        else:
+            start = older_weights(geometry, generator)
         weights = {}
-        for key, value in initial_weights(geometry, seed).items():
+        for key, value in start.items():
             scale = 0.05 if value.ndim == 2 else 0.1
             noise = torch.randn(value.shape, generator=generator) * scale
             weights[key] = (value + noise).to(dtype)
@@ -105,9 +130,32 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
 
 @pytest.fixture(scope="session")
 def official_logits() -> Callable[..., torch.Tensor]:
-    """Logits (T, V) of the rwkv package for a file, all tokens at once."""
+    """Logits (T, V) of the rwkv package for a file, all tokens at once.
 
-    def run(path: Path, tokens: list[int]) -> torch.Tensor:
+    What the package can read is fixed when it is imported, so RWKV-5 and 6 need another process.
+    """
+
+    def run(path: Path, tokens: list[int], version: str = "x070") -> torch.Tensor:
+        if version != "x070":
+            answer = path.with_suffix(".logits")
+            code = (
+                "import sys, torch\n"
+                "from rwkv.model import RWKV\n"
+                "model = RWKV(model=sys.argv[1], strategy='cpu fp32')\n"
+                "tokens = [int(t) for t in sys.argv[3].split()]\n"
+                "torch.save(model.forward(tokens, None, full_output=True)[0], sys.argv[2])\n"
+            )
+            given = [str(path.with_suffix("")), str(answer), " ".join(map(str, tokens))]
+            environment = {**os.environ, "RWKV_V7_ON": "0"}
+            subprocess.run(
+                [sys.executable, "-c", code, *given],
+                check=True,
+                env=environment,
+                capture_output=True,
+            )
+            found = torch.load(answer)
+            assert isinstance(found, torch.Tensor)
+            return found
         from rwkv.model import RWKV
 
         model = RWKV(model=str(path.with_suffix("")), strategy="cpu fp32")

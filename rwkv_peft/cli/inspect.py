@@ -36,7 +36,9 @@ def run(args: Sequence[str]) -> int:
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         elif isinstance(value, list):
             value = "; ".join(value) or "nothing"
-        print(f"{name:<20} {value:,}" if isinstance(value, int) else f"{name:<20} {value}")
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = f"{value:,}"
+        print(f"{name:<20} {value}")
     return 0
 
 
@@ -44,7 +46,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     """The facts of a file, ready for JSON.
 
     Raises:
-        CheckpointError: it cannot be read or is no RWKV-7 model.
+        CheckpointError: it cannot be read or is no RWKV model.
     """
     from rwkv_peft.checkpoint.pth import geometry_of, load_weights, read_weights
     from rwkv_peft.models import build

@@ -7,13 +7,20 @@ from torch import nn
 
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.models.rwkv5 import Block as Block5
+from rwkv_peft.models.rwkv6 import Block as Block6
 from rwkv_peft.models.rwkv7 import Block as Block7
 from rwkv_peft.ops.dispatch import Backend, Request, select
+from rwkv_peft.ops.wkv6 import TABLE as WKV6
 from rwkv_peft.ops.wkv7 import TABLE as WKV7
 
 # version -> its block, its operator's name and table
 MODELS: dict[str, tuple[Callable[..., nn.Module], str, tuple[Backend, ...]]] = {
     "x070": (Block7, "wkv7", WKV7),
+    "x060": (Block6, "wkv6", WKV6),
+    "x052": (Block5, "wkv6", WKV6),
+    "x051": (Block5, "wkv6", WKV6),
+    "x050": (Block5, "wkv6", WKV6),
 }
 
 

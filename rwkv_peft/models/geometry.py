@@ -1,7 +1,8 @@
 """The shape of a model, as read from the names and shapes of its tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from rwkv_peft.errors import CheckpointError, ConfigError
 
@@ -13,11 +14,13 @@ class Geometry:
     """Everything that fixes the tensors of a model.
 
     Attributes:
-        version: 'x052', 'x060' or 'x070', as in `--my_testing`.
+        version: 'x050', 'x051', 'x052', 'x060' or 'x070', as in `--my_testing`.
         n_layer, n_embd, dim_att, dim_ffn, head_size, vocab_size: L, D, D, F, N, V.
-        ranks: widths of the low-rank maps; for RWKV-7 of w, a, v and g. The widths of released
-            files follow no single formula, so they are only ever read or asked for.
+        ranks: widths of the low-rank maps; of w, a, v and g in RWKV-7, of maa and decay in RWKV-6.
+            The widths of released files follow no single formula, so they are only ever read or
+            asked for.
         has_first_value_mix: RWKV-7 files may hold blocks.0.att.v0, v1 and v2, which nothing reads.
+        has_time_first: RWKV-5 files may hold the logarithm time_first in place of time_faaaa.
     """
 
     version: str
@@ -29,6 +32,7 @@ class Geometry:
     vocab_size: int
     ranks: dict[str, int] = field(default_factory=dict)
     has_first_value_mix: bool = True
+    has_time_first: bool = False
 
     @property
     def n_head(self) -> int:
@@ -43,7 +47,7 @@ class Geometry:
 
 
 def detect_version(shapes: Shapes) -> str:
-    """The version a file holds: 'x070', 'x060', 'x052', or 'x051', 'x050', 'x040' of older ones.
+    """The version a file holds: 'x070', 'x060', 'x052', 'x051', 'x050', or 'x040' of older ones.
 
     Raises:
         CheckpointError: the names are not those of an RWKV model.
@@ -52,7 +56,7 @@ def detect_version(shapes: Shapes) -> str:
         known = ", ".join(list(shapes)[:3]) or "nothing"
         raise CheckpointError(
             f"not an RWKV model: it has no emb.weight and head.weight (it holds {known} …); "
-            "give an official .pth or .safetensors file of RWKV-7"
+            "give an official .pth or .safetensors file"
         )
     first = {name.removeprefix("blocks.0.att."): s for name, s in shapes.items()}
     if "r_k" in first:
@@ -74,41 +78,87 @@ def read_geometry(shapes: Shapes) -> Geometry:
             missing or has the wrong number of dimensions.
     """
     version = detect_version(shapes)
-    if version != "x070":
+    if version not in READERS:
         raise CheckpointError(
-            f"this file holds RWKV {version}, and only x070 (RWKV-7) can be used: give an "
-            "RWKV-7 file, for example rwkv7-g1-0.1b or RWKV-x070-World-0.1B"
+            f"this file holds RWKV {version}, and only {', '.join(READERS)} can be used: give a "
+            "file of RWKV-5, 6 or 7, for example rwkv7-g1-0.1b or RWKV-x060-World-1B6"
         )
-
-    def shape(name: str, ndim: int) -> tuple[int, ...]:
-        found = shapes.get(name)
-        if found is None or len(found) != ndim:
-            what = "is missing" if found is None else f"has shape {found}"
-            raise CheckpointError(f"damaged RWKV-7 file: {name} {what}, {ndim} dimensions needed")
-        return found
-
+    look = _Lookup(shapes, version)
     layers = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
-    n_head, head_size = shape("blocks.0.att.r_k", 2)
-    vocab_size, n_embd = shape("emb.weight", 2)
-    # block 0 may have no value mix, and the narrowest model has no other block
-    value_mix = "blocks.1.att.v1" if "blocks.1.att.v1" in shapes else "blocks.0.att.v1"
-    has_value_mix = value_mix in shapes
+    vocab_size, n_embd = look("emb.weight", 2)
+    own = READERS[version](look)
+    n_head = own.pop("n_head")
+    dim_att = look("blocks.0.att.receptance.weight", 2)[0]
+    if dim_att % n_head:
+        raise CheckpointError(f"damaged RWKV file: {n_head} heads do not divide {dim_att} channels")
     return Geometry(
         version=version,
         n_layer=max(layers) + 1,
         n_embd=n_embd,
-        dim_att=n_head * head_size,
-        dim_ffn=shape("blocks.0.ffn.key.weight", 2)[0],
-        head_size=head_size,
+        dim_att=dim_att,
+        dim_ffn=look("blocks.0.ffn.key.weight", 2)[0],
+        head_size=dim_att // n_head,
         vocab_size=vocab_size,
-        ranks={
-            "w": shape("blocks.0.att.w1", 2)[1],
-            "a": shape("blocks.0.att.a1", 2)[1],
-            "v": shape(value_mix, 2)[1] if has_value_mix else 0,
-            "g": shape("blocks.0.att.g1", 2)[1],
-        },
-        has_first_value_mix="blocks.0.att.v0" in shapes,
+        **own,
     )
+
+
+class _Lookup:
+    """Shapes by name, with an error that names what is missing."""
+
+    def __init__(self, shapes: Shapes, version: str) -> None:
+        self.shapes, self._version = shapes, version
+
+    def __call__(self, name: str, ndim: int) -> tuple[int, ...]:
+        found = self.shapes.get(name)
+        if found is None or len(found) != ndim:
+            what = "is missing" if found is None else f"has shape {found}"
+            raise CheckpointError(
+                f"damaged RWKV {self._version} file: {name} {what}, {ndim} dimensions needed"
+            )
+        return found
+
+
+def _read_rwkv7(look: _Lookup) -> dict[str, Any]:
+    # block 0 may have no value mix, and the narrowest model has no other block
+    value_mix = "blocks.1.att.v1" if "blocks.1.att.v1" in look.shapes else "blocks.0.att.v1"
+    has_value_mix = value_mix in look.shapes
+    return {
+        "n_head": look("blocks.0.att.r_k", 2)[0],
+        "ranks": {
+            "w": look("blocks.0.att.w1", 2)[1],
+            "a": look("blocks.0.att.a1", 2)[1],
+            "v": look(value_mix, 2)[1] if has_value_mix else 0,
+            "g": look("blocks.0.att.g1", 2)[1],
+        },
+        "has_first_value_mix": "blocks.0.att.v0" in look.shapes,
+    }
+
+
+def _read_rwkv6(look: _Lookup) -> dict[str, Any]:
+    return {
+        "n_head": look("blocks.0.att.time_faaaa", 2)[0],
+        "ranks": {
+            "maa": look("blocks.0.att.time_maa_w2", 3)[1],
+            "decay": look("blocks.0.att.time_decay_w1", 2)[1],
+        },
+    }
+
+
+def _read_rwkv5(look: _Lookup) -> dict[str, Any]:
+    has_time_first = "blocks.0.att.time_first" in look.shapes
+    decay = look.shapes["blocks.0.att.time_decay"]
+    return {"n_head": decay[0], "has_time_first": has_time_first}
+
+
+# version -> what it reads besides the sizes that all share
+READERS: dict[str, Callable[[_Lookup], dict[str, Any]]] = {
+    "x070": _read_rwkv7,
+    "x060": _read_rwkv6,
+    "x052": _read_rwkv5,
+    "x051": _read_rwkv5,
+    "x050": _read_rwkv5,
+}
 
 
 # geometry flags of the command line, and the field that each must agree with

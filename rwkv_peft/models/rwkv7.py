@@ -9,12 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_peft.models.geometry import Geometry
-from rwkv_peft.models.layers import token_shift
+from rwkv_peft.models.layers import GROUP_NORM_EPS, token_shift
 from rwkv_peft.ops.wkv7 import Kernel, wkv7
 from rwkv_peft.state import LayerState
-
-# 1e-5 of the other norms, times the square of the 8 by which RWKV-4 and 5 divided their heads
-GROUP_NORM_EPS = 64e-5
 
 
 class TimeMix(nn.Module):

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-# official pre-training gives the decay's bias twice the rate
-DOUBLED = "att.w0"
+# official pre-training gives the decay's own vector twice the rate
+DOUBLED = ("att.w0", "att.time_decay")
 
 
 class Optimizer:

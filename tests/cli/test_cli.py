@@ -218,6 +218,14 @@ def test_inspect_tells_a_files_geometry_and_what_is_odd(
     assert "tensors of several types" in text
 
 
+def test_inspect_reads_the_older_versions(cli: Cli, make_model_file: Callable[..., Path]) -> None:
+    path = make_model_file(version="x060", ranks={"maa": 16, "decay": 32}, dim_ffn=448)
+    facts = json.loads(cli("inspect", path, "--json").out)
+    assert (facts["version"], facts["n_head"], facts["head_size"]) == ("x060", 2, 64)
+    assert facts["ranks"] == {"maa": 16, "decay": 32}
+    assert facts["odd"] == ["vocabulary 320, official files have 65536"]
+
+
 def test_init_makes_a_model_that_loads_with_the_loss_of_a_guess(cli: Cli, tmp_path: Path) -> None:
     import math
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rwkv_peft.errors import ShapeError
 from rwkv_peft.ops.dispatch import Backend, Request, is_installed
+from rwkv_peft.ops.validation import require_like
 from rwkv_peft.ops.wkv7.reference import wkv7_reference
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
@@ -71,29 +71,10 @@ def wkv7(
         ShapeError: a tensor disagrees with r; the message names it.
     Source: RWKV-LM RWKV-v7/train_temp, the `clampw` form of the operator.
     """
-    _validate(r, {"w": w, "k": k, "v": v, "a": a, "b": b}, initial_state)
+    require_like("wkv7", r, {"w": w, "k": k, "v": v, "a": a, "b": b}, initial_state)
     if r.shape[1] == 1:
         # a single token is the recurrence itself, and no chunk can do it with less work
         kernel = wkv7_reference
     elif kernel is None:
         kernel = _load_torch()
     return kernel(r, w, k, v, a, b, initial_state)
-
-
-def _validate(r: Tensor, others: dict[str, Tensor], initial_state: Tensor | None) -> None:
-    if r.ndim != 4 or r.shape[1] < 1:
-        raise ShapeError(f"wkv7: r must be (B, T, H, N) with T >= 1, got {tuple(r.shape)}")
-    for name, x in others.items():
-        if x.shape != r.shape or x.dtype != r.dtype or x.device != r.device:
-            raise ShapeError(
-                f"wkv7: {name} must be like r, {tuple(r.shape)} {r.dtype} on {r.device}; "
-                f"got {tuple(x.shape)} {x.dtype} on {x.device}"
-            )
-    B, _, H, N = r.shape
-    if initial_state is not None:
-        dtype = torch.promote_types(r.dtype, torch.float32)
-        if initial_state.shape != (B, H, N, N) or initial_state.dtype != dtype:
-            raise ShapeError(
-                f"wkv7: initial_state must be {(B, H, N, N)} {dtype}, "
-                f"got {tuple(initial_state.shape)} {initial_state.dtype}"
-            )

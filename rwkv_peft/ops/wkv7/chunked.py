@@ -18,10 +18,10 @@ Only u and S_C are sequential, from chunk to chunk. RWKV-7 decays lie in (0.545,
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rwkv_peft.ops.chunking import from_chunks, to_chunks
 from rwkv_peft.ops.wkv7.reference import DECAY_SCALE
 
 CHUNK = 32
@@ -47,29 +47,21 @@ class _Operands(NamedTuple):
     dlog_dw: Tensor  # (n, C, N): derivative of the log decay by w
 
 
-def _to_chunks(x_BTHN: Tensor, fill: float = 0.0) -> Tensor:
-    """(B, T, H, N) as a view (M, B, H, C, N), padded in time by `fill`."""
-    B, T, H, N = x_BTHN.shape
-    if pad := -T % CHUNK:
-        x_BTHN = F.pad(x_BTHN, (0, 0, 0, 0, 0, pad), value=fill)
-    return x_BTHN.reshape(B, -1, CHUNK, H, N).permute(1, 0, 3, 2, 4)
-
-
 def _operands(
     r: Tensor, w: Tensor, k: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype
 ) -> _Operands:
     # padding tokens have decay 1 (logit -inf) and zero k, b: they leave the state as it is
-    gate = torch.sigmoid(_to_chunks(w, fill=-torch.inf).to(dtype).contiguous())
+    gate = torch.sigmoid(to_chunks(w, CHUNK, fill=-torch.inf).to(dtype).contiguous())
     log_decay = gate * -DECAY_SCALE
     decayed = torch.exp(log_decay).cumprod(3)
     M, B, H, C, N = decayed.shape
     p, q = decayed.new_empty(2, M, B, H, 2, C, N)
-    a = _to_chunks(a)
+    a = to_chunks(a, CHUNK)
     p[..., 0, :1, :] = a[..., :1, :]
     torch.mul(a[..., 1:, :], decayed[..., :-1, :], out=p[..., 0, 1:, :])
-    torch.mul(_to_chunks(r), decayed, out=p[..., 1, :, :])
-    torch.div(_to_chunks(b), decayed, out=q[..., 0, :, :])
-    torch.div(_to_chunks(k), decayed, out=q[..., 1, :, :])
+    torch.mul(to_chunks(r, CHUNK), decayed, out=p[..., 1, :, :])
+    torch.div(to_chunks(b, CHUNK), decayed, out=q[..., 0, :, :])
+    torch.div(to_chunks(k, CHUNK), decayed, out=q[..., 1, :, :])
     return _Operands(
         p=p.view(-1, 2 * C, N),
         q=q.view(-1, 2 * C, N),
@@ -116,7 +108,7 @@ class _ChunkedWkv7(torch.autograd.Function):
         from_state = solve @ x.p[:, :CHUNK]
         u_and_v = torch.empty_like(x.p)
         values = u_and_v[:, CHUNK:]
-        values.view(-1, B, H, CHUNK, N).copy_(_to_chunks(v))
+        values.view(-1, B, H, CHUNK, N).copy_(to_chunks(v, CHUNK))
         u = solve @ (seen[:, :CHUNK, CHUNK:] @ values)
         added = values.mT @ x.q[:, CHUNK:]
 
@@ -136,7 +128,7 @@ class _ChunkedWkv7(torch.autograd.Function):
         ctx.save_for_backward(*x, seen, solve, u_and_v, states, state)
         ctx.shape, ctx.dtype = r.shape, r.dtype
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
-        return _from_chunks(y, r.shape, r.dtype), state.reshape(B, H, N, N)
+        return from_chunks(y, r.shape, r.dtype), state.reshape(B, H, N, N)
 
     @staticmethod
     @once_differentiable
@@ -146,7 +138,7 @@ class _ChunkedWkv7(torch.autograd.Function):
         whole = x.decayed[:, -1:]
         dz_and_dy = torch.empty_like(x.p)
         dy_chunks = dz_and_dy[:, CHUNK:]
-        dy_chunks.view(-1, *ctx.shape[::2], CHUNK, ctx.shape[3]).copy_(_to_chunks(dy))
+        dy_chunks.view(-1, *ctx.shape[::2], CHUNK, ctx.shape[3]).copy_(to_chunks(dy, CHUNK))
 
         # dz is the gradient of the right-hand side of the triangular system; d of the state that
         # leaves a chunk, before its decay over the chunk
@@ -177,15 +169,7 @@ class _ChunkedWkv7(torch.autograd.Function):
         dinitial = None
         if ctx.initial_dtype is not None:
             dinitial = dlast.reshape(dstate.shape).to(ctx.initial_dtype)
-        return *(_from_chunks(g, ctx.shape, ctx.dtype) for g in grads), dinitial
-
-
-def _from_chunks(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """(n, C, N) as (B, T, H, N) in a dtype, in one pass."""
-    B, T, H, N = shape
-    result = torch.empty(B, len(x) // (B * H), CHUNK, H, N, dtype=dtype, device=x.device)
-    result.copy_(x.unflatten(0, (-1, B, H)).permute(1, 0, 3, 2, 4))
-    return result.view(B, -1, H, N)[:, :T]
+        return *(from_chunks(g, ctx.shape, ctx.dtype) for g in grads), dinitial
 
 
 def _decay_gradient(x: _Operands, dp: Tensor, dq: Tensor, leaving: Tensor) -> Tensor:

@@ -1,0 +1,98 @@
+"""RWKV-5: a state of matrix value with a constant decay, a head (5.0, 5.1) or a channel (5.2).
+
+B batch, T time, D width, F feed-forward width, H heads, N head size.
+Source: RWKV-LM, RWKV-v5/src/model.py, `RWKV_TimeMix_RWKV5`; ChatRWKV for 5.0 and 5.1.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.models.layers import GROUP_NORM_EPS, PlainBlock, token_shift
+from rwkv_peft.ops.wkv6 import Kernel, wkv6
+from rwkv_peft.state import LayerState
+
+
+class TimeMix(nn.Module):
+    """Time mixing of one block; parameters are named as in official files."""
+
+    time_mix_k: nn.Parameter
+    time_mix_v: nn.Parameter
+    time_mix_r: nn.Parameter
+    time_first: nn.Parameter
+    time_faaaa: nn.Parameter
+
+    def __init__(self, geometry: Geometry, kernel: Kernel) -> None:
+        super().__init__()
+        D, H, N = geometry.n_embd, geometry.n_head, geometry.head_size
+        self.n_head, self.head_size, self.kernel = H, N, kernel
+        self.has_time_first, self.has_gate = geometry.has_time_first, geometry.version != "x050"
+        for name in ("k", "v", "r"):
+            self.register_parameter(f"time_mix_{name}", nn.Parameter(torch.empty(1, 1, D)))
+        own = (H, N) if geometry.version == "x052" else (H,)
+        self.time_decay = nn.Parameter(torch.empty(own))
+        first = "time_first" if self.has_time_first else "time_faaaa"
+        self.register_parameter(first, nn.Parameter(torch.empty(own)))
+        self.receptance = nn.Linear(D, D, bias=False)
+        self.key = nn.Linear(D, D, bias=False)
+        self.value = nn.Linear(D, D, bias=False)
+        self.output = nn.Linear(D, D, bias=False)
+        if self.has_gate:
+            self.time_mix_g = nn.Parameter(torch.empty(1, 1, D))
+            self.gate = nn.Linear(D, D, bias=False)
+        self.ln_x = nn.GroupNorm(H, D, eps=GROUP_NORM_EPS)
+
+    def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, Tensor]:
+        """Mixed x (B, T, D) and the new wkv state."""
+        B, T, D = x.shape
+        heads = (B, T, self.n_head, self.head_size)
+
+        last = token_shift(x, None if state is None else state.att_shift)
+        k = self.key(torch.lerp(last, x, self.time_mix_k))
+        v = self.value(torch.lerp(last, x, self.time_mix_v))
+        r = self.receptance(torch.lerp(last, x, self.time_mix_r))
+
+        u = torch.exp(self.time_first) if self.has_time_first else self.time_faaaa
+        y, wkv = wkv6(
+            r.view(heads),
+            self.time_decay.view(self.n_head, -1).expand(heads),
+            k.view(heads),
+            v.view(heads),
+            u.view(self.n_head, -1).expand(heads[2:]),
+            initial_state=None if state is None else state.wkv,
+            kernel=self.kernel,
+        )
+        y = self.ln_x(y.reshape(B * T, D)).view(B, T, D)
+        if self.has_gate:
+            y = y * F.silu(self.gate(torch.lerp(last, x, self.time_mix_g)))
+        mixed: Tensor = self.output(y)
+        return mixed, wkv
+
+
+class ChannelMix(nn.Module):
+    """Channel mixing of one block: a squared ReLU over shifted input, let through by a gate."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        D = geometry.n_embd
+        self.time_mix_k = nn.Parameter(torch.empty(1, 1, D))
+        self.time_mix_r = nn.Parameter(torch.empty(1, 1, D))
+        self.key = nn.Linear(D, geometry.dim_ffn, bias=False)
+        self.receptance = nn.Linear(D, D, bias=False)
+        self.value = nn.Linear(geometry.dim_ffn, D, bias=False)
+
+    def forward(self, x: Tensor, shift: Tensor | None) -> Tensor:
+        """Mixed x (B, T, D)."""
+        last = token_shift(x, shift)
+        k = torch.relu(self.key(torch.lerp(last, x, self.time_mix_k))) ** 2
+        r = torch.sigmoid(self.receptance(torch.lerp(last, x, self.time_mix_r)))
+        mixed: Tensor = r * self.value(k)
+        return mixed
+
+
+class Block(PlainBlock):
+    """One layer of RWKV-5."""
+
+    def __init__(self, geometry: Geometry, layer: int, kernel: Kernel) -> None:
+        super().__init__(geometry, layer, TimeMix(geometry, kernel), ChannelMix(geometry))

@@ -1,0 +1,99 @@
+"""RWKV-6: a state whose decay and whose token shifts depend on the input, and a gate.
+
+B batch, T time, D width, F feed-forward width, H heads, N head size.
+Source: RWKV-LM, RWKV-v5/src/model.py, `RWKV_Tmix_x060` and `RWKV_CMix_x060`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.models.layers import GROUP_NORM_EPS, PlainBlock, token_shift
+from rwkv_peft.ops.wkv6 import Kernel, wkv6
+from rwkv_peft.state import LayerState
+
+
+class TimeMix(nn.Module):
+    """Time mixing of one block; parameters are named as in official files."""
+
+    time_maa_x: nn.Parameter
+    time_maa_w: nn.Parameter
+    time_maa_k: nn.Parameter
+    time_maa_v: nn.Parameter
+    time_maa_r: nn.Parameter
+    time_maa_g: nn.Parameter
+    time_decay: nn.Parameter
+
+    def __init__(self, geometry: Geometry, kernel: Kernel) -> None:
+        super().__init__()
+        D, H, N, ranks = geometry.n_embd, geometry.n_head, geometry.head_size, geometry.ranks
+        self.n_head, self.head_size, self.kernel = H, N, kernel
+        for name in ("maa_x", "maa_w", "maa_k", "maa_v", "maa_r", "maa_g", "decay"):
+            self.register_parameter(f"time_{name}", nn.Parameter(torch.empty(1, 1, D)))
+        self.time_maa_w1 = nn.Parameter(torch.empty(D, 5 * ranks["maa"]))
+        self.time_maa_w2 = nn.Parameter(torch.empty(5, ranks["maa"], D))
+        self.time_decay_w1 = nn.Parameter(torch.empty(D, ranks["decay"]))
+        self.time_decay_w2 = nn.Parameter(torch.empty(ranks["decay"], D))
+        self.time_faaaa = nn.Parameter(torch.empty(H, N))
+        self.receptance = nn.Linear(D, D, bias=False)
+        self.key = nn.Linear(D, D, bias=False)
+        self.value = nn.Linear(D, D, bias=False)
+        self.gate = nn.Linear(D, D, bias=False)
+        self.output = nn.Linear(D, D, bias=False)
+        self.ln_x = nn.GroupNorm(H, D, eps=GROUP_NORM_EPS)
+
+    def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, Tensor]:
+        """Mixed x (B, T, D) and the new wkv state."""
+        B, T, D = x.shape
+        heads = (B, T, self.n_head, self.head_size)
+
+        xx = token_shift(x, None if state is None else state.att_shift) - x
+        mixes = torch.tanh((x + xx * self.time_maa_x) @ self.time_maa_w1).view(B, T, 5, -1)
+        mw, mk, mv, mr, mg = torch.einsum("btir,ird->ibtd", mixes, self.time_maa_w2).unbind()
+        xw = x + xx * (self.time_maa_w + mw)
+        w = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
+        k = self.key(x + xx * (self.time_maa_k + mk))
+        v = self.value(x + xx * (self.time_maa_v + mv))
+        r = self.receptance(x + xx * (self.time_maa_r + mr))
+        g = F.silu(self.gate(x + xx * (self.time_maa_g + mg)))
+
+        y, wkv = wkv6(
+            r.view(heads),
+            w.view(heads),
+            k.view(heads),
+            v.view(heads),
+            self.time_faaaa,
+            initial_state=None if state is None else state.wkv,
+            kernel=self.kernel,
+        )
+        y = self.ln_x(y.reshape(B * T, D)).view(B, T, D)
+        mixed: Tensor = self.output(y * g)
+        return mixed, wkv
+
+
+class ChannelMix(nn.Module):
+    """Channel mixing of one block: a squared ReLU over shifted input, let through by a gate."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        D = geometry.n_embd
+        self.time_maa_k = nn.Parameter(torch.empty(1, 1, D))
+        self.time_maa_r = nn.Parameter(torch.empty(1, 1, D))
+        self.key = nn.Linear(D, geometry.dim_ffn, bias=False)
+        self.receptance = nn.Linear(D, D, bias=False)
+        self.value = nn.Linear(geometry.dim_ffn, D, bias=False)
+
+    def forward(self, x: Tensor, shift: Tensor | None) -> Tensor:
+        """Mixed x (B, T, D)."""
+        xx = token_shift(x, shift) - x
+        k = torch.relu(self.key(x + xx * self.time_maa_k)) ** 2
+        mixed: Tensor = torch.sigmoid(self.receptance(x + xx * self.time_maa_r)) * self.value(k)
+        return mixed
+
+
+class Block(PlainBlock):
+    """One layer of RWKV-6."""
+
+    def __init__(self, geometry: Geometry, layer: int, kernel: Kernel) -> None:
+        super().__init__(geometry, layer, TimeMix(geometry, kernel), ChannelMix(geometry))

@@ -1,0 +1,225 @@
+"""What holds for the recurrences of all versions and every backend that runs here."""
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from rwkv_peft.errors import BackendUnavailableError, ShapeError
+from rwkv_peft.ops.dispatch import Backend, Request, select
+from rwkv_peft.ops.testing import (
+    DECAYS,
+    Case,
+    assert_within_budget,
+    run,
+    wkv6_case,
+    wkv6_plain,
+    wkv7_case,
+    wkv7_plain,
+)
+from rwkv_peft.ops.wkv6 import TABLE as WKV6
+from rwkv_peft.ops.wkv6 import wkv6
+from rwkv_peft.ops.wkv6.chunked import wkv6_chunked
+from rwkv_peft.ops.wkv6.reference import wkv6_reference
+from rwkv_peft.ops.wkv7 import TABLE as WKV7
+from rwkv_peft.ops.wkv7 import wkv7
+from rwkv_peft.ops.wkv7.chunked import wkv7_chunked
+from rwkv_peft.ops.wkv7.reference import wkv7_reference
+
+LENGTHS = (1, 15, 16, 17, 31, 32, 33, 63, 100, 1000)
+CPU = torch.device("cpu")
+
+
+class Operator(NamedTuple):
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    chunked: Callable[..., Any]
+    plain: Callable[..., Any]
+    make_case: Callable[..., Case]
+    table: tuple[Backend, ...]
+
+
+OPERATORS = {
+    "wkv7": Operator(wkv7, wkv7_reference, wkv7_chunked, wkv7_plain, wkv7_case, WKV7),
+    "wkv6": Operator(wkv6, wkv6_reference, wkv6_chunked, wkv6_plain, wkv6_case, WKV6),
+}
+
+
+@pytest.fixture(params=OPERATORS)
+def operator(request: pytest.FixtureRequest) -> Operator:
+    return OPERATORS[request.param]
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialised tensors are filled with NaN, so that a value nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def part(case: Case, rows: Any = slice(None), times: Any = slice(None)) -> list[torch.Tensor]:
+    """The inputs of some rows and tokens; u belongs to all."""
+    return [x if n == "u" else x[rows][:, times] for n, x in case.inputs.items()]
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("T", LENGTHS)
+def test_chunked_form_equals_the_recurrence_in_float64(
+    T: int, decay: str, operator: Operator
+) -> None:
+    case = operator.make_case(T=T, decay=decay, dtype=torch.float64, N=16)
+    exact, chunked = run(case, operator.reference), run(case, operator.chunked)
+    for name in exact:
+        # a gradient may vanish, as that of an extreme decay does
+        scale = max(exact[name].abs().max().item(), 1e-20)
+        assert (chunked[name] - exact[name]).abs().max().item() < 1e-12 * scale, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("T", [1, 17, 100, 300])
+def test_chunked_form_stays_within_the_error_budget(
+    T: int, decay: str, dtype: torch.dtype, operator: Operator, poisoned_memory: None
+) -> None:
+    case = operator.make_case(T=T, decay=decay, dtype=dtype)
+    exact = run(case.to(torch.float64), operator.reference)
+    plain = run(case, operator.plain)
+    for name, value in run(case, operator.chunked).items():
+        assert_within_budget(value, exact[name], plain[name], name)
+
+
+@pytest.mark.parametrize(("T", "N", "form"), [(5, 4, "reference"), (35, 2, "chunked")])
+def test_gradients_equal_finite_differences(T: int, N: int, form: str, operator: Operator) -> None:
+    case = operator.make_case(B=1, T=T, H=1, N=N, dtype=torch.float64)
+    inputs = [*case.inputs.values(), case.initial_state]
+    for x in inputs:
+        assert x is not None
+        x.requires_grad_()
+    assert torch.autograd.gradcheck(getattr(operator, form), inputs)
+
+
+@pytest.mark.parametrize("split", [1, 31, 32, 50])
+def test_two_runs_with_carried_state_equal_one(split: int, operator: Operator) -> None:
+    case = operator.make_case(T=100, dtype=torch.float64, N=16)
+    f, state = operator.function, case.initial_state
+    whole, last = f(*part(case), initial_state=state)
+    first, middle = f(*part(case, times=slice(split)), initial_state=state)
+    second, end = f(*part(case, times=slice(split, None)), initial_state=middle)
+    torch.testing.assert_close(torch.cat((first, second), 1), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(end, last, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_of_a_batch_do_not_touch_each_other(operator: Operator) -> None:
+    case = operator.make_case(B=3, T=40)
+    assert case.initial_state is not None
+    together, _ = operator.function(*part(case), initial_state=case.initial_state)
+    row = slice(1, 2)
+    alone, _ = operator.function(*part(case, row), initial_state=case.initial_state[row])
+    torch.testing.assert_close(together[row], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_after_the_end_do_not_change_what_came_before(operator: Operator) -> None:
+    case = operator.make_case(T=40, dtype=torch.float64, N=16)
+    longer, _ = operator.function(*part(case))
+    shorter, _ = operator.function(*part(case, times=slice(37)))
+    torch.testing.assert_close(longer[:, :37], shorter, rtol=1e-12, atol=1e-12)
+
+
+def test_no_initial_state_is_a_state_of_zeros(operator: Operator) -> None:
+    case = operator.make_case(T=40)
+    zeros = torch.zeros(2, 2, 64, 64)
+    pairs = zip(
+        operator.function(*part(case)),
+        operator.function(*part(case), initial_state=zeros),
+        strict=True,
+    )
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_the_same_call_twice_gives_the_same_bits(operator: Operator) -> None:
+    case = operator.make_case(T=100, dtype=torch.bfloat16)
+    first, second = run(case, operator.chunked), run(case, operator.chunked)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_inputs_that_are_views_give_the_result_of_their_copies(operator: Operator) -> None:
+    case = operator.make_case(T=40)
+    views = [
+        x if x.ndim == 2 else x.transpose(1, 2).contiguous().transpose(1, 2) for x in part(case)
+    ]
+    assert not views[0].is_contiguous()
+    assert torch.equal(operator.function(*views)[0], operator.function(*part(case))[0])
+
+
+def test_chunked_form_is_fifteen_times_as_fast_as_the_official_packages_loop(
+    operator: Operator,
+) -> None:
+    case = operator.make_case(B=1, T=512, H=4)
+    seconds = {}
+    for function, rounds in ((operator.plain, 2), (operator.chunked, 12)):
+        run(case, function)
+        times = []
+        for _ in range(rounds):
+            started = time.perf_counter()
+            run(case, function)
+            times.append(time.perf_counter() - started)
+        seconds[function] = min(times)
+    assert seconds[operator.plain] > 15 * seconds[operator.chunked]
+
+
+def test_a_tensor_that_disagrees_is_named(operator: Operator) -> None:
+    case = operator.make_case(T=8)
+    inputs = case.inputs
+    with pytest.raises(ShapeError, match=r"k must be like r.*float32.*got.*float16"):
+        operator.function(**{**inputs, "k": inputs["k"].half()})
+    with pytest.raises(ShapeError, match=r"initial_state must be \(2, 2, 64, 64\)"):
+        operator.function(**inputs, initial_state=torch.zeros(2, 64, 64))
+    with pytest.raises(ShapeError, match="T >= 1"):
+        operator.function(*part(case, times=slice(0)))
+
+
+def test_own_key_weights_of_another_shape_are_named() -> None:
+    case = wkv6_case(T=8)
+    with pytest.raises(ShapeError, match=r"u must be \(2, 64\), got \(2, 8\)"):
+        wkv6(**{**case.inputs, "u": case.inputs["u"][:, :8]})
+
+
+def test_auto_takes_the_chunked_form_on_a_cpu_and_says_why_not_others() -> None:
+    for table in (WKV6, WKV7):
+        choice = select("wkv", table, "auto", Request(CPU, torch.float32, 64))
+        assert choice.name == "torch"
+    assert "fla needs a GPU" in choice.reason
+
+
+def test_a_backend_asked_for_by_name_that_cannot_serve_raises() -> None:
+    request = Request(CPU, torch.float32, 64)
+    with pytest.raises(BackendUnavailableError, match=r"op='fla' needs a GPU: use --op auto"):
+        select("wkv7", WKV7, "fla", request)
+    with pytest.raises(BackendUnavailableError, match=r"op='cuda' is not a backend.*torch"):
+        select("wkv7", WKV7, "cuda", request)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [(op, b.name) for op in OPERATORS for b in OPERATORS[op].table])
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("T", [1, 16, 63, 100, 1000])
+def test_gpu_backends_stay_within_the_error_budget(
+    T: int, decay: str, name: tuple[str, str]
+) -> None:
+    operator, backend = OPERATORS[name[0]], name[1]
+    if backend == "fla" and importlib.util.find_spec("fla") is None:
+        pytest.skip("needs the extra fla")
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    case = operator.make_case(T=T, decay=decay, dtype=torch.bfloat16).to(torch.bfloat16, device)
+    request = Request(device, torch.bfloat16, 64)
+    function = select(name[0], operator.table, backend, request).function
+    exact = run(case.to(torch.float64), operator.reference)
+    plain = run(case, operator.plain)
+    for key, value in run(case, function).items():
+        assert_within_budget(value, exact[key], plain[key], key)
