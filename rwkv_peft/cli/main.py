@@ -42,6 +42,13 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return ERROR_CODE
+    except OSError as error:
+        # a disk that is full or a folder that may not be written, wherever it was met
+        if shows_trace:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror or error}:{where}", file=sys.stderr)
+        return ERROR_CODE
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -93,11 +93,12 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
     config, last = planning.choose_warmup(config, plan.steps)
 
     torch.manual_seed(config.random_seed)
-    model = _load_model(config, geometry, weights)
+    model, num_weights = _load_model(config, geometry, weights), _count(weights)
+    del weights  # a .safetensors file would stay in memory beside the model
     trained = attach(model, "none" if config.peft == "none" else "lora", config.peft_config)
     optimizer = _make_optimizer(config, trained)
     lines = [
-        *planning.describe_model(config, geometry, model.op.name, _count(weights), _count(trained)),
+        *planning.describe_model(config, geometry, model.op.name, num_weights, _count(trained)),
         f"op: {model.op.name} ({model.op.reason})",
         *(f"chosen: {c.name} = {c.value} ({c.reason})" for c in choices + more + last),
         *planning.describe_plan(config, plan, batches),
@@ -176,11 +177,18 @@ def _optimizer_step(run: _Run, positions: range, done: int, epoch: int) -> StepR
     num_trained = sum(batch.num_trained for batch in micro_batches)
     loss_sum = 0.0
     for batch in micro_batches:
-        output = run.step(run.model, batch, l2wrap=config.l2wrap)
-        value = output.loss_sum.item()
-        if not math.isfinite(value):
-            raise _not_finite(f"the loss is {value}", done, batch.lines, config)
-        run.optimizer.backward(output.objective_sum / num_trained)
+        try:
+            output = run.step(run.model, batch, l2wrap=config.l2wrap)
+            value = output.loss_sum.item()
+            if not math.isfinite(value):
+                raise _not_finite(f"the loss is {value}", done, batch.lines, config)
+            run.optimizer.backward(output.objective_sum / num_trained)
+        except torch.OutOfMemoryError as error:
+            rows, width = batch.tokens.shape
+            raise TrainingError(
+                f"out of memory at step {done + 1}, with {rows} rows of {width} tokens: use "
+                "--grad_cp 1, a smaller --micro_bsz (with a larger --accumulate_grad_batches) or --ctx_len"
+            ) from error
         loss_sum += value
     lr = learning_rate(
         done,

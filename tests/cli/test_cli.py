@@ -132,6 +132,16 @@ def test_a_full_disk_ends_training_with_one_line_and_keeps_the_earlier_file(
     assert (folder / "rwkv-0-adapter" / "adapter_model.safetensors").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(
+    cli: Cli, model_file: Path, data_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    done = cli("train", model_file, data_file, "--proj_dir", tmp_path / "file" / "out")
+    assert done.code == 2
+    assert done.err.startswith("error: ") and str(tmp_path / "file") in done.err
+    assert done.err.count("\n") == 1
+
+
 def test_the_short_form_chooses_the_rest_and_says_why(
     cli: Cli, model_file: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

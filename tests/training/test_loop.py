@@ -236,6 +236,14 @@ def test_a_gradient_that_is_no_number_stops_before_the_weights_change(
     assert not list((tmp_path / "out").glob("rwkv-*"))
 
 
+def test_running_out_of_memory_says_what_to_lower(run: Run) -> None:
+    def failing(model: Any, batch: Any, **options: Any) -> StepOutput:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(TrainingError, match=r"out of memory at step 1, with 4 rows of \d+ tokens"):
+        run(failing)
+
+
 def test_a_second_run_in_a_folder_keeps_the_first_ones_losses(run: Run, tmp_path: Path) -> None:
     run(epoch_count=1)
     first = (tmp_path / "out" / "loss_data.jsonl").read_text()
