@@ -46,6 +46,8 @@ class TrainConfig:
     """Method: lora, or none for full tuning; lora if auto."""
     peft_config: dict[str, Any] = field(default_factory=dict)
     """Options of the method as JSON, those of Hugging Face peft: {"r": 8, "lora_alpha": 32}."""
+    load_adapter: str = ""
+    """Folder of a saved adapter to train further, in place of a new one."""
     train_type: Literal["none"] = "none"
     """Kind of training besides the method; none is the plain one."""
     merge: Switch = 1
@@ -142,6 +144,11 @@ class TrainConfig:
                 raise ConfigError(f"--{name} {value}: only one device can be used so far: use 1")
         if self.weight_decay_final > 0 and self.weight_decay <= 0:
             raise ConfigError("--weight_decay_final needs --weight_decay above 0 to start from")
+        if self.load_adapter and (self.peft == "none" or self.peft_config):
+            raise ConfigError(
+                "--load_adapter brings its own method and options: leave out --peft none and "
+                "--peft_config"
+            )
         if self.peft == "none" and self.peft_config:
             raise ConfigError("--peft_config needs a method: give --peft lora, or leave it out")
 

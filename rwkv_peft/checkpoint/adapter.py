@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_peft.checkpoint.files import atomic_write
 from rwkv_peft.checkpoint.pth import geometry_of, read_weights, write_like
 from rwkv_peft.errors import CheckpointError
-from rwkv_peft.methods.attach import inject
+from rwkv_peft.methods.attach import attach_config
 from rwkv_peft.methods.merge import merged_weights
 from rwkv_peft.models.base import RWKV
 
@@ -92,13 +92,33 @@ def load_adapter(model: RWKV, folder: str | Path) -> None:
     Raises:
         CheckpointError: its tensors are not exactly those that the config makes in this model.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    trained, values = attach_saved(model, folder)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(values[name])
+    model.requires_grad_(False)
+
+
+def attach_saved(
+    model: RWKV, folder: str | Path
+) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """Attaches an adapter folder to a model for training it further.
+
+    Returns:
+        the tensors to train and the values they had, both by name; the values are still to be
+        put in, as their float32 may be finer than the model's type.
+    Raises:
+        CheckpointError: its tensors are not exactly those that the config makes in this model.
+    """
+    from peft import get_peft_model_state_dict
 
     config, tensors = read_adapter(folder)
-    dtype, device = model.emb.weight.dtype, model.emb.weight.device
-    inject(model, config)
+    # saved as true, it would have peft freeze what is to be trained
+    config.inference_mode = False
+    trained = attach_config(model, config)
     # saving embeddings is off, since peft would look for a config of the base on a hub
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    parameters = dict(model.named_parameters())
+    own = get_peft_model_state_dict(model, state_dict=parameters, save_embedding_layers=False)
     expected = {n: tuple(x.shape) for n, x in own.items()}
     found = {n: tuple(x.shape) for n, x in tensors.items()}
     if expected != found:
@@ -111,9 +131,9 @@ def load_adapter(model: RWKV, folder: str | Path) -> None:
             f"{found.get(name, 'missing')} in the file, {expected.get(name, 'not wanted')} in "
             "the model: give the base that the adapter was trained on"
         )
-    values = {name: x.to(device=device, dtype=dtype) for name, x in tensors.items()}
-    set_peft_model_state_dict(model, values)
-    model.requires_grad_(False)
+    # peft's names in files are not those of the parameters; the tensors tell which is which
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return trained, {names[id(parameter)]: tensors[key] for key, parameter in own.items()}
 
 
 def merge(base_model: str | Path, adapter: str | Path, output: str | Path) -> None:

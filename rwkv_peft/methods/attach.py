@@ -48,7 +48,13 @@ def attach(model: RWKV, method: Method, options: Mapping[str, Any]) -> dict[str,
         for parameter in trained.values():
             parameter.requires_grad_(True)
         return trained
-    inject(model, lora_config(options, model.geometry.version))
+    return attach_config(model, lora_config(options, model.geometry.version))
+
+
+def attach_config(model: RWKV, config: "LoraConfig") -> dict[str, nn.Parameter]:
+    """Like `attach`, with peft's own config, for example of a saved adapter."""
+    model.requires_grad_(False)
+    inject(model, config)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rwkv_peft.checkpoint.adapter import merge, write_adapter
+from rwkv_peft.checkpoint.adapter import attach_saved, merge, write_adapter
 from rwkv_peft.checkpoint.pth import geometry_of, load_weights, read_weights, write_like
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.batching import PaddedBatches
@@ -17,6 +17,7 @@ from rwkv_peft.data.prepare import read_documents
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.device import dtype_of, resolve_device
 from rwkv_peft.errors import TrainingError
+from rwkv_peft.methods import Method
 from rwkv_peft.methods.attach import attach
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
@@ -95,8 +96,14 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
     torch.manual_seed(config.random_seed)
     model, num_weights = _load_model(config, geometry, weights), _count(weights)
     del weights  # a .safetensors file would stay in memory beside the model
-    trained = attach(model, "none" if config.peft == "none" else "lora", config.peft_config)
-    optimizer = _make_optimizer(config, trained)
+    if config.load_adapter:
+        trained, values = attach_saved(model, config.load_adapter)
+        optimizer = _make_optimizer(config, trained)
+        optimizer.load(values)
+    else:
+        method: Method = "none" if config.peft == "none" else "lora"
+        trained = attach(model, method, config.peft_config)
+        optimizer = _make_optimizer(config, trained)
     lines = [
         *planning.describe_model(config, geometry, model.op.name, num_weights, _count(trained)),
         f"op: {model.op.name} ({model.op.reason})",
@@ -187,7 +194,8 @@ def _optimizer_step(run: _Run, positions: range, done: int, epoch: int) -> StepR
             rows, width = batch.tokens.shape
             raise TrainingError(
                 f"out of memory at step {done + 1}, with {rows} rows of {width} tokens: use "
-                "--grad_cp 1, a smaller --micro_bsz (with a larger --accumulate_grad_batches) or --ctx_len"
+                "--grad_cp 1, or a smaller --micro_bsz (with a larger --accumulate_grad_batches) "
+                "or --ctx_len"
             ) from error
         loss_sum += value
     lr = learning_rate(

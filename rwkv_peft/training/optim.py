@@ -53,6 +53,13 @@ class Optimizer:
         )
         self._scaler = torch.amp.GradScaler(device.type, enabled=uses_loss_scale)
 
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Puts saved values into the masters and the model."""
+        for name, master in self.masters.items():
+            master.copy_(values[name])
+            self._parameters[name].copy_(master)
+
     def backward(self, objective: Tensor) -> None:
         """Adds the gradient of one micro-batch to the masters'."""
         self._scaler.scale(objective).backward()

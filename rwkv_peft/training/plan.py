@@ -43,7 +43,7 @@ def choose_model_settings(config: TrainConfig) -> tuple[TrainConfig, list[Choice
         choices.append(Choice("precision", *choose_precision(device)))
     if config.peft == "auto":
         choices.append(Choice("peft", "lora", "needs little memory and gives small files"))
-        if not config.peft_config:
+        if not config.peft_config and not config.load_adapter:
             reason = "a rank that suits most tasks, at a scale of 1"
             choices.append(Choice("peft_config", dict(LORA_DEFAULTS), reason))
     if config.random_seed < 0:

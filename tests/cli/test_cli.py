@@ -76,6 +76,14 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = 
     "unknown op": (lambda m, d, t: [m, d, "--op", "tpu"], "op='tpu' is not a backend of wkv7"),
     "no such device": (lambda m, d, t: [m, d, "--accelerator", "cuda"], "--accelerator cuda"),
     "two devices": (lambda m, d, t: [m, d, "--devices", 2], "only one device"),
+    "missing adapter": (
+        lambda m, d, t: [m, d, "--load_adapter", t / "no"],
+        "is no adapter: it has no adapter_config.json",
+    ),
+    "adapter with options": (
+        lambda m, d, t: [m, d, "--load_adapter", t, "--peft_config", '{"r": 4}'],
+        "--load_adapter brings its own method and options",
+    ),
     "target that is none": (
         lambda m, d, t: [m, d, "--peft", "lora", "--peft_config", '{"target_modules":["q"]}'],
         "'q' is no module of this model",

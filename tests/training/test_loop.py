@@ -156,6 +156,21 @@ def test_recomputing_draws_the_same_dropout(run: Run, tmp_path: Path) -> None:
     assert losses(without.proj_dir) != losses(plain.proj_dir)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_saved_adapter_is_trained_further_from_where_it_was(
+    precision: str, run: Run, tmp_path: Path
+) -> None:
+    first = run(epoch_count=4, lr_init=1e-2, precision=precision, proj_dir=str(tmp_path / "first"))
+    # a rate at which nothing moves shows the values it begins with
+    settings = {"peft_config": {}, "load_adapter": str(first.adapter), "precision": precision}
+    still = run(**settings, lr_init=1e-30, lr_final=0.0, proj_dir=str(tmp_path / "still"))
+    before, after = adapter_of(first), adapter_of(still)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    more = run(**settings, epoch_count=4, lr_init=1e-2, proj_dir=str(tmp_path / "more"))
+    assert losses(more.proj_dir)[0] < losses(first.proj_dir)[0] - 0.3
+    assert losses(more.proj_dir)[-1] < losses(first.proj_dir)[-1]
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(run: Run, tmp_path: Path) -> None:
     results = [run(random_seed=s, proj_dir=str(tmp_path / f"{i}")) for i, s in enumerate((1, 1, 2))]
     one, again, other = [adapter_of(r) for r in results]
