@@ -1,4 +1,4 @@
-"""Time of the WKV-7 operator and of a LoRA training step on a CPU, backends side by side.
+"""Time of the recurrences and of a LoRA training step on a CPU, backends side by side.
 
     python benchmarks/cpu_step.py [--output FILE] [--threads 2]
 
@@ -26,14 +26,32 @@ from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.geometry import Geometry
 from rwkv_peft.models.initial import default_ranks, initial_weights
-from rwkv_peft.ops.testing import assert_within_budget, run, wkv7_case, wkv7_plain
+from rwkv_peft.ops.testing import (
+    assert_within_budget,
+    run,
+    wkv6_case,
+    wkv6_plain,
+    wkv7_case,
+    wkv7_plain,
+)
+from rwkv_peft.ops.wkv6.chunked import wkv6_chunked
+from rwkv_peft.ops.wkv6.reference import wkv6_reference
 from rwkv_peft.ops.wkv7.chunked import wkv7_chunked
 from rwkv_peft.ops.wkv7.reference import wkv7_reference
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.step import full_step
 
 # the loop as the rwkv package writes it, our own, and the chunked form
-OPERATORS = {"package": wkv7_plain, "reference": wkv7_reference, "torch": wkv7_chunked}
+OPERATORS = {
+    "wkv7": (
+        wkv7_case,
+        {"package": wkv7_plain, "reference": wkv7_reference, "torch": wkv7_chunked},
+    ),
+    "wkv6": (
+        wkv6_case,
+        {"package": wkv6_plain, "reference": wkv6_reference, "torch": wkv6_chunked},
+    ),
+}
 SHAPES = ((1, 512, 2), (1, 512, 4), (1, 512, 12), (4, 512, 4), (1, 2048, 4))
 # name, layers, width, vocabulary, rows, tokens a row
 MODELS = (("bundled base", 6, 256, 5120, 8, 96), ("0.1b", 12, 768, 65536, 1, 512))
@@ -52,20 +70,24 @@ def take_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
 
 
 def operator_rows(rounds: int) -> list[str]:
-    """A table row a shape: forward and backward of each backend, and their ratio."""
+    """A table row an operator and shape: forward and backward of each backend, and the ratios."""
     rows = []
-    for B, T, H in SHAPES:
-        case = wkv7_case(B=B, T=T, H=H)
-        exact = run(case.to(torch.float64), wkv7_reference)
-        plain = run(case, wkv7_plain)
-        for name, value in run(case, wkv7_chunked).items():
-            assert_within_budget(value, exact[name], plain[name], name)
-        seconds = take_turns({name: partial(run, case, f) for name, f in OPERATORS.items()}, rounds)
-        cells = [f"{statistics.median(x) * 1e3:.1f} ({min(x) * 1e3:.1f})" for x in seconds.values()]
-        for name in ("package", "reference"):
-            pairs = zip(seconds[name], seconds["torch"], strict=True)
-            cells.append(f"{statistics.median(a / b for a, b in pairs):.1f}×")
-        rows.append(f"| {B}, {T}, {H} | " + " | ".join(cells) + " |")
+    for operator, (make_case, functions) in OPERATORS.items():
+        for B, T, H in SHAPES:
+            case = make_case(B=B, T=T, H=H)
+            exact = run(case.to(torch.float64), functions["reference"])
+            plain = run(case, functions["package"])
+            for name, value in run(case, functions["torch"]).items():
+                assert_within_budget(value, exact[name], plain[name], name)
+            calls = {name: partial(run, case, f) for name, f in functions.items()}
+            seconds = take_turns(calls, rounds)
+            cells = [
+                f"{statistics.median(x) * 1e3:.1f} ({min(x) * 1e3:.1f})" for x in seconds.values()
+            ]
+            for name in ("package", "reference"):
+                pairs = zip(seconds[name], seconds["torch"], strict=True)
+                cells.append(f"{statistics.median(a / b for a, b in pairs):.1f}×")
+            rows.append(f"| {operator} {B}, {T}, {H} | " + " | ".join(cells) + " |")
     return rows
 
 
@@ -132,7 +154,7 @@ def main() -> None:
         "writes it (under autograd), our own token loop (`op=reference`), the chunked form",
         "(`op=torch`), and how many times faster it is than each, pair by pair:",
         "",
-        "| B, T, H | package's loop | reference | torch | against package's | against reference |",
+        "| operator B, T, H | package's loop | reference | torch | against package's | against reference |",
         "|---|---|---|---|---|---|",
         *operator_rows(options.rounds),
         "",
