@@ -42,15 +42,10 @@ from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.step import full_step
 
 # the loop as the rwkv package writes it, our own, and the chunked form
+FORMS = ("package", "reference", "torch")
 OPERATORS = {
-    "wkv7": (
-        wkv7_case,
-        {"package": wkv7_plain, "reference": wkv7_reference, "torch": wkv7_chunked},
-    ),
-    "wkv6": (
-        wkv6_case,
-        {"package": wkv6_plain, "reference": wkv6_reference, "torch": wkv6_chunked},
-    ),
+    "wkv7": (wkv7_case, (wkv7_plain, wkv7_reference, wkv7_chunked)),
+    "wkv6": (wkv6_case, (wkv6_plain, wkv6_reference, wkv6_chunked)),
 }
 SHAPES = ((1, 512, 2), (1, 512, 4), (1, 512, 12), (4, 512, 4), (1, 2048, 4))
 # name, layers, width, vocabulary, rows, tokens a row
@@ -72,7 +67,8 @@ def take_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
 def operator_rows(rounds: int) -> list[str]:
     """A table row an operator and shape: forward and backward of each backend, and the ratios."""
     rows = []
-    for operator, (make_case, functions) in OPERATORS.items():
+    for operator, (make_case, forms) in OPERATORS.items():
+        functions = dict(zip(FORMS, forms, strict=True))
         for B, T, H in SHAPES:
             case = make_case(B=B, T=T, H=H)
             exact = run(case.to(torch.float64), functions["reference"])
@@ -154,7 +150,7 @@ def main() -> None:
         "writes it (under autograd), our own token loop (`op=reference`), the chunked form",
         "(`op=torch`), and how many times faster it is than each, pair by pair:",
         "",
-        "| operator B, T, H | package's loop | reference | torch | against package's | against reference |",
+        "| operator B, T, H | package | reference | torch | package : torch | reference : torch |",
         "|---|---|---|---|---|---|",
         *operator_rows(options.rounds),
         "",
