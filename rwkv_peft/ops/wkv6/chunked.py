@@ -48,20 +48,28 @@ def _flat_chunks(x_BTHN: Tensor, dtype: torch.dtype, fill: float = 0.0) -> Tenso
 class _Halves(NamedTuple):
     """One level of halving: m pairs of an early and a late half of s tokens."""
 
-    early: tuple[Any, ...]  # index of the early halves in (n, m, 2, s, N)
-    late: tuple[Any, ...]
     size: int
     to_border: Tensor  # (n, m, s, N): e^{g_b - g_i} of the early tokens
     from_border: Tensor  # (n, m, s, N): e^{g_{t-1} - g_b} of the late ones
 
 
+def _early(x: Tensor, size: int) -> Tensor:
+    """Of (n, C, N), the view (n, m, s, N) of the early halves."""
+    halves: Tensor = x.unflatten(1, (-1, 2, size))
+    return halves[:, :, 0]
+
+
+def _late(x: Tensor, size: int) -> Tensor:
+    halves: Tensor = x.unflatten(1, (-1, 2, size))
+    return halves[:, :, 1]
+
+
 def _levels(log_decay: Tensor) -> Iterator[_Halves]:
-    early, late = (slice(None), slice(None), 0), (slice(None), slice(None), 1)
     size = CHUNK // 2
     while size:
-        halves = log_decay.unflatten(1, (-1, 2, size))
-        to_border, from_border = _later(halves[early]).exp_(), _earlier(halves[late]).exp_()
-        yield _Halves(early, late, size, to_border, from_border)
+        to_border = _later(_early(log_decay, size)).exp_()
+        from_border = _earlier(_late(log_decay, size)).exp_()
+        yield _Halves(size, to_border, from_border)
         size //= 2
 
 
@@ -96,8 +104,8 @@ class _ChunkedWkv6(torch.autograd.Function):
         rc, kc, vc = (_flat_chunks(x, dtype) for x in (r, k, v))
         A = rc.new_zeros(len(rc), CHUNK, CHUNK)
         for level in _levels(log_decay):
-            early = kc.unflatten(1, (-1, 2, level.size))[level.early] * level.to_border
-            late = rc.unflatten(1, (-1, 2, level.size))[level.late] * level.from_border
+            early = _early(kc, level.size) * level.to_border
+            late = _late(rc, level.size) * level.from_border
             _blocks(A, level.size).copy_((late @ early.mT).permute(0, 2, 3, 1))
         own = u.to(dtype).repeat(len(rc) // H, 1).unsqueeze(1)
         A.diagonal(dim1=1, dim2=2).copy_((rc * own * kc).sum(-1))
@@ -165,15 +173,14 @@ def _halves_backward(
     level: _Halves, r: Tensor, k: Tensor, dA: Tensor, dr: Tensor, dk: Tensor, dlog: Tensor
 ) -> None:
     """Adds what one level of A gives to the gradients of r, k and the log decays."""
-    parts = (-1, 2, level.size)
-    early_k = k.unflatten(1, parts)[level.early]
-    late_r = r.unflatten(1, parts)[level.late]
-    block = _blocks(dA, level.size).permute(0, 3, 1, 2)
+    size = level.size
+    early_k, late_r = _early(k, size), _late(r, size)
+    block = _blocks(dA, size).permute(0, 3, 1, 2)
     dlate = (block @ (early_k * level.to_border)).mul_(level.from_border)
     dearly = (block.mT @ (late_r * level.from_border)).mul_(level.to_border)
-    dr.unflatten(1, parts)[level.late].add_(dlate)
-    dk.unflatten(1, parts)[level.early].add_(dearly)
+    _late(dr, size).add_(dlate)
+    _early(dk, size).add_(dearly)
     # an early token's key passes the decays after it up to the border, a late token's r those
     # from the border up to the one before it
-    dlog.unflatten(1, parts)[level.early].add_(_earlier(early_k * dearly))
-    dlog.unflatten(1, parts)[level.late].add_(_later(late_r * dlate))
+    _early(dlog, size).add_(_earlier(early_k * dearly))
+    _late(dlog, size).add_(_later(late_r * dlate))
