@@ -14,17 +14,23 @@ Switch = Literal[0, 1]
 
 
 @dataclass(frozen=True, slots=True)
-class TrainConfig:
+class DataConfig:
+    """Which texts to learn and how they are read."""
+
+    data_file: str = ""
+    """The texts to learn: one {"text": ...} a line."""
+    data_type: Literal["auto", "jsonl"] = "auto"
+    """Format of data_file; found from the file if auto."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig(DataConfig):
     """Settings of one training run."""
 
     load_model: str = ""
     """The official weights to start from (.pth or .safetensors)."""
-    data_file: str = ""
-    """The texts to learn: one {"text": ...} a line."""
     proj_dir: str = ""
     """Folder of the run's results; 'out', or the first free of out-2, out-3 …, if empty."""
-    data_type: Literal["auto", "jsonl"] = "auto"
-    """Format of data_file; found from the file if auto."""
     vocab_size: int = 0
     """Vocabulary; read from load_model. If given, must agree with it."""
     n_layer: int = 0

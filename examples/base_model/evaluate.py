@@ -6,6 +6,7 @@ import sys
 import torch
 
 import rwkv_peft
+from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batching import PaddedBatches
 from rwkv_peft.data.prepare import read_documents
 from rwkv_peft.device import resolve_device
@@ -16,12 +17,14 @@ def bits_per_byte(path: str, data: str) -> tuple[float, float]:
     """Bits per byte of text and nats per token over all documents, each read from its start."""
     device = resolve_device("auto")
     model = rwkv_peft.load_model(path, device=device, dtype=torch.float32, op="torch")
-    documents = read_documents(data, rwkv_peft.Tokenizer(model.geometry.vocab_size))
+    documents = read_documents(
+        DataConfig(data_file=data), rwkv_peft.Tokenizer(model.geometry.vocab_size)
+    )
     batches = PaddedBatches(
         documents, ctx_len=documents.longest, micro_bsz=8, seed=0, is_shuffled=False
     )
     loss, num_tokens = evaluate_loss(model, [batches[i] for i in range(len(batches))])
-    return loss / math.log(2) / documents.num_bytes, loss / num_tokens
+    return loss / math.log(2) / documents.report.num_bytes, loss / num_tokens
 
 
 if __name__ == "__main__":

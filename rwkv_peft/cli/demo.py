@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rwkv_peft.cli.parse import parse
-from rwkv_peft.config import TrainConfig
+from rwkv_peft.config import DataConfig, TrainConfig
 
 if TYPE_CHECKING:
     from rwkv_peft.models.base import RWKV
@@ -86,7 +86,9 @@ def held_out_loss(model: "RWKV") -> float:
     from rwkv_peft.data.tokenizer import Tokenizer
     from rwkv_peft.training.step import evaluate_loss
 
-    documents = read_documents(HELD_OUT, Tokenizer(model.geometry.vocab_size))
+    documents = read_documents(
+        DataConfig(data_file=str(HELD_OUT)), Tokenizer(model.geometry.vocab_size)
+    )
     batches = PaddedBatches(
         documents, ctx_len=documents.longest, micro_bsz=8, seed=0, is_shuffled=False
     )

@@ -81,7 +81,7 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
     geometry = geometry_of(weights)
     check_flags(geometry, {name: getattr(config, name) for name in FLAGS}, config.load_model)
     config, choices = planning.choose_model_settings(config)
-    documents = read_documents(config.data_file, Tokenizer(geometry.vocab_size))
+    documents = read_documents(config, Tokenizer(geometry.vocab_size))
     config, more = planning.choose_training_settings(config, geometry, documents)
     batches = PaddedBatches(
         documents,

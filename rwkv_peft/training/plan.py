@@ -130,11 +130,12 @@ def describe_plan(config: TrainConfig, plan: Plan, batches: PaddedBatches) -> It
     """Data and work in lines for a person."""
     documents = batches.documents
     assert config.epoch_count is not None and config.ctx_len is not None
+    empty = documents.report.empty
     split = batches.num_rows - len(documents)
     yield (
         f"data: {len(documents):,} documents, {len(documents.tokens):,} tokens, "
         f"{documents.num_trained:,} of them trained in each pass"
-        + (f"; {documents.num_empty} empty rows left out" if documents.num_empty else "")
+        + (f"; {len(empty):,} empty rows left out" if empty else "")
         + (f"; long documents give {split:,} more rows of ctx_len" if split else "")
     )
     yield (

@@ -112,11 +112,12 @@ def test_splitting_a_step_into_micro_batches_does_not_change_it(
 
 
 def test_split_and_whole_gradients_agree_to_a_millionth(model_file: Path, data_file: Path) -> None:
+    from rwkv_peft.config import DataConfig
     from rwkv_peft.data.batching import PaddedBatches
     from rwkv_peft.data.prepare import read_documents
     from rwkv_peft.methods.attach import attach
 
-    documents = read_documents(data_file, rwkv_peft.Tokenizer(320))
+    documents = read_documents(DataConfig(data_file=str(data_file)), rwkv_peft.Tokenizer(320))
     gradients = []
     for micro_bsz in (8, 4, 1):
         batches = PaddedBatches(

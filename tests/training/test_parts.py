@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batching import IGNORE, PaddedBatches
 from rwkv_peft.data.prepare import read_documents
 from rwkv_peft.data.tokenizer import Tokenizer
@@ -14,7 +15,7 @@ from rwkv_peft.training.schedule import learning_rate, weight_decay
 
 
 def batches_of(path: Path, *, ctx_len: int = 8, micro_bsz: int = 3, seed: int = 0) -> PaddedBatches:
-    documents = read_documents(path, Tokenizer(320))
+    documents = read_documents(DataConfig(data_file=str(path)), Tokenizer(320))
     return PaddedBatches(
         documents, ctx_len=ctx_len, micro_bsz=micro_bsz, seed=seed, is_shuffled=True
     )
@@ -80,12 +81,12 @@ def test_a_broken_data_file_is_named_with_its_line(
 ) -> None:
     (tmp_path / "bad.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=message):
-        read_documents(tmp_path / "bad.jsonl", Tokenizer(320))
+        read_documents(DataConfig(data_file=str(tmp_path / "bad.jsonl")), Tokenizer(320))
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "ab"}\r\n{"text": "c"}\r\n')
-    documents = read_documents(tmp_path / "a.jsonl", Tokenizer(320))
+    documents = read_documents(DataConfig(data_file=str(tmp_path / "a.jsonl")), Tokenizer(320))
     assert documents.tokens.tolist() == [*Tokenizer(320).encode("ab"), 0, ord("c") + 1, 0]
     assert documents.lines.tolist() == [1, 2]
 
