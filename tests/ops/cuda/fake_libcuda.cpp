@@ -1,0 +1,85 @@
+// Stands in for NVIDIA's driver where there is no GPU: it records what it is given.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+// the parameters of the tests' kernel, laid out by a C compiler
+struct Params {
+  void* x;
+  int n;
+  void* y;
+  float by;
+  long long far;
+  int last;
+};
+
+struct Record {
+  uint64_t function, stream, size, grid[3], block[3], shared, launches, shared_asked, modules;
+  int64_t marks_valid;
+  Params params;
+  char code[16];
+};
+
+static Record record;
+static int next_launch_error = 0;
+static thread_local bool has_context = false;
+
+extern "C" {
+Record* fake_record() { return &record; }
+void fake_fail_next_launch(int code) { next_launch_error = code; }
+
+int cuInit(unsigned) { return 0; }
+int cuDeviceGet(int* device, int ordinal) { *device = ordinal; return 0; }
+int cuDevicePrimaryCtxRetain(void** context, int) { *context = &record; return 0; }
+int cuCtxSetCurrent(void*) { has_context = true; return 0; }
+
+int cuModuleLoadData(void** module, const void* code) {
+  if (!has_context) return 201;
+  ++record.modules;
+  memcpy(record.code, code, sizeof record.code);
+  *module = reinterpret_cast<void*>(0x7000000000000abc);
+  return 0;
+}
+
+int cuModuleGetFunction(void** function, void* module, const char* name) {
+  if (reinterpret_cast<uint64_t>(module) != 0x7000000000000abc) return 400;
+  if (strcmp(name, "scale")) return 500;
+  *function = reinterpret_cast<void*>(0x7000000000000def);
+  return 0;
+}
+
+int cuFuncSetAttribute(void*, int attribute, int value) {
+  if (attribute != 8 || value > 232448) return 1;
+  record.shared_asked = value;
+  return 0;
+}
+
+int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                   unsigned bz, unsigned shared, void* stream, void** params, void** extra) {
+  if (!has_context) return 201;
+  if (int code = next_launch_error) { next_launch_error = 0; return code; }
+  record.function = reinterpret_cast<uint64_t>(f);
+  record.stream = reinterpret_cast<uint64_t>(stream);
+  record.shared = shared;
+  uint64_t grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
+  memcpy(record.grid, grid, sizeof grid);
+  memcpy(record.block, block, sizeof block);
+  record.marks_valid = !params && extra[0] == (void*)1 && extra[2] == (void*)2 && !extra[4];
+  record.size = *static_cast<size_t*>(extra[3]);
+  if (record.size <= sizeof record.params) memcpy(&record.params, extra[1], record.size);
+  ++record.launches;
+  return 0;
+}
+
+int cuGetErrorName(int code, const char** text) {
+  *text = code == 1 ? "CUDA_ERROR_INVALID_VALUE" : code == 500 ? "CUDA_ERROR_NOT_FOUND" : nullptr;
+  return !*text;
+}
+int cuGetErrorString(int code, const char** text) {
+  *text = code == 1 ? "invalid argument" : code == 500 ? "named symbol not found" : nullptr;
+  return !*text;
+}
+
+// the size that the driver expects: up to the last parameter's end
+uint64_t fake_params_size() { return offsetof(Params, last) + sizeof(int); }
+}
