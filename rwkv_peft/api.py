@@ -29,7 +29,7 @@ def load_model(
     Args:
         path: an official .pth or .safetensors file.
         dtype: a torch dtype or its name; 'bf16', 'fp16' and 'fp32' work too.
-        op: backend of the recurrence: auto, torch, fla or reference.
+        op: backend of the recurrence: auto, cuda, triton, fla, torch or reference.
         adapter: folder of an adapter in peft's format to attach.
     Raises:
         CheckpointError: a file cannot be read or does not fit.

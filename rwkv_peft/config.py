@@ -108,7 +108,7 @@ class TrainConfig(DataConfig):
     """Pull on each token's largest logit, as in RWKV's own training; 0 for none."""
 
     op: str = "auto"
-    """Backend of the recurrence: auto, torch, fla."""
+    """Backend of the recurrence: auto, cuda, triton, fla, torch, reference."""
     accelerator: str = "auto"
     """Device: auto, cpu, gpu, or a torch device type such as cuda or mps."""
     devices: int = 1

@@ -40,7 +40,7 @@ class ModelOptions:
     precision: str = "auto"
     """Number type: auto, fp32, bf16, fp16."""
     op: str = "auto"
-    """Backend of the recurrence: auto, torch, fla."""
+    """Backend of the recurrence: auto, cuda, triton, fla, torch, reference."""
 
     def model(self) -> "RWKV":
         """Loads the model."""

@@ -38,40 +38,43 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The chosen backend, its function and the reason, for the log."""
+    """The chosen backend, its function and the reason, for the log.
+
+    Attributes:
+        others: names of the other backends that can serve, best first.
+    """
 
     name: str
     function: Callable[..., Any]
     reason: str
+    others: tuple[str, ...] = ()
 
 
 def select(operator: str, table: Sequence[Backend], op: str, request: Request) -> Choice:
     """The backend named by `op`, or for 'auto' the first of `table` without an objection.
 
+    Tables name the fastest backend first: cuda, triton, fla, torch, reference.
+
     Raises:
         BackendUnavailableError: `op` is unknown, or cannot serve the request.
     """
     objections = {backend.name: backend.objection(request) for backend in table}
-    if op == "auto":
-        for backend in table:
-            if objections[backend.name] is None:
-                passed = [f"{n} {o}" for n, o in objections.items() if o is not None]
-                reason = "; ".join([backend.note, *passed])
-                return Choice(backend.name, backend.load(), reason)
+    passed = [f"{name} {why}" for name, why in objections.items() if why is not None]
+    usable = [name for name, why in objections.items() if why is None]
+    if op == "auto" and not usable:
+        raise BackendUnavailableError(f"{operator}: no backend can serve: {'; '.join(passed)}")
+    name = usable[0] if op == "auto" else op
+    if name not in objections:
+        names = ", ".join(["auto", *objections])
+        raise BackendUnavailableError(f"op='{op}' is not a backend of {operator}: use {names}")
+    if name not in usable:
         raise BackendUnavailableError(
-            f"{operator}: no backend can serve: "
-            + "; ".join(f"{name} {why}" for name, why in objections.items())
+            f"op='{op}' {objections[op]}: use --op {' or --op '.join(['auto', *usable])}"
         )
-    for backend in table:
-        if backend.name == op:
-            if (why := objections[op]) is not None:
-                usable = [name for name, objection in objections.items() if objection is None]
-                raise BackendUnavailableError(
-                    f"op='{op}' {why}: use --op {' or --op '.join(['auto', *usable])}"
-                )
-            return Choice(op, backend.load(), f"{backend.note}; asked for by name")
-    names = ", ".join(["auto", *objections])
-    raise BackendUnavailableError(f"op='{op}' is not a backend of {operator}: use one of {names}")
+    backend = next(b for b in table if b.name == name)
+    reasons = [backend.note, *(passed if op == "auto" else ["asked for by name"])]
+    others = tuple(other for other in usable if other != name)
+    return Choice(name, backend.load(), "; ".join(reasons), others)
 
 
 def is_installed(package: str) -> bool:
