@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_peft.errors import ShapeError
 from rwkv_peft.models.geometry import Geometry
 from rwkv_peft.ops.dispatch import Choice
+from rwkv_peft.ops.validation import require_segments
 from rwkv_peft.state import LayerState, RWKVState
 
 
@@ -39,20 +40,33 @@ class RWKV(nn.Module):
         self.ln_out = nn.LayerNorm(geometry.n_embd)
         self.head = nn.Linear(geometry.n_embd, geometry.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, state: RWKVState | None = None) -> tuple[Tensor, RWKVState]:
+    def forward(
+        self,
+        tokens: Tensor,
+        state: RWKVState | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+    ) -> tuple[Tensor, RWKVState]:
         """Logits (B, T, V) of the token after each position, and the state after the last.
 
         Args:
             tokens: (B, T) integers below V, T >= 1.
             state: where to go on from; zeros if None.
+            segment_ids: (B, T) int32, numbers the documents packed into a row and must not fall
+                along it: everything starts anew where the number changes. A given state belongs
+                to the row's first document, the one that comes back to its last.
         Raises:
-            ShapeError: tokens or state have the wrong shape.
+            ShapeError: tokens, state or segments have the wrong shape.
         """
-        hidden, layers = self.hidden(tokens, state)
+        hidden, layers = self.hidden(tokens, state, segment_ids=segment_ids)
         return self.head(hidden), RWKVState.from_layers(layers)
 
     def hidden(
-        self, tokens: Tensor, state: RWKVState | None = None
+        self,
+        tokens: Tensor,
+        state: RWKVState | None = None,
+        *,
+        segment_ids: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerState]]:
         """Like `forward`, with the normed last hidden state (B, T, D) in place of logits.
 
@@ -65,13 +79,16 @@ class RWKV(nn.Module):
                 f"the state is of {tuple(state.wkv.shape[:2])} (layers, rows), "
                 f"the model and tokens of {(len(self.blocks), len(tokens))}"
             )
+        require_segments("the model", segment_ids, tokens)
         x, carry = self.emb(tokens), None
         layers: list[LayerState] = []
         for i, block in enumerate(self.blocks):
             layer = None if state is None else state.layer(i)
             if self.grad_cp and torch.is_grad_enabled():
-                x, carry, layer = checkpoint(block, x, carry, layer, use_reentrant=False)
+                x, carry, layer = checkpoint(
+                    block, x, carry, layer, segment_ids, use_reentrant=False
+                )
             else:
-                x, carry, layer = block(x, carry, layer)
+                x, carry, layer = block(x, carry, layer, segment_ids)
             layers.append(layer)
         return self.ln_out(x), layers

@@ -4,16 +4,23 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.ops.segments import goes_on
 from rwkv_peft.state import LayerState
 
 # 1e-5 of the other norms, times the square of the 8 by which RWKV-5 divided its heads
 GROUP_NORM_EPS = 64e-5
 
 
-def token_shift(x_BTD: Tensor, shift_BD: Tensor | None) -> Tensor:
-    """The previous token's vector at each position; `shift_BD`, or zero, at the first."""
+def token_shift(x_BTD: Tensor, shift_BD: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+    """The previous token's vector at each position; `shift_BD`, or zero, at the first.
+
+    Zero also at the first token of each further document of a row (segment_ids (B, T)).
+    """
     first = torch.zeros_like(x_BTD[:, :1]) if shift_BD is None else shift_BD.unsqueeze(1)
-    return torch.cat((first.to(x_BTD.dtype), x_BTD[:, :-1]), 1)
+    shifted = torch.cat((first.to(x_BTD.dtype), x_BTD[:, :-1]), 1)
+    if segment_ids is None:
+        return shifted
+    return shifted.masked_fill(~goes_on(segment_ids).unsqueeze(-1), 0)
 
 
 class PlainBlock(nn.Module):
@@ -29,14 +36,14 @@ class PlainBlock(nn.Module):
         self.is_first = layer == 0
 
     def forward(
-        self, x: Tensor, carry: None, state: LayerState | None
+        self, x: Tensor, carry: None, state: LayerState | None, segment_ids: Tensor | None
     ) -> tuple[Tensor, None, LayerState]:
         """x (B, T, D) for the next block, nothing beside it, and this layer's new state."""
         if self.is_first:
             x = self.ln0(x)
         att_in = self.ln1(x)
-        mixed, wkv = self.att(att_in, state)
+        mixed, wkv = self.att(att_in, state, segment_ids)
         x = x + mixed
         ffn_in = self.ln2(x)
-        x = x + self.ffn(ffn_in, None if state is None else state.ffn_shift)
+        x = x + self.ffn(ffn_in, None if state is None else state.ffn_shift, segment_ids)
         return x, carry, LayerState(att_in[:, -1], ffn_in[:, -1], wkv)

@@ -43,12 +43,14 @@ class TimeMix(nn.Module):
             self.gate = nn.Linear(D, D, bias=False)
         self.ln_x = nn.GroupNorm(H, D, eps=GROUP_NORM_EPS)
 
-    def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, state: LayerState | None, segment_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Mixed x (B, T, D) and the new wkv state."""
         B, T, D = x.shape
         heads = (B, T, self.n_head, self.head_size)
 
-        last = token_shift(x, None if state is None else state.att_shift)
+        last = token_shift(x, None if state is None else state.att_shift, segment_ids)
         k = self.key(torch.lerp(last, x, self.time_mix_k))
         v = self.value(torch.lerp(last, x, self.time_mix_v))
         r = self.receptance(torch.lerp(last, x, self.time_mix_r))
@@ -61,6 +63,7 @@ class TimeMix(nn.Module):
             v.view(heads),
             u.view(self.n_head, -1).expand(heads[2:]),
             initial_state=None if state is None else state.wkv,
+            segment_ids=segment_ids,
             kernel=self.kernel,
         )
         y = self.ln_x(y.reshape(B * T, D)).view(B, T, D)
@@ -82,9 +85,9 @@ class ChannelMix(nn.Module):
         self.receptance = nn.Linear(D, D, bias=False)
         self.value = nn.Linear(geometry.dim_ffn, D, bias=False)
 
-    def forward(self, x: Tensor, shift: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None, segment_ids: Tensor | None) -> Tensor:
         """Mixed x (B, T, D)."""
-        last = token_shift(x, shift)
+        last = token_shift(x, shift, segment_ids)
         k = torch.relu(self.key(torch.lerp(last, x, self.time_mix_k))) ** 2
         r = torch.sigmoid(self.receptance(torch.lerp(last, x, self.time_mix_r)))
         mixed: Tensor = r * self.value(k)

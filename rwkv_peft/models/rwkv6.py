@@ -43,12 +43,14 @@ class TimeMix(nn.Module):
         self.output = nn.Linear(D, D, bias=False)
         self.ln_x = nn.GroupNorm(H, D, eps=GROUP_NORM_EPS)
 
-    def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, state: LayerState | None, segment_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Mixed x (B, T, D) and the new wkv state."""
         B, T, D = x.shape
         heads = (B, T, self.n_head, self.head_size)
 
-        xx = token_shift(x, None if state is None else state.att_shift) - x
+        xx = token_shift(x, None if state is None else state.att_shift, segment_ids) - x
         mixes = torch.tanh((x + xx * self.time_maa_x) @ self.time_maa_w1).view(B, T, 5, -1)
         mw, mk, mv, mr, mg = torch.einsum("btir,ird->ibtd", mixes, self.time_maa_w2).unbind()
         xw = x + xx * (self.time_maa_w + mw)
@@ -65,6 +67,7 @@ class TimeMix(nn.Module):
             v.view(heads),
             self.time_faaaa,
             initial_state=None if state is None else state.wkv,
+            segment_ids=segment_ids,
             kernel=self.kernel,
         )
         y = self.ln_x(y.reshape(B * T, D)).view(B, T, D)
@@ -84,9 +87,9 @@ class ChannelMix(nn.Module):
         self.receptance = nn.Linear(D, D, bias=False)
         self.value = nn.Linear(geometry.dim_ffn, D, bias=False)
 
-    def forward(self, x: Tensor, shift: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None, segment_ids: Tensor | None) -> Tensor:
         """Mixed x (B, T, D)."""
-        xx = token_shift(x, shift) - x
+        xx = token_shift(x, shift, segment_ids) - x
         k = torch.relu(self.key(x + xx * self.time_maa_k)) ** 2
         mixed: Tensor = torch.sigmoid(self.receptance(x + xx * self.time_maa_r)) * self.value(k)
         return mixed

@@ -58,13 +58,17 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(H, D, eps=GROUP_NORM_EPS)
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, state: LayerState | None
+        self,
+        x: Tensor,
+        v_first: Tensor | None,
+        state: LayerState | None,
+        segment_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mixed x (B, T, D), the first layer's values (B, T, D), the new wkv state."""
         B, T, D = x.shape
         heads = (B, T, self.n_head, self.head_size)
 
-        xx = token_shift(x, None if state is None else state.att_shift) - x
+        xx = token_shift(x, None if state is None else state.att_shift, segment_ids) - x
         r = self.receptance(x + xx * self.x_r)
         w = self.w0 + torch.tanh((x + xx * self.x_w) @ self.w1) @ self.w2
         k = self.key(x + xx * self.x_k)
@@ -90,6 +94,7 @@ class TimeMix(nn.Module):
             -kk,
             kk * a.view(heads),
             initial_state=None if state is None else state.wkv,
+            segment_ids=segment_ids,
             kernel=self.kernel,
         )
         y = self.ln_x(y.reshape(B * T, D)).view(heads)
@@ -107,9 +112,9 @@ class ChannelMix(nn.Module):
         self.key = nn.Linear(geometry.n_embd, geometry.dim_ffn, bias=False)
         self.value = nn.Linear(geometry.dim_ffn, geometry.n_embd, bias=False)
 
-    def forward(self, x: Tensor, shift: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None, segment_ids: Tensor | None) -> Tensor:
         """Mixed x (B, T, D)."""
-        k = x + (token_shift(x, shift) - x) * self.x_k
+        k = x + (token_shift(x, shift, segment_ids) - x) * self.x_k
         mixed: Tensor = self.value(torch.relu(self.key(k)) ** 2)
         return mixed
 
@@ -129,14 +134,18 @@ class Block(nn.Module):
         self.is_first = layer == 0
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, state: LayerState | None
+        self,
+        x: Tensor,
+        v_first: Tensor | None,
+        state: LayerState | None,
+        segment_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, LayerState]:
         """x (B, T, D) and v_first (B, T, D) for the next block, and this layer's new state."""
         if self.is_first:
             x = self.ln0(x)
         att_in = self.ln1(x)
-        mixed, v_first, wkv = self.att(att_in, v_first, state)
+        mixed, v_first, wkv = self.att(att_in, v_first, state, segment_ids)
         x = x + mixed
         ffn_in = self.ln2(x)
-        x = x + self.ffn(ffn_in, None if state is None else state.ffn_shift)
+        x = x + self.ffn(ffn_in, None if state is None else state.ffn_shift, segment_ids)
         return x, v_first, LayerState(att_in[:, -1], ffn_in[:, -1], wkv)

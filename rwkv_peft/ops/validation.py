@@ -9,12 +9,16 @@ from rwkv_peft.errors import ShapeError
 
 
 def require_like(
-    operator: str, r: Tensor, others: Mapping[str, Tensor], initial_state: Tensor | None
+    operator: str,
+    r: Tensor,
+    others: Mapping[str, Tensor],
+    initial_state: Tensor | None,
+    segment_ids: Tensor | None,
 ) -> None:
     """Raises ShapeError unless all tensors have the shape, type and device of `r`, (B, T, H, N),
 
-    and the state is (B, H, N, N) in float32, or float64 beside float64; the message names the
-    tensor.
+    the state is (B, H, N, N) in float32, or float64 beside float64, and the segments are as
+    `require_segments` wants them; the message names the tensor.
     """
     if r.ndim != 4 or r.shape[1] < 1:
         raise ShapeError(f"{operator}: r must be (B, T, H, N) with T >= 1, got {tuple(r.shape)}")
@@ -32,3 +36,19 @@ def require_like(
                 f"{operator}: initial_state must be {(B, H, N, N)} {dtype}, "
                 f"got {tuple(initial_state.shape)} {initial_state.dtype}"
             )
+    require_segments(operator, segment_ids, r)
+
+
+def require_segments(where: str, segment_ids: Tensor | None, like: Tensor) -> None:
+    """Raises ShapeError unless segments are (B, T) int32 on the device of `like`, (B, T, ...).
+
+    That the numbers do not fall along a row is not looked at: a GPU would have to be waited for.
+    """
+    if segment_ids is None:
+        return
+    shape, device = like.shape[:2], like.device
+    if (segment_ids.shape, segment_ids.dtype, segment_ids.device) != (shape, torch.int32, device):
+        raise ShapeError(
+            f"{where}: segment_ids must be {tuple(shape)} torch.int32 on {device}, "
+            f"got {tuple(segment_ids.shape)} {segment_ids.dtype} on {segment_ids.device}"
+        )

@@ -10,7 +10,10 @@ import torch
 import rwkv_peft
 from rwkv_peft.checkpoint.pth import geometry_of, read_weights
 from rwkv_peft.config import TrainConfig
+from rwkv_peft.errors import ShapeError
 from rwkv_peft.methods.attach import attach
+from rwkv_peft.ops.testing import packed_segments
+from rwkv_peft.state import RWKVState
 from rwkv_peft.training.loop import train
 
 SIXTH: dict[str, Any] = {"version": "x060", "ranks": {"maa": 16, "decay": 32}, "dim_ffn": 448}
@@ -104,3 +107,74 @@ def test_a_tuned_and_merged_model_opens_in_the_official_runtime(
     assert (adapted - plain).abs().max() > 1e-2
     official = official_logits(result.weights, tokens, VERSIONS[name].get("version", "x070"))
     torch.testing.assert_close(official, adapted, rtol=0, atol=1e-4)
+
+
+def borders(ids: list[int]) -> list[tuple[int, int]]:
+    """First token and end of each document of a row."""
+    ends = [t for t in range(1, len(ids) + 1) if t == len(ids) or ids[t] != ids[t - 1]]
+    return list(zip([0, *ends], ends, strict=False))
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_packed_documents_give_what_they_give_one_by_one(
+    name: str, make_model_file: Callable[..., Path]
+) -> None:
+    model = rwkv_peft.load_model(make_model_file(**VERSIONS[name]), dtype="float64")
+    parameters = dict(model.named_parameters())
+    for parameter in parameters.values():
+        parameter.requires_grad_()
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 320, (2, 80), generator=generator)
+    wanted = torch.randn(2, 80, 320, dtype=torch.float64, generator=generator)
+    segment_ids = packed_segments(2, 80)
+    with torch.no_grad():
+        _, state = model(torch.randint(0, 320, (2, 5), generator=generator))
+
+    packed, end = model(tokens, state, segment_ids=segment_ids)
+    found = torch.autograd.grad((packed * wanted).sum(), list(parameters.values()))
+    summed = [torch.zeros_like(gradient) for gradient in found]
+    num = 0
+    for row in range(2):
+        one = slice(row, row + 1)
+        for begin, stop in borders(segment_ids[row].tolist()):
+            num += 1
+            given = state.select(torch.tensor([row])) if begin == 0 else None
+            logits, last = model(tokens[one, begin:stop], given)
+            torch.testing.assert_close(packed[one, begin:stop], logits, rtol=0, atol=1e-10)
+            loss = (logits * wanted[one, begin:stop]).sum()
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            for total, gradient in zip(summed, gradients, strict=True):
+                if gradient is not None:
+                    total += gradient
+            if stop == 80:
+                assert_states_equal(end.select(torch.tensor([row])), last)
+    assert num > 6
+    for key, one_by_one, together in zip(parameters, summed, found, strict=True):
+        assert (one_by_one - together).abs().max() < 1e-10 * together.abs().max(), key
+
+
+def assert_states_equal(one: RWKVState, other: RWKVState) -> None:
+    for field in ("att_shift", "ffn_shift", "wkv"):
+        torch.testing.assert_close(getattr(one, field), getattr(other, field), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_recomputed_blocks_keep_to_the_documents(
+    name: str, make_model_file: Callable[..., Path]
+) -> None:
+    model = rwkv_peft.load_model(make_model_file(**VERSIONS[name]), dtype="float64")
+    trained = attach(model, "none", {})
+    tokens = torch.randint(0, 320, (2, 70), generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for grad_cp in (False, True):
+        model.grad_cp = grad_cp
+        logits, _ = model(tokens, segment_ids=packed_segments(2, 70))
+        gradients.append(torch.autograd.grad(logits.square().sum(), list(trained.values())))
+    for kept, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(kept, recomputed)
+
+
+def test_segments_of_another_shape_are_refused(model_file: Path) -> None:
+    model = rwkv_peft.load_model(model_file)
+    with pytest.raises(ShapeError, match=r"segment_ids must be \(1, 8\) torch.int32 on cpu, got"):
+        model(torch.ones(1, 8, dtype=torch.long), segment_ids=torch.zeros(8, dtype=torch.int32))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from rwkv_peft.errors import ShapeError
+from rwkv_peft.ops import fla
 from rwkv_peft.ops.dispatch import Backend
 from rwkv_peft.ops.validation import require_like
 from rwkv_peft.ops.wkv6.reference import wkv6_reference
@@ -18,8 +19,16 @@ def _load_torch() -> Kernel:
     return wkv6_chunked
 
 
+def _load_fla() -> Kernel:
+    from rwkv_peft.ops.wkv6.fla import wkv6_fla
+
+    return wkv6_fla
+
+
 TABLE = (
     Backend("torch", _load_torch, lambda request: None, "chunked matrix products in PyTorch"),
+    # after torch, so that auto does not take it: no GPU has yet held it against the error budget
+    Backend("fla", _load_fla, fla.objection, fla.NOTE),
     Backend("reference", lambda: wkv6_reference, lambda request: None, "token by token"),
 )
 
@@ -32,6 +41,7 @@ def wkv6(
     u: Tensor,
     *,
     initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
     kernel: Kernel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-6 recurrence over time; differentiable in every tensor.
@@ -43,6 +53,9 @@ def wkv6(
         u: (H, N), weight of a token's own key.
         initial_state: (B, H, N, N) float32 (float64 with float64 inputs), rows = value,
             columns = key. Zeros if None.
+        segment_ids: (B, T) int32, numbers the documents packed into a row and must not fall along
+            it: the state restarts where the number changes. An initial state belongs to the row's
+            first document, the last state is that of its last.
         kernel: function of the backend that `dispatch.select` chose; the chunked form if None.
     Returns:
         y (B, T, H, N) in the dtype of r; last state (B, H, N, N), float32 or float64.
@@ -50,11 +63,11 @@ def wkv6(
         ShapeError: a tensor disagrees with r; the message names it.
     Source: RWKV-LM, RWKV-v5/src/model.py, `RWKV_Tmix_x060`.
     """
-    require_like("wkv6", r, {"w": w, "k": k, "v": v}, initial_state)
+    require_like("wkv6", r, {"w": w, "k": k, "v": v}, initial_state, segment_ids)
     if u.shape != r.shape[2:]:
         raise ShapeError(f"wkv6: u must be {tuple(r.shape[2:])}, got {tuple(u.shape)}")
     if r.shape[1] == 1:
         kernel = wkv6_reference
     elif kernel is None:
         kernel = _load_torch()
-    return kernel(r, w, k, v, u, initial_state)
+    return kernel(r, w, k, v, u, initial_state, segment_ids)

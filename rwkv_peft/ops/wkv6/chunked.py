@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv_peft.ops.chunking import from_chunks, to_chunks
+from rwkv_peft.ops.segments import Masks, chunk_masks, masked
 
 CHUNK = 32
 # exp(-exp(30)) is zero in every type, and what is above would overflow
@@ -29,13 +30,19 @@ MAX_LOGIT = 30.0
 
 
 def wkv6_chunked(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, initial_state: Tensor | None
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    initial_state: Tensor | None,
+    segment_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence by chunks of 32 tokens in plain PyTorch, with a backward of its own.
 
     Same arguments and results as `wkv6_reference`, on any device.
     """
-    y, state = _ChunkedWkv6.apply(r, w, k, v, u, initial_state)
+    y, state = _ChunkedWkv6.apply(r, w, k, v, u, initial_state, segment_ids)
     return y, state
 
 
@@ -94,11 +101,24 @@ def _later(x: Tensor) -> Tensor:
     return _earlier(x.flip(-2)).flip(-2)
 
 
+def _state_decays(log_decay: Tensor, masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
+    """What is left of the entering state at each token (n, C, N), of each token's key in the
+
+    leaving state (n, C, N), and of the entering in the leaving state (n, 1, N).
+    """
+    return (
+        masked(_earlier(log_decay).exp_(), masks.enters),
+        masked(_later(log_decay).exp_(), masks.leaves),
+        masked(log_decay.sum(1, keepdim=True).exp_(), masks.carried),
+    )
+
+
 class _ChunkedWkv6(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, r, w, k, v, u, initial_state):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, r, w, k, v, u, initial_state, segment_ids):  # type: ignore[no-untyped-def]
         B, _, H, N = r.shape
         dtype = torch.promote_types(r.dtype, torch.float32)
+        masks = chunk_masks(segment_ids, CHUNK, dtype)
         # padding tokens have decay 1 (logit -inf) and zero k: they leave the state as it is
         log_decay = _flat_chunks(w, dtype, fill=-torch.inf).clamp(max=MAX_LOGIT).exp_().neg_()
         rc, kc, vc = (_flat_chunks(x, dtype) for x in (r, k, v))
@@ -109,9 +129,10 @@ class _ChunkedWkv6(torch.autograd.Function):
             _blocks(A, level.size).copy_((late @ early.mT).permute(0, 2, 3, 1))
         own = u.to(dtype).repeat(len(rc) // H, 1).unsqueeze(1)
         A.diagonal(dim1=1, dim2=2).copy_((rc * own * kc).sum(-1))
+        A = masked(A, masks.same)
 
-        whole = log_decay.sum(1, keepdim=True).exp_()
-        added = vc.mT @ (kc * _later(log_decay).exp_())
+        before, rest, whole = _state_decays(log_decay, masks)
+        added = vc.mT @ (kc * rest)
         states = torch.empty_like(added)
         state = added.new_zeros(B * H, N, N)
         if initial_state is not None:
@@ -120,9 +141,9 @@ class _ChunkedWkv6(torch.autograd.Function):
             chunk = slice(m, m + B * H)
             states[chunk] = state
             state = torch.addcmul(added[chunk], state, whole[chunk])
-        y = ((rc * _earlier(log_decay).exp_()) @ states.mT).baddbmm_(A, vc)
+        y = ((rc * before) @ states.mT).baddbmm_(A, vc)
 
-        ctx.save_for_backward(rc, log_decay, kc, vc, u, A, states)
+        ctx.save_for_backward(rc, log_decay, kc, vc, u, A, states, segment_ids)
         ctx.shape, ctx.dtypes = r.shape, (r.dtype, w.dtype)
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
         return from_chunks(y, r.shape, r.dtype), state.reshape(B, H, N, N)
@@ -130,11 +151,11 @@ class _ChunkedWkv6(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy, dstate):  # type: ignore[no-untyped-def]
-        r, log_decay, k, v, u, A, states = ctx.saved_tensors
+        r, log_decay, k, v, u, A, states, segment_ids = ctx.saved_tensors
         B, _, H, N = ctx.shape
         dtype, heads = r.dtype, B * H
-        before, rest = _earlier(log_decay).exp_(), _later(log_decay).exp_()
-        whole = log_decay.sum(1, keepdim=True).exp_()
+        masks = chunk_masks(segment_ids, CHUNK, dtype)
+        before, rest, whole = _state_decays(log_decay, masks)
         dy = _flat_chunks(dy, dtype)
 
         from_y = dy.mT @ (r * before)
@@ -151,7 +172,7 @@ class _ChunkedWkv6(torch.autograd.Function):
         dlog = _later(r * dr) + _earlier(k * dk)
         dlog += (states * dstates).sum(1, keepdim=True) * whole
 
-        dA = dy @ v.mT
+        dA = masked(dy @ v.mT, masks.same)
         own = u.to(dtype).repeat(len(r) // H, 1).unsqueeze(1)
         dself = dA.diagonal(dim1=1, dim2=2).unsqueeze(-1)
         du = (dself * r * k).sum(1).view(-1, H, N).sum(0)
@@ -166,7 +187,7 @@ class _ChunkedWkv6(torch.autograd.Function):
         dinitial = None
         if ctx.initial_dtype is not None:
             dinitial = dlast.reshape(dstate.shape).to(ctx.initial_dtype)
-        return dr, from_chunks(dw, shape, w_dtype), dk, dv, du.to(u.dtype), dinitial
+        return dr, from_chunks(dw, shape, w_dtype), dk, dv, du.to(u.dtype), dinitial, None
 
 
 def _halves_backward(

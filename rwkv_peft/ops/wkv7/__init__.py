@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from rwkv_peft.ops.dispatch import Backend, Request, is_installed
+from rwkv_peft.ops import fla
+from rwkv_peft.ops.dispatch import Backend
 from rwkv_peft.ops.validation import require_like
 from rwkv_peft.ops.wkv7.reference import wkv7_reference
 
@@ -24,20 +24,8 @@ def _load_fla() -> Kernel:
     return wkv7_fla
 
 
-def _fla_objection(request: Request) -> str | None:
-    if request.device.type == "cpu":
-        return "needs a GPU"
-    if not is_installed("fla"):
-        return "is not installed (pip install 'rwkv-peft[fla]')"
-    if request.dtype != torch.bfloat16:
-        # its float32 products are rounded to TF32, its float16 ones overflow the error budget
-        return f"is exact enough in bf16 alone, not in {str(request.dtype).removeprefix('torch.')}"
-    return None
-
-
-FLA_NOTE = "Triton kernels of flash-linear-attention, tuned at the first step, which takes minutes"
 TABLE = (
-    Backend("fla", _load_fla, _fla_objection, FLA_NOTE),
+    Backend("fla", _load_fla, fla.objection, fla.NOTE),
     Backend("torch", _load_torch, lambda request: None, "chunked matrix products in PyTorch"),
     Backend("reference", lambda: wkv7_reference, lambda request: None, "token by token"),
 )
@@ -52,6 +40,7 @@ def wkv7(
     b: Tensor,
     *,
     initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
     kernel: Kernel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-7 recurrence over time; differentiable in every tensor.
@@ -64,6 +53,9 @@ def wkv7(
         w: (B, T, H, N) decay logits, before any clamp.
         initial_state: (B, H, N, N) float32 (float64 with float64 inputs), rows = value,
             columns = key. Zeros if None.
+        segment_ids: (B, T) int32, numbers the documents packed into a row and must not fall along
+            it: the state restarts where the number changes. An initial state belongs to the row's
+            first document, the last state is that of its last.
         kernel: function of the backend that `dispatch.select` chose; the chunked form if None.
     Returns:
         y (B, T, H, N) in the dtype of r; last state (B, H, N, N), float32 or float64.
@@ -71,10 +63,10 @@ def wkv7(
         ShapeError: a tensor disagrees with r; the message names it.
     Source: RWKV-LM RWKV-v7/train_temp, the `clampw` form of the operator.
     """
-    require_like("wkv7", r, {"w": w, "k": k, "v": v, "a": a, "b": b}, initial_state)
+    require_like("wkv7", r, {"w": w, "k": k, "v": v, "a": a, "b": b}, initial_state, segment_ids)
     if r.shape[1] == 1:
         # a single token is the recurrence itself, and no chunk can do it with less work
         kernel = wkv7_reference
     elif kernel is None:
         kernel = _load_torch()
-    return kernel(r, w, k, v, a, b, initial_state)
+    return kernel(r, w, k, v, a, b, initial_state, segment_ids)

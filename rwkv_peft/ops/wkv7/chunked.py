@@ -9,7 +9,7 @@ With u_t = S_{t-1} a_t, the vector that token t takes out of the state, and X = 
 
     u = (I - A_ab)^-1 (P_a S_0^T + A_ak v)
     y = P_r S_0^T + A_r X
-    S_C = (S_0 + X^T Q) diag(D_C).
+    S_C = S_0 diag(D_C) + X^T Q diag(D_C).
 
 Only u and S_C are sequential, from chunk to chunk. RWKV-7 decays lie in (0.545, 1), so that D_t of
 32 tokens stays above 3e-9 and nothing leaves the range of float32.
@@ -22,19 +22,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv_peft.ops.chunking import from_chunks, to_chunks
+from rwkv_peft.ops.segments import Masks, chunk_masks, masked
 from rwkv_peft.ops.wkv7.reference import DECAY_SCALE
 
 CHUNK = 32
 
 
 def wkv7_chunked(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, initial_state: Tensor | None
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None,
+    segment_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence by chunks of 32 tokens in plain PyTorch, with a backward of its own.
 
     Same arguments and results as `wkv7_reference`, on any device.
     """
-    y, state = _ChunkedWkv7.apply(r, w, k, v, a, b, initial_state)
+    y, state = _ChunkedWkv7.apply(r, w, k, v, a, b, initial_state, segment_ids)
     return y, state
 
 
@@ -70,10 +78,30 @@ def _operands(
     )
 
 
-def _causal_mask(like: Tensor) -> Tensor:
-    """(2C, 2C) of 0 and 1: a row of `a` sees the tokens before it, a row of `r` its own as well."""
-    ones = torch.ones(CHUNK, CHUNK, dtype=like.dtype, device=like.device)
-    return torch.cat((ones.tril(-1).repeat(1, 2), ones.tril().repeat(1, 2)))
+def _mask_pairs(products: Tensor, masks: Masks) -> Tensor:
+    """Of (n, 2C, 2C), keeps in place what a row of `a` sees, the tokens before it, and a row of
+
+    `r`, its own as well; of its own document alone.
+    """
+    ones = torch.ones(CHUNK, CHUNK, dtype=products.dtype, device=products.device)
+    causal = torch.cat((ones.tril(-1).repeat(1, 2), ones.tril().repeat(1, 2)))
+    if masks.same is None:
+        return products.mul_(causal)
+    products.unflatten(0, (*masks.same.shape[:2], -1)).mul_(causal * masks.same)
+    return products
+
+
+def _facing_states(x: _Operands, masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
+    """P against the entering state, Q towards the leaving one, both (n, 2C, N), and the decay
+
+    from one to the other (n, 1, N).
+    """
+    whole = x.decayed[:, -1:]
+    return (
+        masked(x.p, masks.enters),
+        masked(x.q * whole, masks.leaves),
+        masked(whole, masks.carried),
+    )
 
 
 def _unit_lower_inverse(strict: Tensor) -> Tensor:
@@ -98,19 +126,20 @@ class _ChunkedWkv7(torch.autograd.Function):
     """Keeps the operands, the chunk-start states, u, v and two small matrices a chunk."""
 
     @staticmethod
-    def forward(ctx: Any, r, w, k, v, a, b, initial_state):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, r, w, k, v, a, b, initial_state, segment_ids):  # type: ignore[no-untyped-def]
         B, _, H, N = r.shape
         dtype = torch.promote_types(r.dtype, torch.float32)
         x = _operands(r, w, k, a, b, dtype)
-        whole = x.decayed[:, -1:]
-        seen = (x.p @ x.q.mT).mul_(_causal_mask(x.p))
+        masks = chunk_masks(segment_ids, CHUNK, dtype, rows=2)
+        p_in, q_out, kept = _facing_states(x, masks)
+        seen = _mask_pairs(x.p @ x.q.mT, masks)
         solve = _unit_lower_inverse(seen[:, :CHUNK, :CHUNK])
-        from_state = solve @ x.p[:, :CHUNK]
+        from_state = solve @ p_in[:, :CHUNK]
         u_and_v = torch.empty_like(x.p)
         values = u_and_v[:, CHUNK:]
         values.view(-1, B, H, CHUNK, N).copy_(to_chunks(v, CHUNK))
         u = solve @ (seen[:, :CHUNK, CHUNK:] @ values)
-        added = values.mT @ x.q[:, CHUNK:]
+        added = values.mT @ q_out[:, CHUNK:]
 
         states = torch.empty_like(added)
         state = added.new_zeros(B * H, N, N)
@@ -120,12 +149,13 @@ class _ChunkedWkv7(torch.autograd.Function):
             chunk = slice(m, m + B * H)
             states[chunk] = state
             u[chunk].baddbmm_(from_state[chunk], state.mT)
-            state = added[chunk].add_(state).baddbmm_(u[chunk].mT, x.q[chunk, :CHUNK])
-            state = state * whole[chunk]
+            state = added[chunk].addcmul_(state, kept[chunk])
+            state.baddbmm_(u[chunk].mT, q_out[chunk, :CHUNK])
+        state = state.clone()  # a view would keep all that was added
         u_and_v[:, :CHUNK] = u
-        y = (x.p[:, CHUNK:] @ states.mT).baddbmm_(seen[:, CHUNK:], u_and_v)
+        y = (p_in[:, CHUNK:] @ states.mT).baddbmm_(seen[:, CHUNK:], u_and_v)
 
-        ctx.save_for_backward(*x, seen, solve, u_and_v, states, state)
+        ctx.save_for_backward(*x, seen, solve, u_and_v, states, state, segment_ids)
         ctx.shape, ctx.dtype = r.shape, r.dtype
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
         return from_chunks(y, r.shape, r.dtype), state.reshape(B, H, N, N)
@@ -133,33 +163,36 @@ class _ChunkedWkv7(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy, dstate):  # type: ignore[no-untyped-def]
-        *operands, seen, solve, u_and_v, states, last_state = ctx.saved_tensors
+        *operands, seen, solve, u_and_v, states, last_state, segment_ids = ctx.saved_tensors
         x, heads = _Operands(*operands), len(last_state)
-        whole = x.decayed[:, -1:]
+        masks = chunk_masks(segment_ids, CHUNK, x.p.dtype, rows=2)
+        p_in, q_out, kept = _facing_states(x, masks)
         dz_and_dy = torch.empty_like(x.p)
         dy_chunks = dz_and_dy[:, CHUNK:]
         dy_chunks.view(-1, *ctx.shape[::2], CHUNK, ctx.shape[3]).copy_(to_chunks(dy, CHUNK))
 
-        # dz is the gradient of the right-hand side of the triangular system; d of the state that
-        # leaves a chunk, before its decay over the chunk
+        # dz is the gradient of the right-hand side of the triangular system
         dz = solve.mT @ (seen[:, CHUNK:, :CHUNK].mT @ dy_chunks)
-        through_b = solve.mT @ x.q[:, :CHUNK]
-        from_y = dy_chunks.mT @ x.p[:, CHUNK:]
-        dstates, leaving = torch.empty_like(states), torch.empty_like(whole)
+        through_b = solve.mT @ q_out[:, :CHUNK]
+        from_y = dy_chunks.mT @ p_in[:, CHUNK:]
+        dstates, leaving = torch.empty_like(states), torch.empty_like(kept)
         dlast, end = dstate.reshape(last_state.shape).to(states.dtype), last_state
         for m in reversed(range(0, len(states), heads)):
             chunk = slice(m, m + heads)
             leaving[chunk] = (dlast * end).sum(1, keepdim=True)
             end = states[chunk]
-            d = torch.mul(dlast, whole[chunk], out=dstates[chunk])
-            dz[chunk].baddbmm_(through_b[chunk], d.mT)
-            dlast = from_y[chunk].add_(d).baddbmm_(dz[chunk].mT, x.p[chunk, :CHUNK])
+            dstates[chunk] = dlast
+            dz[chunk].baddbmm_(through_b[chunk], dlast.mT)
+            dlast = from_y[chunk].addcmul_(dlast, kept[chunk])
+            dlast.baddbmm_(dz[chunk].mT, p_in[chunk, :CHUNK])
         dz_and_dy[:, :CHUNK] = dz
 
-        dseen = (dz_and_dy @ u_and_v.mT).mul_(_causal_mask(dy_chunks))
-        dp = (dz_and_dy @ states).baddbmm_(dseen, x.q)
-        dq = (u_and_v @ dstates).baddbmm_(dseen.mT, x.p)
-        dv = (x.q[:, CHUNK:] @ dstates.mT).baddbmm_(seen[:, :, CHUNK:].mT, dz_and_dy)
+        dv = (q_out[:, CHUNK:] @ dstates.mT).baddbmm_(seen[:, :, CHUNK:].mT, dz_and_dy)
+        del q_out, p_in
+        dseen = _mask_pairs(dz_and_dy @ u_and_v.mT, masks)
+        dp = masked(dz_and_dy @ states, masks.enters).baddbmm_(dseen, x.q)
+        dq = masked((u_and_v @ dstates).mul_(x.decayed[:, -1:]), masks.leaves)
+        dq.baddbmm_(dseen.mT, x.p)
 
         dw = _decay_gradient(x, dp, dq, leaving)
         dp[:, 1:CHUNK] *= x.decayed[:, :-1]
@@ -168,8 +201,8 @@ class _ChunkedWkv7(torch.autograd.Function):
         grads = (dp[:, CHUNK:], dw, dq[:, CHUNK:], dv, dp[:, :CHUNK], dq[:, :CHUNK])
         dinitial = None
         if ctx.initial_dtype is not None:
-            dinitial = dlast.reshape(dstate.shape).to(ctx.initial_dtype)
-        return *(from_chunks(g, ctx.shape, ctx.dtype) for g in grads), dinitial
+            dinitial = dlast.reshape(dstate.shape).to(ctx.initial_dtype, copy=True)
+        return *(from_chunks(g, ctx.shape, ctx.dtype) for g in grads), dinitial, None
 
 
 def _decay_gradient(x: _Operands, dp: Tensor, dq: Tensor, leaving: Tensor) -> Tensor:

@@ -3,12 +3,21 @@
 import torch
 from torch import Tensor
 
+from rwkv_peft.ops.segments import goes_on
+
 # log of the decay is -DECAY_SCALE * sigmoid(w): no RWKV-7 decay is below exp(-0.6065) = 0.545
 DECAY_SCALE = 0.606530659712633  # exp(-1/2)
 
 
 def wkv7_reference(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, initial_state: Tensor | None
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None,
+    segment_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and last state of the recurrence, one token after the other, by plain autograd.
 
@@ -17,6 +26,7 @@ def wkv7_reference(
     Args:
         r, w, k, v, a, b: (B, T, H, N); `w` is the raw decay logit.
         initial_state: (B, H, N, N), rows = value, columns = key; zeros if None.
+        segment_ids: (B, T) int32; the state restarts where the number changes.
     Returns:
         y (B, T, H, N) in the dtype of `r`; last state (B, H, N, N) in the computing dtype.
     """
@@ -29,8 +39,11 @@ def wkv7_reference(
     decay = torch.exp(-DECAY_SCALE * torch.sigmoid(w.to(dtype)))
     rows = [x.to(dtype).unsqueeze(-2).unbind(1) for x in (r, decay, k, a, b)]
     values = v.to(dtype).unsqueeze(-1).unbind(1)
+    keep = None if segment_ids is None else goes_on(segment_ids)[..., None, None, None]
     y = []
-    for r_t, d_t, k_t, a_t, b_t, v_t in zip(*rows, values, strict=True):
+    for t, (r_t, d_t, k_t, a_t, b_t, v_t) in enumerate(zip(*rows, values, strict=True)):
+        if keep is not None:
+            state = state * keep[:, t]
         removed = (state * a_t).sum(-1, keepdim=True)
         state = state * d_t + removed * b_t + v_t * k_t
         y.append((state * r_t).sum(-1))
