@@ -110,7 +110,7 @@ class TrainConfig(DataConfig):
     op: str = "auto"
     """Backend of the recurrence: auto, cuda, triton, fla, torch, reference."""
     accelerator: str = "auto"
-    """Device: auto, cpu, gpu, or a torch device type such as cuda or mps."""
+    """Device: auto, gpu, cpu, cuda, mps, xpu, musa, npu, or one of several as in cuda:1."""
     devices: int = 1
     """Number of devices; only 1 so far."""
     num_nodes: int = 1

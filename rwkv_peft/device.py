@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from rwkv_peft.errors import BackendUnavailableError, ConfigError
@@ -10,8 +12,17 @@ if TYPE_CHECKING:
     import torch
 
 
+# names that --accelerator takes, besides auto and gpu
+TYPES = ("cpu", "cuda", "mps", "xpu", "musa", "npu")
+# devices that another package brings into PyTorch
+PLUGINS = {"musa": "torch_musa", "npu": "torch_npu"}
+
+
 def resolve_device(accelerator: str) -> torch.device:
     """The device for 'auto', 'cpu', 'gpu', or a type such as 'cuda', 'mps' or 'cuda:1'.
+
+    Packages that bring a device into PyTorch, torch_musa (Moore Threads) and torch_npu (Ascend)
+    are imported where PyTorch finds no device by itself, and when their device is asked for.
 
     Raises:
         BackendUnavailableError: there is no such device on this machine.
@@ -19,29 +30,56 @@ def resolve_device(accelerator: str) -> torch.device:
     """
     import torch
 
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator == "auto":
-        return found or torch.device("cpu")
-    if accelerator == "gpu":
-        if found is None:
-            raise BackendUnavailableError(
-                "--accelerator gpu: PyTorch finds no GPU on this machine: use --accelerator cpu, "
-                "or install the PyTorch build for your GPU"
-            )
-        return found
-    try:
-        device = torch.device(accelerator)
-    except RuntimeError as error:
+    from rwkv_peft.ops.dispatch import is_installed
+
+    kind, _, index = accelerator.partition(":")
+    if kind not in ("auto", "gpu", *TYPES) or (
+        index and (kind not in TYPES or not index.isdigit())
+    ):
         raise ConfigError(
-            f"--accelerator {accelerator} is no device: use auto, cpu, gpu, cuda or mps"
-        ) from error
-    if device.type != "cpu" and (found is None or found.type != device.type):
-        here = found.type if found else "none"
-        raise BackendUnavailableError(
-            f"--accelerator {accelerator}: this machine has no such device (accelerator found: "
-            f"{here}): use --accelerator auto"
+            f"--accelerator {accelerator} is no device: use auto, gpu, {', '.join(TYPES)}, or one "
+            "of several as in cuda:1"
         )
-    return device
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind in PLUGINS:
+        _import_plugin(kind)
+    elif not torch.accelerator.is_available():
+        for plugin in PLUGINS:
+            if is_installed(PLUGINS[plugin]):
+                _import_plugin(plugin)
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind == "auto":
+        return found or torch.device("cpu")
+    if found is None or kind not in ("gpu", found.type):
+        here, instead = (found.type, found.type) if found else ("none", "cpu")
+        raise BackendUnavailableError(
+            f"--accelerator {accelerator}: PyTorch finds no such device on this machine (it finds "
+            f"{here}): use --accelerator {instead}, or install the PyTorch build for your GPU"
+        )
+    if index and int(index) >= (count := torch.accelerator.device_count()):
+        raise BackendUnavailableError(
+            f"--accelerator {accelerator}: this machine has {count} of them, counted from 0"
+        )
+    return torch.device(accelerator) if index else found
+
+
+def _import_plugin(kind: str) -> None:
+    from rwkv_peft.ops.dispatch import is_installed
+
+    package = PLUGINS[kind]
+    if not is_installed(package):
+        raise BackendUnavailableError(
+            f"--accelerator {kind} needs the package {package}, which is not installed"
+        )
+    try:
+        importlib.import_module(package)
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BackendUnavailableError(
+            f"{package} is installed but cannot be loaded ({reason[0]}): mend it, or use "
+            "--accelerator cpu"
+        ) from error
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -73,6 +111,18 @@ def choose_precision(device: torch.device) -> tuple[str, str]:
         if found.get("avx512_bf16") or found.get("amx_bf16"):
             return "bf16", "this CPU multiplies bf16 faster than fp32, in half the memory"
         return "fp32", "this CPU has no bf16 arithmetic"
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return "fp16", "this GPU has no bf16"
+    if not has_bf16(device):
+        return "fp16", "this device has no bf16"
     return "bf16", "half the memory of fp32, and no overflow"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether an accelerator computes in bf16 itself; one that cannot be asked is taken to."""
+    import torch
+
+    query = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    if query is None:
+        return True
+    # PyTorch can emulate it, at the price of time
+    without = {"including_emulation": False}
+    return bool(query(**without if without.keys() <= signature(query).parameters.keys() else {}))

@@ -99,3 +99,24 @@ def test_every_public_function_says_what_it_gives() -> None:
                 if is_public and isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                     missing += [f"{path.name}: {node.name}"] * (ast.get_docstring(node) is None)
     assert not missing
+
+
+def test_only_the_kernels_of_nvidia_know_the_word_cuda() -> None:
+    """Devices go through torch.accelerator; a table of backends may name the one it offers."""
+    found = []
+    for path in FILES:
+        if "cuda" in path.with_suffix("").relative_to(PACKAGE).parts:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        rows = {
+            node.args[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Backend" and node.args
+        }
+        for node in ast.walk(tree):
+            is_use = isinstance(node, ast.Attribute) and node.attr == "cuda"
+            is_type = isinstance(node, ast.Constant) and node.value == "cuda" and node not in rows
+            is_list_of_flags = path.name == "device.py"
+            if is_use or (is_type and not is_list_of_flags):
+                found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert not found

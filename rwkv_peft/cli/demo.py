@@ -25,7 +25,7 @@ class DemoOptions:
     proj_dir: str = ""
     """Folder of the results; the first free of demo, demo-2, demo-3 … if empty."""
     accelerator: str = "cpu"
-    """Device: cpu, auto, gpu, or a torch device type such as cuda or mps."""
+    """Device: cpu, auto, gpu, cuda, mps, xpu, musa, npu, or one of several as in cuda:1."""
     epoch_count: int = 3
     """Passes over the dialogues."""
 

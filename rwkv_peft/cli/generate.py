@@ -36,7 +36,7 @@ class ModelOptions:
     random_seed: int = -1
     """Makes the draws repeatable if not negative."""
     accelerator: str = "auto"
-    """Device: auto, cpu, gpu, or a torch device type such as cuda or mps."""
+    """Device: auto, gpu, cpu, cuda, mps, xpu, musa, npu, or one of several as in cuda:1."""
     precision: str = "auto"
     """Number type: auto, fp32, bf16, fp16."""
     op: str = "auto"

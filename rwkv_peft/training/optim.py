@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from rwkv_peft.device import PLUGINS
+
 # official pre-training gives the decay's own vector twice the rate
 DOUBLED = ("att.w0", "att.time_decay")
 
@@ -49,7 +51,8 @@ class Optimizer:
             lr=0.0,
             betas=betas,
             eps=eps,
-            fused=device.type in ("cpu", "cuda", "xpu"),
+            # a package that brings a device need not bring this kernel
+            fused=device.type not in PLUGINS,
         )
         self._scaler = torch.amp.GradScaler(device.type, enabled=uses_loss_scale)
 

@@ -1,0 +1,135 @@
+"""Devices and number types, with stand-ins for what this machine lacks."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from rwkv_peft.device import choose_precision, has_bf16, resolve_device
+from rwkv_peft.errors import BackendUnavailableError, ConfigError
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets PyTorch seem to find some devices of a type, or none."""
+
+    def pretend(kind: str | None, count: int = 1) -> None:
+        accelerator = torch.accelerator
+        found = None if kind is None else SimpleNamespace(type=kind)
+        monkeypatch.setattr(accelerator, "is_available", lambda: found is not None)
+        monkeypatch.setattr(accelerator, "current_accelerator", lambda: found)
+        monkeypatch.setattr(accelerator, "device_count", lambda: count)
+
+    pretend(None)
+    return pretend
+
+
+@pytest.fixture
+def install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: Callable[..., None]
+) -> Callable[[str, str], None]:
+    """Puts a package where Python finds it."""
+
+    def write(name: str, code: str) -> None:
+        (tmp_path / f"{name}.py").write_text(code)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    return write
+
+
+BRINGS = (
+    "import types, torch\n"
+    "torch.accelerator.is_available = lambda: True\n"
+    "torch.accelerator.current_accelerator = lambda: types.SimpleNamespace(type='{}')\n"
+)
+
+
+@pytest.mark.parametrize("name", ["auto", "gpu", "xpu"])
+def test_the_device_found_is_taken(name: str, machine: Callable[..., None]) -> None:
+    machine("xpu")
+    assert resolve_device(name).type == "xpu"
+
+
+def test_without_an_accelerator_auto_is_the_cpu(machine: Callable[..., None]) -> None:
+    assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
+
+
+def test_one_of_several_devices_is_counted_from_zero(machine: Callable[..., None]) -> None:
+    machine("cuda", count=2)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(BackendUnavailableError, match="this machine has 2 of them"):
+        resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("found", "name", "message"),
+    [
+        (None, "gpu", r"no such device.*finds none\): use --accelerator cpu"),
+        (None, "mps", r"no such device.*finds none\): use --accelerator cpu"),
+        ("mps", "cuda", r"no such device.*finds mps\): use --accelerator mps"),
+        (None, "musa", "needs the package torch_musa, which is not installed"),
+        ("cuda", "npu", "needs the package torch_npu, which is not installed"),
+    ],
+)
+def test_a_device_that_is_not_here_is_told_with_what_is(
+    found: str | None, name: str, message: str, machine: Callable[..., None]
+) -> None:
+    machine(found)
+    with pytest.raises(BackendUnavailableError, match=message):
+        resolve_device(name)
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:x", "gpu:0", "meta", "", "auto:1"])
+def test_what_is_no_device_is_refused(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"is no device: use auto, gpu, cpu, cuda, mps, xpu, musa"
+    ):
+        resolve_device(name)
+
+
+@pytest.mark.parametrize(("kind", "package"), [("musa", "torch_musa"), ("npu", "torch_npu")])
+@pytest.mark.parametrize("asked", ["auto", "gpu", "kind"])
+def test_a_package_that_brings_a_device_is_imported_where_installed(
+    kind: str, package: str, asked: str, install: Callable[[str, str], None]
+) -> None:
+    install(package, BRINGS.format(kind))
+    assert resolve_device(kind if asked == "kind" else asked).type == kind
+
+
+def test_a_package_that_cannot_be_loaded_is_named_with_its_reason(
+    install: Callable[[str, str], None], machine: Callable[..., None]
+) -> None:
+    install("torch_npu", "raise ImportError('libascendcl.so: cannot open\\nsecond line')")
+    for name in ("auto", "npu"):
+        with pytest.raises(
+            BackendUnavailableError,
+            match=r"torch_npu is installed but cannot be loaded \(libascendcl.so.*\): mend",
+        ):
+            resolve_device(name)
+    machine("cuda")
+    assert resolve_device("auto").type == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        (lambda including_emulation=True: including_emulation, "fp16"),
+        (lambda including_emulation=True: True, "bf16"),
+        (lambda: False, "fp16"),
+        (lambda: True, "bf16"),
+        (None, "bf16"),
+    ],
+)
+def test_precision_is_fp16_where_bf16_is_missing_or_emulated(
+    query: Any, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = SimpleNamespace() if query is None else SimpleNamespace(is_bf16_supported=query)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    device = torch.device("cuda")
+    assert has_bf16(device) == (expected == "bf16")
+    assert choose_precision(device)[0] == expected
