@@ -41,13 +41,15 @@ class Choice:
     """The chosen backend, its function and the reason, for the log.
 
     Attributes:
+        operator: name of what it computes.
         others: names of the other backends that can serve, best first.
     """
 
+    operator: str
     name: str
     function: Callable[..., Any]
     reason: str
-    others: tuple[str, ...] = ()
+    others: tuple[str, ...]
 
 
 def select(operator: str, table: Sequence[Backend], op: str, request: Request) -> Choice:
@@ -74,7 +76,7 @@ def select(operator: str, table: Sequence[Backend], op: str, request: Request) -
     backend = next(b for b in table if b.name == name)
     reasons = [backend.note, *(passed if op == "auto" else ["asked for by name"])]
     others = tuple(other for other in usable if other != name)
-    return Choice(name, backend.load(), "; ".join(reasons), others)
+    return Choice(operator, name, backend.load(), "; ".join(reasons), others)
 
 
 def is_installed(package: str) -> bool:

@@ -22,6 +22,8 @@ from rwkv_peft.methods.attach import attach
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.geometry import FLAGS, Geometry, check_flags
+from rwkv_peft.ops.dispatch import Request
+from rwkv_peft.ops.selfcheck import require_right
 from rwkv_peft.training import plan as planning
 from rwkv_peft.training.interrupt import Interrupt
 from rwkv_peft.training.metrics import Display, RunFolder, StepRecord, peak_memory
@@ -95,6 +97,7 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
 
     torch.manual_seed(config.random_seed)
     model, num_weights = _load_model(config, geometry, weights), _count(weights)
+    checked = require_right(model.op, _request(config, geometry))
     del weights  # a .safetensors file would stay in memory beside the model
     if config.load_adapter:
         trained, values = attach_saved(model, config.load_adapter)
@@ -107,6 +110,7 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
     lines = [
         *planning.describe_model(config, geometry, model.op.name, num_weights, _count(trained)),
         f"op: {model.op.name} ({model.op.reason})",
+        *([checked] if checked else []),
         *(f"chosen: {c.name} = {c.value} ({c.reason})" for c in choices + more + last),
         *planning.describe_plan(config, plan, batches),
     ]
@@ -119,12 +123,18 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
 
 
 def _load_model(config: TrainConfig, geometry: Geometry, weights: Mapping[str, Tensor]) -> RWKV:
-    device, dtype = resolve_device(config.accelerator), dtype_of(config.precision)
+    request = _request(config, geometry)
+    device, dtype = request.device, request.dtype
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     model = build(geometry, op=config.op, device=device, dtype=dtype)
     load_weights(model, weights, device=device, dtype=dtype)
     model.grad_cp = bool(config.grad_cp)
     return model
+
+
+def _request(config: TrainConfig, geometry: Geometry) -> Request:
+    device, dtype = resolve_device(config.accelerator), dtype_of(config.precision)
+    return Request(device, dtype, geometry.head_size)
 
 
 def _count(tensors: Mapping[str, Tensor]) -> int:
