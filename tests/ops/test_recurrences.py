@@ -27,7 +27,7 @@ from rwkv_peft.ops.wkv6 import wkv6
 from rwkv_peft.ops.wkv7 import TABLE as WKV7
 from rwkv_peft.ops.wkv7.chunked import wkv7_chunked
 
-LENGTHS = (1, 15, 16, 17, 31, 32, 33, 63, 100, 1000)
+LENGTHS = (1, 15, 16, 17, 31, 32, 33, 63, 100, 1000, pytest.param(4096, marks=pytest.mark.slow))
 CPU = torch.device("cpu")
 
 

@@ -1,0 +1,58 @@
+"""The benchmark of the operators runs on any machine, and times nothing that is wrong."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from rwkv_peft.ops.dispatch import Backend
+from rwkv_peft.ops.wkv7.reference import wkv7_reference
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "ops.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_operators", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "SECONDS", 0.01)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return module
+
+
+@pytest.mark.parametrize("rows", [[], ["--packed"]])
+def test_every_operator_is_measured_on_this_machine(
+    rows: list[str], benchmark: ModuleType, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.md"
+    shapes = ["--shapes", "1,40,1", "2,20,2"]
+    benchmark.main([*shapes, "--backends", "torch", "fla", *rows, "--output", str(report)])
+    lines = report.read_text(encoding="utf-8").splitlines()
+    measured = [line.split(" | ") for line in lines if "| torch | " in line and "0, " in line]
+    assert len(measured) == 4
+    for _, _, forward, backward, _, rate, *_ in measured:
+        assert float(forward) > 0 and float(backward) > 0 and float(rate) > 0
+    errors = [line.split(" | ")[1:] for line in lines if line.startswith("| torch | ")]
+    assert [len(names) for names in errors] == [9, 8]
+    assert all(0 < float(x.strip(" |")) < 1 for names in errors for x in names)
+    if not rows:
+        assert "Not run: fla needs a GPU." in lines
+
+
+def test_a_backend_over_the_error_budget_is_not_timed(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        y, state = wkv7_reference(*inputs)
+        return y * 1.0001, state
+
+    peer = Backend("wrong", lambda: wrong, lambda request: None, "off by a little")
+    monkeypatch.setattr(benchmark, "PEERS", {"wkv7": (peer,)})
+    benchmark.main(["--ops", "wkv7", "--shapes", "1,40,1", "--backends", "wrong"])
+    out = capsys.readouterr().out
+    assert "| 1, 40, 1 | wrong | not timed: y: error" in out
+    assert "| wrong | 0" not in out
