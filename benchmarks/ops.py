@@ -115,9 +115,7 @@ def check(kernel: Kernel, given: Expected) -> dict[str, float]:
     found = run(case, kernel)
     for name, x in found.items():
         assert_within_budget(x, exact[name], plain[name], name)
-    return {
-        name: ((x - exact[name]).norm() / exact[name].norm()).item() for name, x in found.items()
-    }
+    return {n: ((x - exact[n]).norm() / exact[n].norm()).item() for n, x in found.items()}
 
 
 def timed_case(
@@ -221,8 +219,8 @@ def tables(op: str, options: argparse.Namespace, device: torch.device) -> list[s
     dtype, worst = DTYPES[options.dtype], {}
     request = Request(device, dtype, 64)
     backends = [*OPERATORS[op].table, *(() if options.packed else PEERS[op])]
-    wanted = options.backends or [b.name for b in backends if b.name != "reference"]
-    backends = [b for b in backends if b.name in wanted]
+    asked = options.backends
+    backends = [b for b in backends if (b.name in asked if asked else b.name != "reference")]
     why = {b.name: b.objection(request) for b in backends}
     kernels = {b.name: b.load() for b in backends if why[b.name] is None}
     head = "forward ms | backward ms | host ms | tokens/s | kept MiB | peak MiB"
@@ -264,9 +262,8 @@ def setting(options: argparse.Namespace, device: torch.device) -> str:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             continue
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
+    is_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name() if is_gpu else platform.processor() or platform.machine()
     rows = "packed rows" if options.packed else "rows of one document"
     tuned = f"{options.fla_configs} settings" if options.fla_configs else "all its settings"
     return (
