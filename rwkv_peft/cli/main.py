@@ -15,6 +15,7 @@ COMMANDS = {
     "chat": "talk with a model",
     "inspect": "say what a weight file holds",
     "init": "make a new model for training from nothing",
+    "doctor": "check this machine: devices, versions, and each backend's results",
     "demo": "fine-tune the bundled small model on bundled dialogues",
 }
 ERROR_CODE = 2

@@ -235,6 +235,11 @@ class Deviation(NamedTuple):
     error: float
     allowed: float
 
+    @property
+    def share(self) -> float:
+        """The part of the budget that the error takes; above 1 it is too large."""
+        return self.error / max(self.allowed, 1e-300)
+
 
 def deviation(kernel: Tensor, exact: Tensor, plain: Tensor) -> Deviation:
     """What a result is off by, and may be: an infinite error if a value is not finite.

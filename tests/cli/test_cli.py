@@ -308,7 +308,7 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "merge", "generate", "chat", "inspect", "init", "demo"):
+    for command in ("train", "merge", "generate", "chat", "inspect", "init", "doctor", "demo"):
         assert f"rwkv-peft {command}" in done.stdout
     done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True)
     assert done.stdout.startswith("rwkv-peft 0.")

@@ -32,3 +32,14 @@ def objection(request: Request, *, oldest: tuple[int, int] = OLDEST) -> str | No
         wanted, got = (".".join(map(str, c)) for c in (oldest, found))
         return f"needs compute capability {wanted}, and this GPU has {got}"
     return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the kernels rest on, or why it is not here."""
+    found = {"toolkit of torch": torch.version.cuda or torch.version.hip or "none"}
+    for name, query in (("NVIDIA driver", driver.version), ("NVRTC", nvrtc.version)):
+        try:
+            found[name] = ".".join(map(str, query()))
+        except BackendUnavailableError:
+            found[name] = "not found"
+    return found

@@ -139,6 +139,13 @@ def driver() -> ctypes.CDLL:
     return library
 
 
+def version() -> tuple[int, int]:
+    """Major and minor version of CUDA that the driver serves."""
+    number = ctypes.c_int()
+    check(driver().cuDriverGetVersion(ctypes.byref(number)), "the driver")
+    return number.value // 1000, number.value % 1000 // 10
+
+
 def check(code: int, what: str, library: ctypes.CDLL | None = None) -> None:
     """Raises BackendUnavailableError with CUDA's name of an error, unless `code` is 0."""
     if code:

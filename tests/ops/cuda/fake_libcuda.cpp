@@ -29,6 +29,7 @@ Record* fake_record() { return &record; }
 void fake_fail_next_launch(int code) { next_launch_error = code; }
 
 int cuInit(unsigned) { return 0; }
+int cuDriverGetVersion(int* version) { *version = 12080; return 0; }
 int cuDeviceGet(int* device, int ordinal) { *device = ordinal; return 0; }
 int cuDevicePrimaryCtxRetain(void** context, int) { *context = &record; return 0; }
 int cuCtxSetCurrent(void*) { has_context = true; return 0; }

@@ -144,6 +144,10 @@ def test_errors_of_the_driver_have_its_names(fake: ctypes.CDLL, load: Any) -> No
         driver.load_kernel(files, "other", device_index=0, signature="")
 
 
+def test_the_drivers_version_is_read(fake: ctypes.CDLL) -> None:
+    assert driver.version() == (12, 8)
+
+
 def test_no_driver_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "LIBRARY", "libnowhere.so.1")
     with pytest.raises(BackendUnavailableError, match=r"driver is not found: libnowhere"):
