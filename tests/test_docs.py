@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.checkpoint.pth import read_weights
+from rwkv_peft.device import TYPES
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "README_zh.md")
@@ -91,6 +92,11 @@ def test_the_usage_page_names_every_file_and_exit_code_of_a_run() -> None:
     text = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
     for name in ("config.yaml", "train_log.txt", "loss_data.jsonl", "rwkv-K.pth", "130, 143"):
         assert name in text
+
+
+def test_the_hardware_page_tells_of_every_device_that_can_be_asked_for() -> None:
+    text = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    assert [kind for kind in TYPES if f"`{kind}`" not in text and f" {kind}`" not in text] == []
 
 
 def test_links_between_pages_lead_somewhere() -> None:
