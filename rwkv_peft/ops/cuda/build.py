@@ -27,7 +27,7 @@ def build(files: Sequence[Path], *, arch: str, options: Sequence[str] = ()) -> b
     source = "".join(
         f'#line 1 "{file.name}"\n{file.read_text(encoding="utf-8")}\n' for file in files
     )
-    said = [source, sorted(headers.items()), list(options), arch, nvrtc.version()]
+    said = [source, sorted(headers.items()), nvrtc.OPTIONS, options, arch, nvrtc.version()]
     key = hashlib.sha256(json.dumps(said).encode()).hexdigest()
     name = files[0].name
     return cached(

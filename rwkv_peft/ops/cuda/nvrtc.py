@@ -17,6 +17,8 @@ IS_WINDOWS = sys.platform == "win32"
 PATTERN = "nvrtc64_*_0.dll" if IS_WINDOWS else "libnvrtc.so*"
 BUILTINS = "nvrtc-builtins64_*.dll" if IS_WINDOWS else "libnvrtc-builtins.so*"
 LOG_LINES = 12
+# nothing in a source is for the host, so that constexpr functions need no mark
+OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 
 
 def compile(
@@ -30,7 +32,8 @@ def compile(
     """A cubin of `source` for a GPU, or PTX where the GPU is newer than NVRTC.
 
     Args:
-        source: CUDA C++ with `extern "C"` kernels; no header of the host exists for it.
+        source: CUDA C++ with `extern "C"` kernels; no header of the host exists for it, and a
+            function without a mark is one of the device.
         arch: the GPU, such as 'sm_90'.
         name: stands in messages.
         options: of NVRTC, such as '-DC=64'.
@@ -44,7 +47,7 @@ def compile(
     target, is_ptx = _target(arch, supported_archs())
     names = (ctypes.c_char_p * len(headers))(*(n.encode() for n in headers))
     texts = (ctypes.c_char_p * len(headers))(*(t.encode() for t in headers.values()))
-    arguments = [f"--gpu-architecture={target}", "--std=c++17", *options]
+    arguments = [f"--gpu-architecture={target}", *OPTIONS, *options]
     flags = (ctypes.c_char_p * len(arguments))(*(a.encode() for a in arguments))
     program = ctypes.c_void_p()
     _check(

@@ -18,7 +18,7 @@ extern "C" __global__ void scale(float* x, int n, float by) {
   if (i < n) x[i] = scaled(x[i], by) + C;
 }
 """
-HEADER = "__device__ inline float scaled(float x, float by) { return x * by; }\n"
+HEADER = "constexpr float scaled(float x, float by) { return x * by; }\n"
 
 
 @pytest.fixture(autouse=True)
