@@ -11,6 +11,21 @@ from typing import Any, Literal
 from rwkv_peft.errors import ConfigError
 
 Switch = Literal[0, 1]
+DataType = Literal[
+    "auto",
+    "jsonl",
+    "text",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "completion",
+    "sft",
+    "binidx",
+    "numpy",
+    "uint16",
+    "utf-8",
+    "utf-16le",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +33,58 @@ class DataConfig:
     """Which texts to learn and how they are read."""
 
     data_file: str = ""
-    """The texts to learn: one {"text": ...} a line."""
-    data_type: Literal["auto", "jsonl"] = "auto"
-    """Format of data_file; found from the file if auto."""
+    """Files or folders to learn from; several as a.jsonl,b.jsonl or a.jsonl:0.7,b.jsonl:0.3."""
+    data_type: DataType = "auto"
+    """Format; found from the file's ending and the keys of its rows if auto."""
+    sft_field: list[str] = field(default_factory=list)
+    """Columns to learn: question and answer, or question, input and answer, or one of text."""
+    sft_split: str = "train"
+    """Rows to take, as Hugging Face datasets writes it: train[:1000], train[10%:20%]."""
+    template: str = "auto"
+    """How turns are written: chat, think, function, document, alpaca, or a Jinja file.
+
+    auto is chat, but alpaca for data_type sft.
+    """
+    loss_mask: str = "auto"
+    """What is trained: none or pad (all), qa, se, roles=assistant,tool, or auto.
+
+    qa is the assistant's words and their end, se what stands between the marks of mask_id; auto is
+    qa for rows with roles and none for texts.
+    """
+    mask_id: dict[str, str] = field(default_factory=dict)
+    """Marks of se, texts or token ids: mask1 begins what is trained, mask0 ends it."""
+    train_role_words: Switch = 0
+    """1 also trains the words that open a chosen turn, such as 'Assistant:', as of old."""
+    append_eod: Switch = 1
+    """1 puts the end-of-document token 0 behind each text."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """A row that cannot be read stops the run, or is skipped and listed."""
+    max_untrained: float = 0.1
+    """Largest share of documents in which the mask may leave nothing to train."""
+    data_cache: str = ""
+    """Folder of prepared data; the user's cache folder if empty."""
+    prepare_workers: int = 1
+    """Processes that tokenise."""
+
+    def __post_init__(self) -> None:
+        if len(self.sft_field) > 3:
+            raise ConfigError(
+                f"--sft_field names {len(self.sft_field)} columns: give question and answer, "
+                "question, input and answer, or one of text"
+            )
+        if self.sft_field and self.data_type not in ("auto", "jsonl", "sft"):
+            raise ConfigError(f"--sft_field is for --data_type sft, not {self.data_type}")
+        if not 0 <= self.max_untrained <= 1:
+            raise ConfigError(f"--max_untrained must lie in [0, 1], got {self.max_untrained}")
+        if self.prepare_workers < 0:
+            raise ConfigError(f"--prepare_workers must not be below 0, got {self.prepare_workers}")
+
+    @property
+    def template_name(self) -> str:
+        """The template, chosen if it was left open."""
+        if self.template != "auto":
+            return self.template
+        return "alpaca" if self.data_type == "sft" else "chat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +131,6 @@ class TrainConfig(DataConfig):
     """Forward passes of one optimizer step."""
     dataload: Literal["pad"] = "pad"
     """How documents become rows: pad lays one document in a row."""
-    loss_mask: Literal["none", "pad"] = "none"
-    """Which tokens are trained; none and pad: all but padding."""
     data_shuffle: Switch = 1
     """1 draws a new order each epoch, 0 keeps the order of the file."""
     epoch_count: int | None = None
@@ -134,6 +196,7 @@ class TrainConfig(DataConfig):
     """Seed of initialisation, dropout and data order; drawn and printed if negative."""
 
     def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
         _require_positive(self, "ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count")
         _require_positive(self, "epoch_save", "lr_init")
         _require_not_negative(self, "epoch_steps", "epoch_begin", "lr_final", "warmup_steps")
@@ -159,13 +222,13 @@ class TrainConfig(DataConfig):
             raise ConfigError("--peft_config needs a method: give --peft lora, or leave it out")
 
     def require_files(self) -> None:
-        """Raises ConfigError unless both files are named and exist."""
+        """Raises ConfigError unless both files are named, and that of the model exists."""
         for name, what in (("load_model", "model"), ("data_file", "data")):
             value = getattr(self, name)
             if not value:
                 raise ConfigError(f"no {what} given: rwkv-peft train model.pth data.jsonl")
-            if not Path(value).is_file():
-                raise ConfigError(f"--{name}: there is no file {value}")
+        if not Path(self.load_model).is_file():
+            raise ConfigError(f"--load_model: there is no file {self.load_model}")
 
 
 def _require_positive(config: TrainConfig, *names: str) -> None:

@@ -22,7 +22,7 @@ LAYERS = (
     ("config", "errors"),
 )
 HEAVY = {"peft", "transformers", "datasets", "triton", "fla", "deepspeed", "bitsandbytes", "wandb"}
-HEAVY |= {"pyrwkv_tokenizer", "jsonargparse", "yaml", "rich", "safetensors"}
+HEAVY |= {"pyrwkv_tokenizer", "jsonargparse", "yaml", "rich", "safetensors", "jinja2", "pyarrow"}
 LINES, KERNEL_LINES, FUNCTION_LINES = 400, 600, 60
 
 

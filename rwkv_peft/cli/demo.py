@@ -1,7 +1,9 @@
 """`rwkv-peft demo`: the whole path on a small model, in minutes on a CPU."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,9 +100,8 @@ def held_out_loss(model: "RWKV") -> float:
 
 def questions(count: int) -> list[str]:
     """The users' turns of the first dialogues kept aside."""
-    from rwkv_peft.data.records import read_jsonl
-
-    texts = [record.text for record in read_jsonl(HELD_OUT)][:count]
+    with open(HELD_OUT, encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line in islice(file, count)]
     return [text.partition("\n\n")[0].removeprefix("User: ") for text in texts]
 
 

@@ -74,6 +74,8 @@ class PaddedBatches:
         for i, (start, n) in enumerate(zip(first, length, strict=True)):
             tokens[i, :n] = self.documents.tokens[start : start + n]
             targets[i, :n] = self.documents.tokens[start + 1 : start + n + 1]
+            if self.documents.weights is not None:
+                targets[i, :n][self.documents.weights[start + 1 : start + n + 1] == 0] = IGNORE
         lines = self.documents.lines[self._document[rows]].tolist()
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), lines)
 

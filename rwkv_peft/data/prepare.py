@@ -1,37 +1,95 @@
-"""From a file of texts to token arrays."""
+"""From files to token arrays: what is read, what is left out, and what is kept for later runs."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_peft.config import DataConfig
-from rwkv_peft.data.records import Record, read_jsonl
+from rwkv_peft.data.encode import TEXT_BLOCK, Chunk, Encoder, encode_all, in_chunks
+from rwkv_peft.data.files import FileRow, read_rows
+from rwkv_peft.data.forms import FORMS
+from rwkv_peft.data.sources import TEXT_TYPES, TOKEN_TYPES, Source, find_sources
+from rwkv_peft.data.store import Store, default_folder, new_folder, open_store
+from rwkv_peft.data.tokenfiles import open_tokens
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import DataError
+
+# less than this is read anew each time, in memory
+CACHED_FROM = 16 << 20
+# part of the cache's key: raised when what is written for the same data changes
+CACHE_VERSION = 1
+# documents of a token file that are looked at for their end
+NUM_LOOKED_AT = 10_000
+# settings that decide what is prepared
+_KEYS = ("data_type", "sft_field", "sft_split", "loss_mask", "mask_id", "train_role_words")
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Rows of files, (rows, 2): index of the file, and line; few bytes each, however many."""
+
+    rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def names(self, paths: Sequence[str], limit: int | None = None) -> list[str]:
+        """The first of them as file:line."""
+        return [f"{paths[source]}:{line}" for source, line in self.rows[:limit].tolist()]
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was read and what was left out; lines are those of the row's own file.
+    """What was read and what was left out.
 
     Attributes:
         num_rows: rows met, good or bad.
-        num_bytes: UTF-8 bytes of all texts.
-        empty: rows left out because they have no text.
+        num_bytes: UTF-8 bytes of all texts; 0 if they were read as tokens.
+        forms: documents of each form, such as messages.
         bad: rows left out because they cannot be read, as messages with file:line.
-        duplicates: rows that repeat an earlier one; they are kept.
+        empty: rows left out because they have no text.
         untrained: rows left out because the mask leaves none of their tokens.
+        duplicates: rows that repeat an earlier one; they are kept.
+        num_endless: of the first documents of a token file, those without token 0 at their end.
     """
 
     num_rows: int = 0
     num_bytes: int = 0
-    empty: tuple[str, ...] = ()
+    forms: dict[str, int] = field(default_factory=dict)
     bad: tuple[str, ...] = ()
-    duplicates: tuple[str, ...] = ()
-    untrained: tuple[str, ...] = ()
+    empty: Places = Places()
+    untrained: Places = Places()
+    duplicates: Places = Places()
+    num_endless: int = 0
+
+    def describe(self, paths: Sequence[str], limit: int = 5) -> Iterator[str]:
+        """Lines for a person about all that is not as it should be, with the first places."""
+        kinds = {
+            "without a text, left out": self.empty,
+            "in which the mask leaves nothing, left out": self.untrained,
+            "that repeat an earlier one, kept": self.duplicates,
+        }
+        for what, places in kinds.items():
+            if places:
+                shown = ", ".join(places.names(paths, limit))
+                more = ", ..." if len(places) > limit else ""
+                yield f"data: {len(places):,} rows {what}: {shown}{more}"
+        if self.bad:
+            yield f"data: {len(self.bad):,} rows that cannot be read, left out:"
+            yield from (f"  {bad}" for bad in self.bad)
+        if self.num_endless:
+            yield (
+                f"data: {self.num_endless:,} of the first documents do not end with token 0, so "
+                "that the model is not taught to stop: prepare them with --append_eod 1"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,38 +145,178 @@ class Documents:
         return f"{self.paths[self.sources[document]]}:{self.lines[document]}"
 
 
-def read_documents(config: DataConfig, tokenizer: Tokenizer) -> Documents:
+def read_documents(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    progress: Progress | None = None,
+    is_checked: bool = False,
+) -> Documents:
     """All documents that `config` names, tokenised.
 
+    A lone file of tokens is a memory map, not a copy, unless a mask must be computed. Much text
+    becomes a memory map too, in the folder `data_cache`, where later runs find it by its content.
+
+    Args:
+        progress: called with the number of bytes read since the last call.
+        is_checked: whether each document is decoded again and compared with its text.
     Raises:
-        DataError: a row is broken, or there is nothing that could be trained.
+        ConfigError: a file is missing, or template and mask cannot be had.
+        DataError: a row is broken, or there is nothing, or too little, that could be trained.
     """
-    return encode_documents(read_jsonl(config.data_file), tokenizer, config.data_file)
+    sources = find_sources(config.data_file, config.data_type)
+    encoder = Encoder(config, tokenizer, is_checked=is_checked)
+    if len(sources) == 1 and sources[0].kind in TOKEN_TYPES and encoder.masks_no_text:
+        return _mapped(sources[0], tokenizer)
+    if sum(source.num_bytes for source in sources) < CACHED_FROM:
+        store = Store(encoder.dtype)
+        _fill(store, sources, encoder, progress)
+        return _documents(sources, store.arrays(), store.finish(), config)
+    folder = Path(config.data_cache or default_folder()) / _fingerprint(sources, encoder)
+    if not (folder / "facts.json").exists():
+        with new_folder(folder) as part:
+            store = Store(encoder.dtype, part)
+            try:
+                _fill(store, sources, encoder, progress)
+                store.finish()
+            finally:
+                store.close()
+    return _documents(sources, *open_store(folder), config)
 
 
-def encode_documents(records: Iterable[Record], tokenizer: Tokenizer, path: str) -> Documents:
-    """Tokenises records; `path` is for messages."""
-    pieces, lines, num_rows, num_bytes, empty = [], [], 0, 0, []
-    for record in records:
-        num_rows += 1
-        if not record.text:
-            empty.append(f"{path}:{record.line}")
-            continue
-        try:
-            tokens = tokenizer.encode(record.text)
-        except DataError as error:
-            raise DataError(f"{path}:{record.line}: {error}") from error
-        pieces.append(np.array([*tokens, tokenizer.eod], dtype=np.int32))
-        lines.append(record.line)
-        num_bytes += len(record.text.encode())
-    if not pieces:
-        what = f"all {num_rows} rows have an empty text" if num_rows else "the file is empty"
-        raise DataError(f'{path}: no trainable token: {what}; give lines like {{"text": "..."}}')
+def _mapped(source: Source, tokenizer: Tokenizer) -> Documents:
+    tokens, starts = open_tokens(source, tokenizer.vocab_size)
+    if len(starts) < 2:
+        raise DataError(f"{source.path}: no trainable token: the file holds no document")
+    count = len(starts) - 1
+    ends = tokens[starts[1 : NUM_LOOKED_AT + 1] - 1]
     return Documents(
-        paths=(path,),
-        tokens=np.concatenate(pieces),
-        starts=np.cumsum([0, *map(len, pieces)], dtype=np.int64),
-        lines=np.array(lines, dtype=np.int64),
-        sources=np.zeros(len(lines), dtype=np.uint8),
-        report=Report(num_rows=num_rows, num_bytes=num_bytes, empty=tuple(empty)),
+        paths=(source.path,),
+        tokens=tokens,
+        starts=starts,
+        lines=np.arange(1, count + 1),
+        sources=np.zeros(count, dtype=np.uint8),
+        report=Report(
+            num_rows=count,
+            forms={source.kind: count},
+            num_endless=int(np.count_nonzero(ends != tokenizer.eod)),
+        ),
     )
+
+
+def _fill(store: Store, sources: list[Source], encoder: Encoder, progress: Progress | None) -> None:
+    stops = encoder.config.on_bad_row == "stop"
+    for number, source in enumerate(sources):
+        for chunk in _chunks(source, encoder, progress):
+            if chunk.bad and stops:
+                line, reason = chunk.bad[0]
+                raise DataError(f"{source.path}:{line}: {reason}")
+            store.add(chunk, number, source.path)
+
+
+def _chunks(source: Source, encoder: Encoder, progress: Progress | None) -> Iterator[Chunk]:
+    if source.kind in TOKEN_TYPES:
+        found = open_tokens(source, encoder.tokenizer.vocab_size)
+        yield from encoder.encode_tokens(found)
+    elif source.kind in TEXT_TYPES:
+        pieces = _text_of(source)
+        if encoder.masks_no_text:
+            yield from encoder.encode_text(pieces)
+        else:
+            text = {"text": "".join(pieces)}
+            yield encoder.encode_rows([FileRow(1, text)])
+    else:
+        rows = read_rows(source.path, encoder.config.sft_split)
+        lists = in_chunks(rows)
+        yield from encode_all(encoder, lists, encoder.config.prepare_workers)
+
+
+def _text_of(source: Source) -> Iterator[str]:
+    encoding = {"utf-8": "utf-8-sig", "utf-16le": "utf-16-le"}[source.kind]
+    try:
+        with open(source.path, encoding=encoding, newline="") as file:
+            while block := file.read(TEXT_BLOCK):
+                yield block.removeprefix("\ufeff") if source.kind == "utf-16le" else block
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{source.path}: not {source.kind} ({error.reason}): save the file as {source.kind}"
+        ) from error
+
+
+def _fingerprint(sources: list[Source], encoder: Encoder) -> str:
+    """A name that changes with the content of the files and with whatever changes the result."""
+    config = encoder.config
+    what: list[Any] = [CACHE_VERSION, [(s.kind, s.share is None) for s in sources]]
+    what += [getattr(config, key) for key in (*_KEYS, "append_eod", "on_bad_row")]
+    what += [encoder.template.name, getattr(encoder.template, "source", "")]
+    what += [encoder.tokenizer.vocab_size, encoder.is_checked]
+    digest = hashlib.sha256(json.dumps(what).encode())
+    for source in sources:
+        for file in source.files:
+            digest.update(str(file.stat().st_size).encode())
+            with open(file, "rb") as opened:
+                while block := opened.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+def _documents(
+    sources: list[Source],
+    arrays: dict[str, NDArray[Any]],
+    facts: dict[str, Any],
+    config: DataConfig,
+) -> Documents:
+    paths = tuple(source.path for source in sources)
+    report = Report(
+        num_rows=facts["num_rows"],
+        num_bytes=facts["num_bytes"],
+        forms=facts["forms"],
+        bad=tuple(facts["bad"]),
+        empty=Places(arrays["empty"].reshape(-1, 2)),
+        untrained=Places(arrays["untrained"].reshape(-1, 2)),
+        duplicates=_duplicates(arrays),
+    )
+    _require_enough(report, paths, len(arrays["sizes"]), config)
+    names = np.array(facts["states"])
+    return Documents(
+        paths=paths,
+        tokens=arrays["tokens"],
+        starts=np.concatenate([[0], np.cumsum(arrays["sizes"], dtype=np.int64)]),
+        lines=arrays["lines"],
+        sources=arrays["sources"],
+        shares=tuple(s.share for s in sources if s.share is not None) or None,
+        weights=arrays.get("weights"),
+        states=names[arrays["states"]] if len(names) > 1 else None,
+        report=report,
+    )
+
+
+def _duplicates(arrays: dict[str, NDArray[Any]]) -> Places:
+    digests = arrays["digests"]
+    order = np.argsort(digests, kind="stable")
+    repeats = np.sort(order[1:][digests[order[1:]] == digests[order[:-1]]])
+    sources = arrays["sources"][repeats].astype(np.int64)
+    return Places(np.stack([sources, arrays["lines"][repeats]], axis=1))
+
+
+def _require_enough(
+    report: Report, paths: tuple[str, ...], num_documents: int, config: DataConfig
+) -> None:
+    where = ", ".join(paths)
+    if len(report.untrained) > config.max_untrained * (num_documents + len(report.untrained)):
+        raise DataError(
+            f"{where}: --loss_mask {config.loss_mask} leaves nothing to train in "
+            f"{len(report.untrained):,} of {num_documents + len(report.untrained):,} documents, "
+            f"the first at {report.untrained.names(paths, 1)[0]}: look at them "
+            "with rwkv-peft data, choose another mask or template, or raise --max_untrained"
+        )
+    if num_documents:
+        return
+    counts = {
+        "empty": len(report.empty),
+        "broken": len(report.bad),
+        "masked": len(report.untrained),
+    }
+    what = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    what = f"{report.num_rows} rows, {what}" if what else "the file is empty"
+    raise DataError(f"{where}: no trainable token: {what}; a row is like {FORMS['text'].example}")

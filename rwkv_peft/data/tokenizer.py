@@ -3,7 +3,7 @@
 import ast
 import codecs
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate, pairwise
@@ -67,6 +67,11 @@ class Tokenizer:
     def num_tokens(self) -> int:
         """One more than the largest id that has text; a model's vocabulary may go on beyond it."""
         return max(self._tables.pieces) + 1
+
+    @property
+    def pieces(self) -> Mapping[int, bytes]:
+        """Bytes of every id."""
+        return self._tables.pieces
 
     # rebuilt where it is unpickled: the tables are large, and the default path may differ there
     def __reduce__(self) -> tuple[partial["Tokenizer"], tuple[()]]:

@@ -14,6 +14,7 @@ from rwkv_peft.checkpoint.pth import geometry_of, load_weights, read_weights, wr
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.batching import PaddedBatches
 from rwkv_peft.data.prepare import read_documents
+from rwkv_peft.data.sources import find_sources
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.device import dtype_of, resolve_device
 from rwkv_peft.errors import TrainingError
@@ -79,6 +80,7 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
         RwkvPeftError: a file, a setting or the data cannot be used, or the loss is not a number.
     """
     config.require_files()
+    find_sources(config.data_file, config.data_type)
     weights = read_weights(config.load_model)
     geometry = geometry_of(weights)
     check_flags(geometry, {name: getattr(config, name) for name in FLAGS}, config.load_model)

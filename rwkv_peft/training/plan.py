@@ -130,14 +130,13 @@ def describe_plan(config: TrainConfig, plan: Plan, batches: PaddedBatches) -> It
     """Data and work in lines for a person."""
     documents = batches.documents
     assert config.epoch_count is not None and config.ctx_len is not None
-    empty = documents.report.empty
     split = batches.num_rows - len(documents)
     yield (
         f"data: {len(documents):,} documents, {len(documents.tokens):,} tokens, "
         f"{documents.num_trained:,} of them trained in each pass"
-        + (f"; {len(empty):,} empty rows left out" if empty else "")
         + (f"; long documents give {split:,} more rows of ctx_len" if split else "")
     )
+    yield from documents.report.describe(documents.paths)
     yield (
         f"plan: {config.epoch_count} epochs of {plan.micro_batches:,} micro-batches of "
         f"{config.micro_bsz} rows, {plan.steps:,} optimizer steps"

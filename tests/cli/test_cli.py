@@ -50,7 +50,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = 
     ),
     "row without text": (
         lambda m, d, t: [m, write(t / "b.jsonl", b'{"prompt": "a"}\n')],
-        'b.jsonl:1: no "text" (found keys prompt)',
+        "b.jsonl:1: no known form has the keys of this row (prompt)",
     ),
     "nothing to train": (
         lambda m, d, t: [m, write(t / "b.jsonl", b'{"text": ""}\n')],

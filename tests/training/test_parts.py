@@ -9,7 +9,6 @@ from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batching import IGNORE, PaddedBatches
 from rwkv_peft.data.prepare import read_documents
 from rwkv_peft.data.tokenizer import Tokenizer
-from rwkv_peft.errors import DataError
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.schedule import learning_rate, weight_decay
 
@@ -60,35 +59,6 @@ def test_the_order_depends_on_seed_and_pass_alone(data_file: Path) -> None:
     assert orders[0] != orders[1] and orders[0] != other
     flat = [sorted(line for lines in order for line in lines) for order in (*orders, other)]
     assert flat[0] == flat[1] == flat[2]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "no trainable token: the file is empty"),
-        (b"\n  \n", "no trainable token: the file is empty"),
-        (b'{"text": ""}\n', "no trainable token: all 1 rows have an empty text"),
-        (b'{"text": "a"}\n{"text": \n', r"bad.jsonl:2: not JSON"),
-        (b'{"text": "a"}\n\n{"txt": "b"}\n', r'bad.jsonl:3: no "text" \(found keys txt\)'),
-        (b'["a"]\n', r'bad.jsonl:1: no "text" \(found list\)'),
-        (b'{"text": 7}\n', r'bad.jsonl:1: "text" is a int'),
-        (b'{"text": "\xff"}\n', r"bad.jsonl:1: byte 11 of the line is not UTF-8"),
-        (b'{"text": "\\ud83d"}\n', r"bad.jsonl:1: .*lone surrogate"),
-    ],
-)
-def test_a_broken_data_file_is_named_with_its_line(
-    content: bytes, message: str, tmp_path: Path
-) -> None:
-    (tmp_path / "bad.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        read_documents(DataConfig(data_file=str(tmp_path / "bad.jsonl")), Tokenizer(320))
-
-
-def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_text(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "ab"}\r\n{"text": "c"}\r\n')
-    documents = read_documents(DataConfig(data_file=str(tmp_path / "a.jsonl")), Tokenizer(320))
-    assert documents.tokens.tolist() == [*Tokenizer(320).encode("ab"), 0, ord("c") + 1, 0]
-    assert documents.lines.tolist() == [1, 2]
 
 
 def test_cos_falls_from_the_first_rate_to_the_last() -> None:

@@ -1,0 +1,249 @@
+"""Files of rows: each kind gives its rows one after the other, however large the file."""
+
+import codecs
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rwkv_peft.errors import ConfigError, DataError
+
+# bytes of a JSON array read at a time
+BLOCK = 1 << 20
+
+
+class FileRow(NamedTuple):
+    """One row as it stands in its file.
+
+    Attributes:
+        line: its line, or its number where the format has no lines; from 1.
+        content: the line of a jsonl file, the values by name, or what is wrong with it.
+    """
+
+    line: int
+    content: bytes | dict[str, Any] | DataError
+
+
+def read_rows(path: str | Path, split: str = "train") -> Iterator[FileRow]:
+    """The rows of a file, or of a folder that Hugging Face datasets can open.
+
+    A row that is broken comes as the error that says why; what makes the rest unreadable is raised.
+
+    Args:
+        split: which rows, as Hugging Face datasets writes it: 'train', 'train[:1000]'.
+    Raises:
+        DataError: the file cannot be read any further.
+        ConfigError: the split is none.
+    """
+    path = Path(path)
+    read = _read_datasets if path.is_dir() else READERS.get(path.suffix.lower(), read_jsonl)
+    if read is _read_datasets:
+        return _read_datasets(path, split)
+    return read(path) if split == "train" else _split(read, path, split)
+
+
+def read_jsonl(path: str | Path) -> Iterator[FileRow]:
+    """The lines of a file, without its byte order mark; blank lines are passed over."""
+    with open(path, "rb") as file:
+        for line, raw in enumerate(file, 1):
+            raw = raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw
+            if raw.strip():
+                yield FileRow(line, raw)
+
+
+def parse_json(raw: bytes) -> object:
+    """The value of a line of JSON.
+
+    Raises:
+        DataError: it is not UTF-8 or not JSON.
+    """
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"byte {error.start + 1} of the line is not UTF-8: save the file as UTF-8"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"not JSON ({error.msg} at column {error.colno}); every line must be like "
+            '{"text": "..."}'
+        ) from error
+    except RecursionError as error:
+        raise DataError("not usable JSON: it is nested too deeply") from error
+    except ValueError as error:  # an integer of too many digits
+        raise DataError(f"not usable JSON: {error}") from error
+
+
+def _read_json(path: Path) -> Iterator[FileRow]:
+    """The members of one JSON array, read piece by piece; or the lines of a jsonl file."""
+    with open(path, "rb") as file:
+        start = file.read(BLOCK).removeprefix(codecs.BOM_UTF8).lstrip()
+    if start[:1] == b"[":
+        return _read_array(path)
+    return read_jsonl(path)
+
+
+def _read_array(path: Path) -> Iterator[FileRow]:
+    decoder = json.JSONDecoder()
+    separator = re.compile(r"[\s,]*")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(BLOCK)
+            position, line = text.index("[") + 1, 1 + text.count("\n", 0, text.index("["))
+            while True:
+                skipped = separator.match(text, position)
+                assert skipped is not None
+                line += text.count("\n", position, skipped.end())
+                position = skipped.end()
+                if text[position : position + 1] == "]":
+                    return
+                try:
+                    value, end = decoder.raw_decode(text, position)
+                    # a number at the end of what was read may go on in the next piece
+                    is_whole, message = end < len(text), "it has no ]"
+                except json.JSONDecodeError as error:
+                    value, end, is_whole, message = None, position, False, error.msg
+                    # what is only cut off fails at the end of what was read, or in a string
+                    if error.pos < len(text) - 16 and "Unterminated" not in message:
+                        line += text.count("\n", position, error.pos)
+                        raise DataError(f"{path}:{line}: not a JSON array ({message})") from error
+                if is_whole:
+                    yield FileRow(line, value if isinstance(value, dict) else _no_object(value))
+                    line += text.count("\n", position, end)
+                    position = end
+                    continue
+                # twice as much each time, so that a long member costs its length and no more
+                more = file.read(max(BLOCK, len(text) - position))
+                if not more:
+                    raise DataError(f"{path}:{line}: not a JSON array ({message})")
+                text, position = text[position:] + more, 0
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: {error.reason}, not UTF-8: save the file as UTF-8") from error
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: not usable JSON: {error}") from error
+
+
+def _no_object(value: object) -> DataError:
+    return DataError(f'a row must be an object such as {{"text": "..."}}, found {value!r:.40}')
+
+
+def _read_csv(path: Path) -> Iterator[FileRow]:
+    """The rows of a table whose first row names the columns."""
+    csv.field_size_limit(1 << 30)
+    # bytes that are not UTF-8 pass as lone surrogates, so that they spoil their own row alone
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(
+            file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
+        )
+        names: list[str] | None = None
+        while True:
+            line = reader.line_num + 1
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield FileRow(line, DataError(f"not CSV ({error})"))
+                continue
+            if not values:
+                continue
+            if names is None:
+                names = values
+            else:
+                yield FileRow(line, _named(names, values))
+
+
+def _named(names: list[str], values: list[str]) -> dict[str, Any] | DataError:
+    if len(values) != len(names):
+        return DataError(f"{len(values)} values for {len(names)} columns")
+    if any("\udc80" <= character <= "\udcff" for value in values for character in value):
+        return DataError("not UTF-8: save the file as UTF-8")
+    return dict(zip(names, values, strict=True))
+
+
+def _read_datasets(path: Path, split: str = "train") -> Iterator[FileRow]:
+    """The rows of what Hugging Face datasets opens; its cache keeps memory flat."""
+    datasets = import_datasets()
+    try:
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            found = datasets.load_from_disk(str(path))
+            held = found if isinstance(found, dict) else {"train": found}
+            parts = _parts(split, {name: len(rows) for name, rows in held.items()})
+            found = datasets.concatenate_datasets(
+                [held[name].select(range(first, last)) for name, first, last in parts]
+            )
+        elif path.is_dir():
+            found = datasets.load_dataset(str(path), split=split)
+        else:
+            kind = path.suffix.lower().removeprefix(".")
+            found = datasets.load_dataset(kind, data_files={"train": str(path)}, split=split)
+        number = 0
+        for batch in found.iter(batch_size=256):
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                yield FileRow(number, dict(zip(batch, values, strict=True)))
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
+        if isinstance(error, DataError):
+            raise
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"{path}: datasets cannot read it as split {split}: {cause}") from error
+
+
+def import_datasets() -> Any:
+    """Hugging Face datasets, quiet.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            "parquet and arrow files, folders and splits are read by Hugging Face datasets: "
+            "pip install 'rwkv-peft[data]'"
+        ) from error
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    return datasets
+
+
+def _split(read: Callable[[Path], Iterable[FileRow]], path: Path, split: str) -> Iterator[FileRow]:
+    """The rows of a file that a split such as train[10%:20%] names."""
+    for _, first, last in _parts(split, {"train": sum(1 for _ in read(path))}):
+        yield from (row for i, row in enumerate(read(path)) if first <= i < last)
+
+
+def _parts(split: str, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
+    """Name, first and last row of each part of a split of data sets of these sizes."""
+    instruction = import_datasets().ReadInstruction
+    try:
+        parts = instruction.from_spec(split).to_absolute(sizes)
+    except (ValueError, AssertionError, KeyError) as error:
+        raise ConfigError(
+            f"--sft_split {split}: there is {', '.join(sizes)}, and parts of it such as "
+            f"train[:1000] or train[10%:20%]: {error}"
+        ) from error
+    sides = ((p.splitname, p.from_ or 0, p.to) for p in parts)
+    return [(n, first, sizes[n] if last is None else last) for n, first, last in sides]
+
+
+# how a file of rows is read, by its ending; any other is taken for jsonl
+READERS: dict[str, Callable[[Path], Iterator[FileRow]]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_datasets,
+    ".arrow": _read_datasets,
+}

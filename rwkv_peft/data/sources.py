@@ -1,0 +1,107 @@
+"""Which files a run reads, and what kind each is."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from rwkv_peft.errors import ConfigError
+
+# what --data_type may name that is not a form of rows: files of tokens, and plain text
+TOKEN_TYPES = ("binidx", "numpy", "uint16")
+TEXT_TYPES = ("utf-8", "utf-16le")
+_TYPE_OF = {".bin": "binidx", ".idx": "binidx", ".npy": "numpy", ".txt": "utf-8"}
+MAX_SOURCES = 256
+
+
+class Source(NamedTuple):
+    """One file or folder of data.
+
+    Attributes:
+        path: as it can be opened; of a binidx pair without the ending.
+        kind: binidx, numpy, uint16, utf-8, utf-16le, or rows.
+        share: its part in a mixture, None if none is given.
+    """
+
+    path: str
+    kind: str
+    share: float | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold its bytes."""
+        path = Path(self.path)
+        if self.kind == "binidx":
+            return [Path(f"{self.path}.bin"), Path(f"{self.path}.idx")]
+        return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its files."""
+        return sum(file.stat().st_size for file in self.files)
+
+
+def find_sources(data_file: str, data_type: str = "auto") -> list[Source]:
+    """The files of --data_file: one, or several as a.jsonl,b.jsonl or a.jsonl:0.7,b.jsonl:0.3.
+
+    An ending may be left out: of the pair of binidx, with _text_document too, and .jsonl.
+
+    Raises:
+        ConfigError: a file is missing, or some files have shares and others none.
+    """
+    if not data_file:
+        raise ConfigError("no data given: rwkv-peft train model.pth data.jsonl")
+    sources = list(_each(data_file, data_type))
+    given = [source.share for source in sources if source.share is not None]
+    if given and len(given) < len(sources):
+        raise ConfigError(
+            f"--data_file {data_file}: give every file a share, as in a.jsonl:0.7,b.jsonl:0.3, or "
+            "none"
+        )
+    if given and not sum(given) > 0:
+        raise ConfigError(f"--data_file {data_file}: the shares add up to nothing")
+    if len(sources) > MAX_SOURCES:
+        raise ConfigError(f"--data_file names {len(sources)} files, at most {MAX_SOURCES} may be")
+    return sources
+
+
+def _each(data_file: str, data_type: str) -> Iterator[Source]:
+    if whole := _find(data_file, data_type):
+        yield whole
+        return
+    for part in data_file.split(","):
+        name, colon, number = part.strip().rpartition(":")
+        found, share = _find(part.strip(), data_type), None
+        if not found and colon:
+            try:
+                share = float(number)
+            except ValueError:
+                share = -1.0
+            found = _find(name, data_type)
+            if found and not 0 <= share < float("inf"):
+                raise ConfigError(
+                    f"--data_file {part}: a share is a number not below 0, got {number}"
+                )
+        if not found:
+            raise ConfigError(f"--data_file: there is no file {part.strip()}")
+        yield found._replace(share=share)
+
+
+def _find(name: str, data_type: str) -> Source | None:
+    if not name:
+        return None
+    path = Path(name)
+    kind = data_type if data_type in (*TOKEN_TYPES, *TEXT_TYPES) else ""
+    if kind in ("", "binidx"):
+        stem = name.removesuffix(path.suffix) if path.suffix in (".bin", ".idx") else name
+        for pair in (stem, f"{stem}_text_document"):
+            if Path(f"{pair}.bin").is_file() and Path(f"{pair}.idx").is_file():
+                return Source(pair, "binidx") if not path.exists() or stem != name else None
+        if kind:
+            return None
+    for found in (path, path.with_name(path.name + ".jsonl") if path.name else path):
+        if found.exists():
+            by_ending = (
+                _TYPE_OF.get(found.suffix.lower(), "rows") if data_type == "auto" else "rows"
+            )
+            return Source(str(found), kind or by_ending)
+    return None

@@ -1,0 +1,188 @@
+"""Arrays that grow as data is read, in memory or in a folder that later runs open again."""
+
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rwkv_peft.data.encode import Chunk
+from rwkv_peft.errors import DataError
+
+# numbers converted at a time
+BLOCK = 1 << 20
+# arrays beside tokens and weights, whose types the data decides
+_COLUMNS = {
+    "sizes": np.int32,
+    "lines": np.int64,
+    "sources": np.uint8,
+    "digests": np.uint64,
+    "states": np.int32,
+    # (rows, 2): source and line of what was left out
+    "empty": np.int64,
+    "untrained": np.int64,
+}
+
+
+class Store:
+    """Collects chunks; `arrays` and `facts` are what was collected.
+
+    Args:
+        folder: where the arrays grow as files; None keeps them in memory.
+    """
+
+    def __init__(self, dtype: np.dtype[Any], folder: Path | None = None) -> None:
+        self._folder = folder
+        self._dtypes = {"tokens": dtype, **{k: np.dtype(t) for k, t in _COLUMNS.items()}}
+        self._files: dict[str, BinaryIO] = {name: self._open(name) for name in self._dtypes}
+        self._names: dict[str, int] = {"": 0}
+        self.num_tokens = 0
+        self.facts: dict[str, Any] = {"num_rows": 0, "num_bytes": 0, "forms": {}, "bad": []}
+
+    def add(self, chunk: Chunk, source: int, path: str) -> None:
+        """Takes a chunk in; `source` is the index of the file `path` that it comes from."""
+        self._add_weights(chunk)
+        self._write("tokens", chunk.tokens)
+        self.num_tokens += len(chunk.tokens)
+        for name in ("sizes", "lines", "digests"):
+            self._write(name, np.array(getattr(chunk, name), dtype=self._dtypes[name]))
+        self._write("sources", np.full(len(chunk.sizes), source, dtype=np.uint8))
+        numbers = [self._names.setdefault(name, len(self._names)) for name in chunk.states]
+        self._write("states", np.array(numbers, dtype=np.int32))
+        for name in ("empty", "untrained"):
+            lines = np.array(getattr(chunk, name), dtype=np.int64)
+            self._write(name, np.stack([np.full_like(lines, source), lines], axis=1))
+        self.facts["num_rows"] += chunk.num_rows
+        self.facts["num_bytes"] += chunk.num_bytes
+        self.facts["bad"] += [f"{path}:{line}: {reason}" for line, reason in chunk.bad]
+        for form in chunk.forms:
+            self.facts["forms"][form] = self.facts["forms"].get(form, 0) + 1
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All arrays by name; `weights` is left out if all are 1."""
+        if self._folder is None:
+            found = {}
+            for name, file in self._files.items():
+                assert isinstance(file, io.BytesIO)
+                found[name] = np.frombuffer(file.getbuffer(), dtype=self._dtypes[name])
+            return found
+        self.close()
+        return _map_all(self._folder, self._dtypes)
+
+    def finish(self) -> dict[str, Any]:
+        """The facts; with a folder they are written there, which makes it complete."""
+        self.facts["states"] = list(self._names)
+        self.facts["dtypes"] = {name: str(dtype) for name, dtype in self._dtypes.items()}
+        if self._folder is not None:
+            self.close()
+            text = json.dumps(self.facts, ensure_ascii=False)
+            (self._folder / "facts.json").write_text(text, encoding="utf-8")
+        return self.facts
+
+    def close(self) -> None:
+        """Closes the files; what they hold stays."""
+        if self._folder is not None:
+            for file in self._files.values():
+                file.close()
+
+    def _open(self, name: str) -> BinaryIO:
+        if self._folder is None:
+            return io.BytesIO()
+        return open(self._folder / name, "w+b")
+
+    def _write(self, name: str, values: NDArray[Any]) -> None:
+        if len(values):
+            self._files[name].write(values.astype(self._dtypes[name], copy=False).tobytes())
+
+    def _add_weights(self, chunk: Chunk) -> None:
+        """Weights are kept from the first that is not 1, in bytes until one is a fraction."""
+        weights, held = chunk.weights, self._dtypes.get("weights")
+        if weights is not None and held != np.float32:
+            is_whole = bool(((weights == 0) | (weights == 1)).all())
+            wanted = np.dtype(np.uint8 if is_whole else np.float32)
+            if wanted != held:
+                self._retype_weights(wanted)
+                held = wanted
+        if held is None:
+            return
+        if weights is None:
+            weights = np.ones(len(chunk.tokens), dtype=np.float32)
+        self._write("weights", weights.astype(held))
+
+    def _retype_weights(self, dtype: np.dtype[Any]) -> None:
+        old, held = self._files.pop("weights", None), self._dtypes.get("weights")
+        if old is not None and self._folder is not None:
+            old.close()
+            (self._folder / "weights").rename(self._folder / "weights.old")
+            old = open(self._folder / "weights.old", "rb")  # noqa: SIM115 closed below
+        elif old is not None:
+            old.seek(0)
+        self._files["weights"], self._dtypes["weights"] = self._open("weights"), dtype
+        for start in range(0, self.num_tokens, BLOCK):
+            count = min(BLOCK, self.num_tokens - start)
+            if old is None or held is None:
+                self._write("weights", np.ones(count, dtype=dtype))
+            else:
+                part = np.frombuffer(old.read(count * held.itemsize), dtype=held)
+                self._write("weights", part.astype(dtype))
+        if old is not None:
+            old.close()
+            if self._folder is not None:
+                (self._folder / "weights.old").unlink()
+
+
+def open_store(folder: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Arrays, as memory maps, and facts of a complete folder.
+
+    Raises:
+        DataError: the folder was damaged since it was written.
+    """
+    try:
+        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        dtypes = {name: np.dtype(dtype) for name, dtype in facts["dtypes"].items()}
+        return _map_all(folder, dtypes), facts
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"the prepared data in {folder} is damaged: delete it ({error})") from error
+
+
+def _map_all(folder: Path, dtypes: dict[str, np.dtype[Any]]) -> dict[str, NDArray[Any]]:
+    return {
+        name: np.memmap(folder / name, dtype=dtype, mode="r")
+        if (folder / name).stat().st_size
+        else np.zeros(0, dtype=dtype)
+        for name, dtype in dtypes.items()
+    }
+
+
+def default_folder() -> Path:
+    """Where prepared data is kept if no folder is named: the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "rwkv-peft" / "data"
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when it is complete.
+
+    Runs that prepare the same data at once each fill their own; the first to end gives its folder
+    the name, and the others find it there.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".part", dir=target.parent))
+    try:
+        yield folder
+        try:
+            folder.rename(target)
+        except OSError:
+            # another run was first; anything else is an error
+            if not (target / "facts.json").exists():
+                raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

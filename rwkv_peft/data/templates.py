@@ -1,0 +1,209 @@
+"""From turns to text, in pieces that know whose they are; and from a text back to its turns."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+from rwkv_peft.data.records import Turn
+from rwkv_peft.errors import ConfigError, DataError
+
+
+class Piece(NamedTuple):
+    """A stretch of a document: the words that open a turn, what is said, or its end."""
+
+    text: str
+    role: str
+    part: Literal["head", "body", "end"]
+    weight: float = 1.0
+
+
+class Template(Protocol):
+    """How a dialogue is written."""
+
+    @property
+    def name(self) -> str:
+        """As --template takes it."""
+
+    @property
+    def opening(self) -> str:
+        """What an answer begins with, given to the model as part of the prompt."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts at which an answer is over."""
+
+    def render(self, turns: Sequence[Turn]) -> list[Piece]:
+        """The document of these turns."""
+
+    def parse(self, text: str) -> list[Piece]:
+        """The pieces of a document written in this template; joined they are the text."""
+
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        """The text after which the assistant's answer to these turns comes."""
+
+
+class Frame(NamedTuple):
+    """What stands before and between the words of a role."""
+
+    head: str
+    space: str = " "
+    # a blank line ends a turn, so there may be none inside
+    has_no_blank_line: bool = False
+
+
+@dataclass(frozen=True)
+class Framed:
+    """A template whose every role has a fixed heading; a blank line ends a turn.
+
+    Attributes:
+        frames: heading of each role.
+        preface: stands first where there is no system turn; with an input, the second is taken.
+        fills_thought: an answer without a thought is given an empty one.
+    """
+
+    name: str
+    frames: Mapping[str, Frame]
+    stops: tuple[str, ...]
+    opening: str = ""
+    preface: tuple[str, str] = ("", "")
+    fills_thought: bool = False
+
+    def render(self, turns: Sequence[Turn]) -> list[Piece]:
+        """The document of these turns; each ends with a blank line, the last as well."""
+        pieces = []
+        if self.preface[0] and (not turns or turns[0].role != "system"):
+            preface = self.preface[any(turn.role == "input" for turn in turns)]
+            pieces += [Piece(preface, "system", "body"), Piece("\n\n", "system", "end")]
+        for turn in turns if "input" in self.frames else join_inputs(turns):
+            if turn.role not in self.frames:
+                raise DataError(
+                    f"the template {self.name} has no role '{turn.role}', only "
+                    + ", ".join(self.frames)
+                )
+            frame, text = self.frames[turn.role], self._cleaned(turn)
+            pieces.append(Piece(frame.head, turn.role, "head", turn.weight))
+            if text:
+                pieces.append(Piece(frame.space + text, turn.role, "body", turn.weight))
+            pieces.append(Piece("\n\n", turn.role, "end", turn.weight))
+        return [piece for piece in pieces if piece.text]
+
+    def parse(self, text: str) -> list[Piece]:
+        """The pieces of a text; headings count at its start and after a blank line only."""
+        pieces = []
+        heads = list(self._heading.finditer(text))
+        borders = [*(match.start("head") for match in heads), len(text)]
+        pieces.append(Piece(text[: borders[0]], "", "body"))
+        for match, end in zip(heads, borders[1:], strict=True):
+            role, said = self._role_of[match["head"]], text[match.end("head") : end]
+            body = said.rstrip()
+            pieces.append(Piece(match["head"], role, "head"))
+            pieces += [Piece(body, role, "body"), Piece(said[len(body) :], role, "end")]
+        return [piece for piece in pieces if piece.text]
+
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        """The text after which the assistant's answer to these turns comes."""
+        text = "".join(piece.text for piece in self.render(turns))
+        # without a space at the end, which would not become part of the answer's first token
+        return text + self.frames["assistant"].head + self.opening
+
+    def _cleaned(self, turn: Turn) -> str:
+        text = turn.text.replace("\r\n", "\n").strip()
+        if self.frames[turn.role].has_no_blank_line:
+            text = re.sub(r"\n(?:[ \t]*\n)+", "\n", text)
+        if self.fills_thought and turn.role == "assistant" and not text.startswith("<think>"):
+            text = f"<think>\n</think>\n{text}"
+        return text
+
+    @cached_property
+    def _role_of(self) -> dict[str, str]:
+        return {frame.head: role for role, frame in self.frames.items() if frame.head}
+
+    @cached_property
+    def _heading(self) -> re.Pattern[str]:
+        heads = sorted(self._role_of, key=len, reverse=True)
+        return re.compile(
+            r"(?:\A|\n[ \t\r]*\n)\s*(?P<head>" + "|".join(map(re.escape, heads)) + ")"
+        )
+
+
+_CHAT = Framed(
+    name="chat",
+    frames={
+        "system": Frame("System:", has_no_blank_line=True),
+        "user": Frame("User:", has_no_blank_line=True),
+        "assistant": Frame("Assistant:"),
+        "tool": Frame("User: Function output:\n", "", has_no_blank_line=True),
+    },
+    stops=("\n\nUser", "\n\nSystem"),
+)
+# chat, think, function and document: RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt
+# alpaca: the prompt of Stanford Alpaca, which RWKV-PEFT's sft data has always had
+TEMPLATES: dict[str, Template] = {
+    "chat": _CHAT,
+    "think": replace(_CHAT, name="think", opening=" <think", fills_thought=True),
+    "function": replace(_CHAT, name="function", opening=" ```json"),
+    "document": Framed(
+        name="document",
+        frames={
+            "system": Frame("System:", has_no_blank_line=True),
+            "user": Frame("Instruction:", has_no_blank_line=True),
+            "input": Frame("Input:", has_no_blank_line=True),
+            "assistant": Frame("Response:"),
+        },
+        stops=("\n\nInstruction", "\n\nInput"),
+    ),
+    "alpaca": Framed(
+        name="alpaca",
+        frames={
+            "system": Frame("", ""),
+            "user": Frame("### Instruction:\n", ""),
+            "input": Frame("### Input:\n", ""),
+            "assistant": Frame("### Response:\n", ""),
+        },
+        stops=("\n\n### ",),
+        preface=(
+            "Below is an instruction that describes a task. Write a response that appropriately "
+            "completes the request.",
+            "Below is an instruction that describes a task, paired with an input that provides "
+            "further context. Write a response that appropriately completes the request.",
+        ),
+    ),
+}
+
+
+def find_template(name: str) -> Template:
+    """The template of a name in TEMPLATES, or of a Jinja file.
+
+    Raises:
+        ConfigError: there is no such template or file, or the file is not a template.
+    """
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(
+            f"--template {name}: allowed is {', '.join(TEMPLATES)}, or a Jinja file, and there is "
+            "no such file"
+        )
+    from rwkv_peft.data.jinja import JinjaTemplate
+
+    return JinjaTemplate(name, path.read_text(encoding="utf-8"))
+
+
+def join_inputs(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns, each input joined to the turn before it, for templates that have no such role."""
+    joined: list[Turn] = []
+    for turn in turns:
+        if turn.role == "input" and joined:
+            joined[-1] = replace(joined[-1], text=f"{joined[-1].text}\n{turn.text}")
+        else:
+            joined.append(turn)
+    return joined
+
+
+def lay_verbatim(turns: Sequence[Turn]) -> list[Piece]:
+    """Turns end to end as they are, each all body."""
+    return [Piece(turn.text, turn.role, "body", turn.weight) for turn in turns if turn.text]

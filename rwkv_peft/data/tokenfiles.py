@@ -1,0 +1,143 @@
+"""Files of token ids, opened as memory maps: binidx pairs, .npy arrays, raw uint16."""
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rwkv_peft.data.sources import Source
+from rwkv_peft.errors import DataError
+
+Tokens = NDArray[np.integer[Any]]
+
+# Megatron's format, as json2binidx and make_data.py write it
+MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
+# tokens looked at in one go
+BLOCK = 1 << 24
+
+
+class TokenFile(NamedTuple):
+    """Tokens end to end, and where each document starts, (documents + 1,)."""
+
+    tokens: Tokens
+    starts: NDArray[np.int64]
+
+
+def open_tokens(source: Source, vocab_size: int) -> TokenFile:
+    """The tokens of a file, not copied, with empty documents passed over.
+
+    Raises:
+        DataError: the file is not of its kind, or an id is outside the vocabulary.
+    """
+    try:
+        found = _OPENERS[source.kind](source.path)
+    except (OSError, ValueError, struct.error) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{source.path}: not a {source.kind} file: {error}") from error
+    check_ids(found.tokens, vocab_size, source.path)
+    return found
+
+
+def check_ids(tokens: Tokens, vocab_size: int, path: str) -> None:
+    """Raises DataError unless every id is in the vocabulary."""
+    info = np.iinfo(tokens.dtype)
+    if info.min >= 0 and info.max < vocab_size:
+        return
+    for start in range(0, len(tokens), BLOCK):
+        block = tokens[start : start + BLOCK]
+        low, high = int(block.min()), int(block.max())
+        if low < 0 or high >= vocab_size:
+            raise DataError(
+                f"{path}: token id {low if low < 0 else high} is outside the vocabulary of "
+                f"{vocab_size}: was it made with another tokenizer?"
+            )
+
+
+def _open_binidx(path: str) -> TokenFile:
+    raw = np.fromfile(f"{path}.idx", dtype=np.uint8)
+    if len(raw) < _HEADER.size or raw[:9].tobytes() != MAGIC:
+        raise DataError(f"{path}.idx: not the index of a binidx pair")
+    _, version, code, count, num_marks = _HEADER.unpack(raw[: _HEADER.size].tobytes())
+    if version != 1 or code not in _DTYPES:
+        raise DataError(
+            f"{path}.idx: version {version} with number type {code} cannot be read: tokens must "
+            "be whole numbers, version 1"
+        )
+    if len(raw) != _HEADER.size + 12 * count + 8 * num_marks:
+        raise DataError(f"{path}.idx: {len(raw)} bytes do not hold {count} documents; was it cut?")
+    body = raw[_HEADER.size :]
+    sizes = body[: 4 * count].view("<i4").astype(np.int64)
+    places = body[4 * count : 12 * count].copy().view("<i8")
+    dtype = np.dtype(_DTYPES[code])
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    if (sizes < 0).any() or (places != starts[:-1] * dtype.itemsize).any():
+        raise DataError(f"{path}.idx: its documents do not follow one another in {path}.bin")
+    tokens = _map(f"{path}.bin", dtype)
+    if len(tokens) < starts[-1]:
+        raise DataError(
+            f"{path}.bin: {len(tokens)} tokens, but {path}.idx names {starts[-1]}; was it cut?"
+        )
+    return TokenFile(tokens[: starts[-1]], np.unique(starts))
+
+
+def _open_numpy(path: str) -> TokenFile:
+    tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim not in (1, 2):
+        raise DataError(
+            f"{path}: {tokens.dtype} of shape {tokens.shape}: tokens must be whole numbers, one "
+            "row or one row a document"
+        )
+    if tokens.ndim == 2:
+        return TokenFile(tokens.reshape(-1), np.arange(len(tokens) + 1) * tokens.shape[1])
+    return TokenFile(tokens, _ends_of_documents(tokens))
+
+
+def _open_uint16(path: str) -> TokenFile:
+    tokens = _map(path, np.dtype("<u2"))
+    return TokenFile(tokens, _ends_of_documents(tokens))
+
+
+_OPENERS = {"binidx": _open_binidx, "numpy": _open_numpy, "uint16": _open_uint16}
+
+
+def _map(path: str, dtype: np.dtype[Any]) -> Tokens:
+    size = Path(path).stat().st_size
+    if size % dtype.itemsize:
+        raise DataError(f"{path}: {size} bytes are no whole number of {dtype} tokens")
+    return np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype=dtype)
+
+
+def _ends_of_documents(tokens: Tokens) -> NDArray[np.int64]:
+    """Starts of documents that each end with token 0."""
+    ends = [
+        start + 1 + np.flatnonzero(tokens[start : start + BLOCK] == 0)
+        for start in range(0, len(tokens), BLOCK)
+    ]
+    return np.unique(np.concatenate([[0], *ends, [len(tokens)]])).astype(np.int64)
+
+
+def write_index(file: BinaryIO, sizes: NDArray[np.int64], dtype: np.dtype[Any]) -> None:
+    """The .idx of a pair whose documents have `sizes` tokens of `dtype`."""
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]) if len(sizes) else sizes
+    file.write(_HEADER.pack(MAGIC, 1, _CODES[dtype], len(sizes), len(sizes) + 1))
+    file.write(sizes.astype("<i4").tobytes())
+    file.write((starts * dtype.itemsize).astype("<i8").tobytes())
+    file.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
+
+
+def blocks(found: TokenFile, num_tokens: int = 1 << 20) -> Iterator[tuple[int, int]]:
+    """Ranges of whole documents, [first, last), of about `num_tokens` each."""
+    first, count = 0, len(found.starts) - 1
+    while first < count:
+        limit = found.starts[first] + num_tokens
+        last = int(np.searchsorted(found.starts, limit, side="right")) - 1
+        last = min(count, max(first + 1, last))
+        yield first, last
+        first = last
