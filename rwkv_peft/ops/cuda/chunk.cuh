@@ -1,0 +1,220 @@
+// What the kernels of a chunk share: where it lies, which documents it holds, rows in global memory.
+#pragma once
+#include "tile.cuh"
+
+constexpr int GROUP_WARPS = C / 16;  // a group of warps covers the chunk in slabs of 16 tokens
+constexpr int GROUP_THREADS = GROUP_WARPS * 32;
+constexpr int WARPS = 2 * GROUP_WARPS;  // two groups do different products side by side
+constexpr int THREADS = WARPS * 32;
+// Outside of products a thread has eight channels of two tokens, a warp all channels of eight.
+constexpr int TOKENS = 2;
+constexpr int WARP_TOKENS = 4 * TOKENS;
+static_assert(WARPS * WARP_TOKENS == C && (C == 32 || C == 64), "the chunk is covered once");
+
+// Tensors are (B, T, H, N); a block works on one chunk of one head.
+struct Position {
+    u64 first;      // offset of the chunk's first token
+    int stride;     // from token to token
+    int length;     // tokens up to the end of the row, of which up to C are in the chunk
+    u64 matrix;     // number of the chunk in (B, H, M)
+};
+
+DEVICE Position position(int T, int H, int M) {
+    int chunk = block_x(), row = block_y() / H, head = block_y() % H;
+    return {((u64)row * T + (u64)chunk * C) * H * N + head * N, H * N, T - chunk * C,
+            (u64)block_y() * M + chunk};
+}
+
+// The documents of a chunk. Tokens before `entering` go on with the state that enters the chunk, and
+// those from `leaving` on are of the document whose state leaves it.
+struct Documents {
+    u64 starts;  // bit t: token t begins a document; bit 0 always
+    int entering, leaving;
+    DEVICE int first(int t) const { return 63 - leading_zeros(starts & (~0ull >> (63 - t))); }
+    DEVICE int last(int t) const {
+        u64 later = t < 63 ? starts >> (t + 1) : 0;
+        return later ? t + first_set(later) - 1 : C - 1;
+    }
+    DEVICE bool is_packed() const { return entering < C; }
+    DEVICE bool is_carried() const { return entering == C; }
+};
+
+// To be followed by sync_block and read_documents. `segments` (B, T) numbers documents; null: one.
+DEVICE void write_documents(const int* segments, int T, int H, u32* shared) {
+    int t = thread_index(), chunk = block_x();
+    const int* here = segments + (u64)(block_y() / H) * T + (u64)chunk * C;
+    if (t < 64) {
+        bool is_start = t == 0;
+        if (segments && t > 0 && t < C && chunk * C + t < T) is_start = here[t] != here[t - 1];
+        u32 bits = warp_ballot(is_start);
+        if (t % 32 == 0) shared[t / 32] = bits;
+    }
+    if (t == 0) shared[2] = !segments || chunk == 0 || here[0] == here[-1];
+}
+
+DEVICE Documents read_documents(const u32* shared) {
+    Documents d;
+    d.starts = (u64)shared[1] << 32 | shared[0];
+    d.entering = shared[2] ? d.last(0) + 1 : 0;
+    d.leaving = d.first(C - 1);
+    return d;
+}
+
+// Which columns a row of pair products keeps, for this lane's two rows of a slab: the tokens of its
+// document that it sees (those before it), or that see it (those after), with itself or without.
+struct Bounds {
+    int low[2], high[2];
+    int begin, end;  // 16-token blocks outside of which a product has nothing
+    int slab;
+    bool is_packed;
+};
+
+DEVICE Bounds bounds(int slab, const Documents& d, bool is_later) {
+    Bounds b;
+    b.begin = is_later ? slab : 0, b.end = is_later ? C / 16 : slab + 1;
+    b.slab = slab, b.is_packed = d.is_packed();
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int row = slab * 16 + i * 8 + thread_index() % 32 / 4;
+        b.low[i] = is_later ? row : d.first(row);
+        b.high[i] = is_later ? d.last(row) : row;
+    }
+    return b;
+}
+
+// One 16x16 block of pair products left right^T, within bounds
+DEVICE void set_block(float (&c)[2][4], const Rows& left, const Rows& right, int block,
+                      const Bounds& b, bool with_itself) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) c[i / 4][i % 4] = 0.0f;
+    add_outer(c, left, right);
+    // with one document, only the block on the diagonal is cut
+    if (b.is_packed || block == b.slab) {
+        int q = thread_index() % 4, row0 = b.slab * 16 + thread_index() % 32 / 4;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            int half = i % 4 / 2, column = block * 16 + i / 4 * 8 + 2 * q + i % 2;
+            bool keeps = column >= b.low[half] && column <= b.high[half];
+            keeps = keeps && (with_itself || column != row0 + half * 8);
+            c[i / 4][i % 4] = keeps ? c[i / 4][i % 4] : 0.0f;
+        }
+    }
+}
+
+// s += (left right^T within bounds) values
+DEVICE void add_pairs(Slab<>& s, const Rows& left, Tile right, Tile values, const Bounds& b,
+                      bool with_itself) {
+#pragma unroll 1
+    for (int block = b.begin; block < b.end; block++) {
+        Rows right_rows = load_right_rows(right, block * 16), value_rows = load_values(values, block * 16);
+        float c[2][4];
+        set_block(c, left, right_rows, block, b, with_itself);
+        Fragment a;
+#pragma unroll
+        for (int i = 0; i < 4; i++) set_fragment(a, i, c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
+        add_piece(s, a, value_rows);
+    }
+}
+
+// Rows from begin to end of a tile = 0, by all threads of the block.
+DEVICE void zero_rows(Tile tile, int begin, int end) {
+    for (int i = begin * (N / 2) + thread_index(); i < end * (N / 2); i += THREADS)
+        set_pair(tile, i / (N / 2), i % (N / 2) * 2, 0.0f, 0.0f);
+}
+
+// ------------------------------------------------------------------------------------------------
+// This thread's share: tokens own_token() and the next, eight channels from own_channel() on.
+DEVICE int own_token() { return warp_index() * WARP_TOKENS + thread_index() % 32 / 8 * TOKENS; }
+DEVICE int own_channel() { return thread_index() % 8 * 8; }
+
+struct Tokens { RawEight x[TOKENS]; };
+
+DEVICE Tokens load_tokens(const Io* tensor, const Position& at) {
+    Tokens tokens;
+    const Io* here = tensor + at.first + own_channel();
+#pragma unroll
+    for (int i = 0; i < TOKENS; i++) {
+        int t = own_token() + i;
+        if (t < at.length) tokens.x[i] = *(const RawEight*)(here + t * at.stride);
+        else tokens.x[i] = RawEight{};
+    }
+    return tokens;
+}
+
+// Tile rows = tokens, or tokens times factors
+DEVICE void put_tokens(Tile tile, const Tokens& tokens) {
+#pragma unroll
+    for (int i = 0; i < TOKENS; i++) {
+#if IO == 0
+        shared_at<RawEight>(tile + place(own_token() + i, own_channel())) = tokens.x[i];
+#else
+        float x[8];
+        unpack(tokens.x[i], x);
+        set_eight(tile, own_token() + i, own_channel(), x);
+#endif
+    }
+}
+DEVICE void put_scaled(Tile tile, const Tokens& tokens, const float (&first)[8],
+                       const float (&second)[8]) {
+#pragma unroll
+    for (int i = 0; i < TOKENS; i++) {
+        float x[8];
+        unpack(tokens.x[i], x);
+#pragma unroll
+        for (int c = 0; c < 8; c++) x[c] *= i == 0 ? first[c] : second[c];
+        set_eight(tile, own_token() + i, own_channel(), x);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// Slabs in global memory, rows of 16 tokens at row0. Of 16-bit numbers neighbouring lanes exchange
+// halves, so that each writes or reads eight bytes and each row whole sectors of 32 bytes.
+#if IO < 2
+struct __align__(8) Quad { u32 x, y; };
+DEVICE void store_rows(Io* tensor, const Position& at, int row0, const Slab<>& s) {
+    int g = thread_index() % 32 / 4, q = thread_index() % 4, odd = q % 2;
+#pragma unroll
+    for (int j = 0; j < N / 16; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            u32 low = pack(s.x[2 * j][2 * i], s.x[2 * j][2 * i + 1]);
+            u32 high = pack(s.x[2 * j + 1][2 * i], s.x[2 * j + 1][2 * i + 1]);
+            u32 other = warp_shuffle(odd ? low : high, 1);
+            Quad quad = odd ? Quad{other, high} : Quad{low, other};
+            int row = row0 + g + 8 * i, column = 16 * j + 8 * odd + 2 * (q - odd);
+            if (row < at.length)
+                *(Quad*)(tensor + at.first + (u64)row * at.stride + column) = quad;
+        }
+}
+DEVICE void load_rows(Slab<>& s, const Io* tensor, const Position& at, int row0) {
+    int g = thread_index() % 32 / 4, q = thread_index() % 4, odd = q % 2;
+#pragma unroll
+    for (int j = 0; j < N / 16; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int row = row0 + g + 8 * i, column = 16 * j + 8 * odd + 2 * (q - odd);
+            Quad quad{0, 0};
+            if (row < at.length)
+                quad = *(const Quad*)(tensor + at.first + (u64)row * at.stride + column);
+            u32 other = warp_shuffle(odd ? quad.x : quad.y, 1);
+            unpack(odd ? other : quad.x, s.x[2 * j][2 * i], s.x[2 * j][2 * i + 1]);
+            unpack(odd ? quad.y : other, s.x[2 * j + 1][2 * i], s.x[2 * j + 1][2 * i + 1]);
+        }
+}
+#else
+DEVICE void store_rows(Io* tensor, const Position& at, int row0, const Slab<>& s) {
+    each_pair([&](int j, int i, int row, int column) {
+        if (row0 + row < at.length)
+            *(RawPair*)(tensor + at.first + (u64)(row0 + row) * at.stride + column) =
+                RawPair{s.x[j][2 * i], s.x[j][2 * i + 1]};
+    });
+}
+DEVICE void load_rows(Slab<>& s, const Io* tensor, const Position& at, int row0) {
+    clear(s);
+    each_pair([&](int j, int i, int row, int column) {
+        if (row0 + row < at.length)
+            unpack(*(const RawPair*)(tensor + at.first + (u64)(row0 + row) * at.stride + column),
+                   s.x[j][2 * i], s.x[j][2 * i + 1]);
+    });
+}
+#endif
