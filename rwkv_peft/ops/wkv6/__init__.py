@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rwkv_peft.errors import ShapeError
 from rwkv_peft.ops import fla
-from rwkv_peft.ops.dispatch import Backend
+from rwkv_peft.ops.dispatch import Backend, Request
 from rwkv_peft.ops.validation import require_like
 from rwkv_peft.ops.wkv6.reference import wkv6_reference
 
@@ -19,6 +19,18 @@ def _load_torch() -> Kernel:
     return wkv6_chunked
 
 
+def _load_cuda() -> Kernel:
+    from rwkv_peft.ops.wkv6.cuda import wkv6_cuda
+
+    return wkv6_cuda
+
+
+def _cuda_objection(request: Request) -> str | None:
+    from rwkv_peft.ops.wkv6.cuda import objection
+
+    return objection(request)
+
+
 def _load_fla() -> Kernel:
     from rwkv_peft.ops.wkv6.fla import wkv6_fla
 
@@ -27,7 +39,8 @@ def _load_fla() -> Kernel:
 
 TABLE = (
     Backend("torch", _load_torch, lambda request: None, "chunked matrix products in PyTorch"),
-    # after torch, so that auto does not take it: no GPU has yet held it against the error budget
+    # after torch, so that auto does not take them: no GPU has yet held them against the budget
+    Backend("cuda", _load_cuda, _cuda_objection, "kernels for NVIDIA GPUs"),
     Backend("fla", _load_fla, fla.objection, fla.NOTE),
     Backend("reference", lambda: wkv6_reference, lambda request: None, "token by token"),
 )

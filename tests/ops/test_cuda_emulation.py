@@ -1,0 +1,126 @@
+"""The CUDA kernels, and the host code that starts them, emulated on a CPU."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from rwkv_peft.ops.dispatch import Request
+from rwkv_peft.ops.testing import OPERATORS, assert_within_budget, run
+from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
+from rwkv_peft.ops.wkv6 import stages as wkv6_stages
+from tests.ops.emulation import emulator
+
+pytestmark = emulator.needs_compiler
+
+
+class Form(NamedTuple):
+    """An operator's kernels for one type of inputs and one chunk length."""
+
+    op: str
+    dtype: torch.dtype
+    C: int
+
+    def __str__(self) -> str:
+        return f"{self.op}-{str(self.dtype).removeprefix('torch.')}-{self.C}"
+
+
+FORMS = (
+    Form("wkv6", torch.bfloat16, 64),
+    Form("wkv6", torch.bfloat16, 32),
+    Form("wkv6", torch.float16, 32),
+    Form("wkv6", torch.float32, 32),
+)
+
+
+def _load_wkv6(name: str, dtype: torch.dtype, C: int, device: torch.device) -> Callable[..., None]:
+    source, signature = wkv6_cuda.KERNELS[name]
+    shared_bytes = wkv6_cuda.shared_bytes(name, dtype, C)
+    return emulator.load(source, name, signature, shared_bytes, wkv6_cuda.options(dtype, C))
+
+
+def _function(form: Form) -> Callable[..., tuple[Tensor, Tensor]]:
+    stages = wkv6_cuda.stages(_load_wkv6, lambda dtype, device: form.C)
+    return wkv6_stages.register(f"emulated_{form.C}_{str(form.dtype)[6:]}", stages)
+
+
+FUNCTIONS = {form: _function(form) for form in FORMS}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check(form: Form, T: int, decay: str = "trained", **shape: int | bool) -> None:
+    op = OPERATORS[form.op]
+    shape = {"B": 1, "H": 1, **shape}
+    case = op.make_case(T=T, decay=decay, dtype=form.dtype, **shape)
+    exact, plain = run(case.to(torch.float64), op.reference), run(case, op.plain)
+    found = run(case, FUNCTIONS[form])
+    assert found.keys() == exact.keys()
+    for name, value in found.items():
+        assert_within_budget(value, exact[name], plain[name], f"{form} {name}")
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("T", [1, 17, 64, 100])
+def test_the_kernels_stay_within_the_error_budget(form: Form, T: int) -> None:
+    check(form, T)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("decay", ["none", "fastest", "mixed", "extreme"])
+def test_they_do_with_every_decay(form: Form, decay: str) -> None:
+    check(form, 70, decay)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_they_do_with_packed_documents_rows_and_heads(form: Form) -> None:
+    check(form, 150, packed=True, B=2, H=2)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_they_do_without_an_initial_state(form: Form) -> None:
+    check(form, 40, has_state=False)
+
+
+def test_pytorch_finds_nothing_wrong_with_the_operators_of_wkv6() -> None:
+    case = OPERATORS["wkv6"].make_case(B=1, T=20, H=2, packed=True)
+    inputs = [x.detach().requires_grad_() for x in case.inputs.values()]
+    operators = torch.ops.rwkv_peft
+    state = case.initial_state
+    # its gradients are held against float64 above
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    forward = operators.wkv6_emulated_32_float32.default
+    torch.library.opcheck(forward, (*inputs, state, case.segment_ids, True), test_utils=checks)
+    *_, states = forward(*inputs, state, case.segment_ids, True)
+    given = (*case.inputs.values(), case.segment_ids, states, case.dy, case.dstate)
+    backward = operators.wkv6_emulated_32_float32_backward.default
+    torch.library.opcheck(backward, given, test_utils=checks)
+
+
+def test_wkv6_without_gradients_keeps_nothing() -> None:
+    case = OPERATORS["wkv6"].make_case(B=1, T=40, H=1)
+    forward = torch.ops.rwkv_peft.wkv6_emulated_32_float32.default
+    arguments = (*case.inputs.values(), case.initial_state, None)
+    y, state, states = forward(*arguments, True)
+    assert states.shape == (1, 1, 2, 64, 64)
+    y_alone, state_alone, nothing = forward(*arguments, False)
+    assert torch.equal(y_alone, y) and torch.equal(state_alone, state) and nothing.numel() == 0
+
+
+def test_wkv6_takes_chunks_that_fit_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    monkeypatch.setattr(wkv6_cuda.availability, "objection", lambda request: None)
+    for found, bf16_chunk, fp32 in ((232_448, 64, None), (101_376, 32, "bytes of shared memory")):
+        monkeypatch.setattr(wkv6_cuda, "_device_bytes", lambda device, found=found: found)
+        assert wkv6_cuda.chunk_length(torch.bfloat16, device) == bf16_chunk
+        assert wkv6_cuda.objection(Request(device, torch.bfloat16, 64)) is None
+        said = wkv6_cuda.objection(Request(device, torch.float32, 64))
+        assert said is None if fp32 is None else said is not None and fp32 in said
