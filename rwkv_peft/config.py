@@ -11,6 +11,8 @@ from typing import Any, Literal
 from rwkv_peft.errors import ConfigError
 
 Switch = Literal[0, 1]
+# a user's template, as a run keeps it in its folder
+TEMPLATE_FILE = "template.jinja"
 DataType = Literal[
     "auto",
     "jsonl",

@@ -22,7 +22,8 @@ def run(args: Sequence[str]) -> int:
 
     from rwkv_peft.generation.chat import Chat
 
-    chat = Chat(model, options.sampling(), seed=options.seed)
+    template = options.run_template()
+    chat = Chat(model, options.sampling(), template=template, seed=options.seed)
     while True:
         try:
             text = input("User: ").strip()

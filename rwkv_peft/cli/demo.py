@@ -107,16 +107,17 @@ def questions(count: int) -> list[str]:
 
 def answer(model: "RWKV", question: str) -> str:
     """The model's likeliest answer to one question, on one line."""
-    from rwkv_peft.generation.chat import STOPS, turn_prompt
+    from rwkv_peft.data.records import Turn
+    from rwkv_peft.data.templates import TEMPLATES
     from rwkv_peft.generation.engine import generate
     from rwkv_peft.generation.sampling import Sampling
 
     text = generate(
         model,
-        turn_prompt(question),
+        TEMPLATES["chat"].prompt([Turn("user", question)]),
         max_tokens=MAX_TOKENS,
         sampling=Sampling(temperature=0),
-        stop=STOPS,
+        stop=TEMPLATES["chat"].stops,
     )
     return " ".join(text.split())
 

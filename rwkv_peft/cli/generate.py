@@ -5,12 +5,16 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rwkv_peft.cli.parse import parse
+from rwkv_peft.config import TEMPLATE_FILE
 from rwkv_peft.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rwkv_peft.data.templates import Template
     from rwkv_peft.generation.sampling import Sampling
     from rwkv_peft.models.base import RWKV
 
@@ -23,6 +27,8 @@ class ModelOptions:
     """Official weights, or a result of training (.pth or .safetensors)."""
     adapter: str = ""
     """Folder of an adapter to attach."""
+    template: str = "auto"
+    """How turns are written: a name or a Jinja file; as in the model's training if auto."""
     max_tokens: int = 256
     """Most tokens of an answer."""
     temperature: float = 1.0
@@ -59,6 +65,19 @@ class ModelOptions:
             adapter=self.adapter or None,
         )
 
+    def run_template(self) -> "Template":
+        """The template named, or that of the run which wrote the model or adapter, or chat."""
+        from rwkv_peft.data.templates import find_template
+
+        if self.template != "auto":
+            return find_template(self.template)
+        # a run's files lie in its folder, those of an interrupted one two folders below
+        model = Path(self.adapter or self.load_model).resolve()
+        for folder in list(model.parents)[:3]:
+            if (folder / "config.yaml").is_file():
+                return find_template(_template_of(folder))
+        return find_template("chat")
+
     def sampling(self) -> "Sampling":
         """How to draw."""
         from rwkv_peft.generation.sampling import Sampling
@@ -71,12 +90,27 @@ class ModelOptions:
         return None if self.random_seed < 0 else self.random_seed
 
 
+def _template_of(folder: Path) -> str:
+    """The template in a run's config.yaml; that of an older run is chat."""
+    import yaml
+
+    try:
+        saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{folder / 'config.yaml'} is not YAML: give --template") from error
+    name = saved.get("template", "chat") if isinstance(saved, dict) else "chat"
+    copy = folder / TEMPLATE_FILE
+    return str(copy) if copy.exists() and Path(name).name == TEMPLATE_FILE else str(name)
+
+
 @dataclass(frozen=True, slots=True)
 class GenerateOptions(ModelOptions):
     """A prompt to continue."""
 
     prompt: str = ""
     """The text to continue; read from standard input if '-'."""
+    user: str = ""
+    """In place of a prompt: a user's turn, which is put into the template."""
     stop: list[str] | None = None
     """Texts before which the answer ends, as a JSON list."""
     json: bool = False
@@ -88,8 +122,20 @@ def run(args: Sequence[str]) -> int:
     arguments = [f"{a}=true" if a == "--json" else a for a in args]
     options = parse(GenerateOptions, arguments, command="generate")
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    if not prompt:
-        raise ConfigError("--prompt is empty: give the text to continue, or - for standard input")
+    if bool(prompt) == bool(options.user):
+        raise ConfigError(
+            "--prompt is empty: give the text to continue, - for standard input, or a user's turn "
+            "by --user"
+            if not prompt
+            else "--prompt and --user exclude each other"
+        )
+    stop, opening = options.stop or [], ""
+    if options.user:
+        from rwkv_peft.data.records import Turn
+
+        template = options.run_template()
+        prompt = template.prompt([Turn("user", options.user)])
+        stop, opening = [*stop, *template.stops], template.opening
     model = options.model()
 
     from rwkv_peft.generation.engine import stream
@@ -100,16 +146,16 @@ def run(args: Sequence[str]) -> int:
         prompt,
         max_tokens=options.max_tokens,
         sampling=options.sampling(),
-        stop=options.stop or (),
+        stop=stop,
         seed=options.seed,
     )
     if options.json:
-        text = "".join(pieces)
+        text = opening + "".join(pieces)
         seconds = time.perf_counter() - started
         answer = {"prompt": prompt, "text": text, "seconds": round(seconds, 3)}
         print(json.dumps(answer, ensure_ascii=False))
         return 0
-    for piece in pieces:
+    for piece in chain([opening], pieces):
         print(piece, end="", flush=True)
     print()
     return 0

@@ -10,6 +10,7 @@ from rwkv_peft.errors import RwkvPeftError
 # command -> what it does; its code is in the module of the same name
 COMMANDS = {
     "train": "fine-tune a model on a file of texts",
+    "data": "show what training would see of a data file; data prepare tokenises it",
     "merge": "add an adapter into the model it was trained on",
     "generate": "continue a prompt",
     "chat": "talk with a model",

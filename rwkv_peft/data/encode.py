@@ -155,7 +155,11 @@ class Encoder:
             ):
                 number += 1
                 ids = tokens[start:stop]
-                data = self.tokenizer.decode_bytes(ids.tolist())
+                try:
+                    data = self.tokenizer.decode_bytes(ids.tolist())
+                except DataError as error:
+                    chunk.bad.append((number, str(error)))
+                    continue
                 chunk.num_bytes += len(data)
                 document_weights = None
                 if not self.masks_no_text:

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rwkv_peft.checkpoint.files import atomic_write
-from rwkv_peft.config import TrainConfig
+from rwkv_peft.config import TEMPLATE_FILE, TrainConfig
 
 # without a terminal, at most one line of progress in so many seconds
 PLAIN_INTERVAL = 10.0
@@ -56,9 +56,18 @@ class RunFolder:
         self.log(f"run begins {time.strftime('%Y-%m-%d %H:%M:%S')}")
 
     def write_config(self, config: TrainConfig) -> None:
-        """Saves all effective values as config.yaml, which `--config` reads again."""
+        """Saves all effective values as config.yaml, which `--config` reads again.
+
+        A user's template is copied beside it, so that it stays what the model was trained with.
+        """
         import yaml
 
+        copy = self.path / TEMPLATE_FILE
+        if (template := Path(config.template)).is_file():
+            source = template.read_bytes()
+            with atomic_write(copy) as file:
+                file.write(source)
+            config = replace(config, template=str(copy))
         with atomic_write(self.path / "config.yaml", "w") as file:
             yaml.safe_dump(asdict(config), file, sort_keys=False, allow_unicode=True)
 

@@ -41,6 +41,10 @@ def choose_model_settings(config: TrainConfig) -> tuple[TrainConfig, list[Choice
         choices.append(Choice("accelerator", str(device), "found on this machine"))
     if config.precision == "auto":
         choices.append(Choice("precision", *choose_precision(device)))
+    if config.template == "auto":
+        name = config.template_name
+        reason = "RWKV's own dialogues" if name == "chat" else "as sft data always was"
+        choices.append(Choice("template", name, reason))
     if config.peft == "auto":
         choices.append(Choice("peft", "lora", "needs little memory and gives small files"))
         if not config.peft_config and not config.load_adapter:

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 import rwkv_peft
+from rwkv_peft.data.records import Turn
+from rwkv_peft.data.templates import TEMPLATES
 from rwkv_peft.errors import ConfigError, DataError
-from rwkv_peft.generation.chat import Chat, turn_prompt
+from rwkv_peft.generation.chat import Chat
 from rwkv_peft.generation.engine import Session, num_known_tokens, stream, until_stop
 from rwkv_peft.generation.sampling import Sampler, Sampling
 
@@ -112,7 +114,10 @@ def test_an_empty_prompt_is_refused(model_file: Path) -> None:
 
 
 def test_a_users_turn_holds_no_blank_line_and_the_prompt_no_space_at_its_end() -> None:
-    assert turn_prompt(" a\r\n\r\nb \n\n\nc ") == "User: a\nb \nc\n\nAssistant:"
+    assert (
+        TEMPLATES["chat"].prompt([Turn("user", " a\r\n\r\nb \n\n\nc ")])
+        == "User: a\nb \nc\n\nAssistant:"
+    )
 
 
 def test_a_dialogue_has_the_state_of_its_text(model_file: Path) -> None:

@@ -1,0 +1,144 @@
+"""`rwkv-peft data FILE…` and `rwkv-peft data prepare FILE`"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rwkv_peft.cli.legacy import translate
+from rwkv_peft.cli.parse import parse
+from rwkv_peft.config import DataConfig
+from rwkv_peft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rwkv_peft.data.prepare import Documents
+    from rwkv_peft.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class DataOptions(DataConfig):
+    """What to look at; the settings are those of train."""
+
+    ctx_len: int = 0
+    """Counts documents that are longer; they are split in training, not cut."""
+    show: int = 3
+    """Documents to show, trained tokens in colour, or between « and » where there are none."""
+    json: bool = False
+    """Print one JSON object; its `rows` hold tokens, text and trained, one boolean a token."""
+    vocab_size: int = 65536
+    """Vocabulary of the model."""
+
+
+def run(args: Sequence[str]) -> int:
+    """Says what training would see: formats, tokens, lengths, what is left out, examples."""
+    if args[:1] == ["prepare"]:
+        from rwkv_peft.cli.prepare import run as prepare
+
+        return prepare(args[1:])
+    count = next((i for i, a in enumerate(args) if a.startswith("-")), len(args))
+    arguments = [f"{a}=true" if a == "--json" else a for a in args[count:]]
+    # several files may be given one after the other
+    files = [",".join(args[:count])] if count else []
+    translated, _ = translate([*files, *arguments])
+    options = parse(DataOptions, translated, command="data", positional=("data_file",))
+    if options.ctx_len < 0 or options.show < 0:
+        raise ConfigError("--ctx_len and --show must not be below 0")
+
+    from rwkv_peft.data.prepare import read_documents
+    from rwkv_peft.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(options.vocab_size)
+    documents = read_documents(options, tokenizer)
+    shown = list(_rows(documents, tokenizer, options.show))
+    if options.json:
+        print(json.dumps({**_facts(documents, options), "rows": shown}, ensure_ascii=False))
+        return 0
+    for name, value in _facts(documents, options).items():
+        if name not in ("bad", "empty", "untrained", "duplicates"):
+            print(f"{name:<16} {_plain(value)}")
+    for line in documents.report.describe(documents.paths):
+        print(line)
+    _show(shown, tokenizer)
+    return 0
+
+
+def _facts(documents: "Documents", options: DataOptions) -> dict[str, Any]:
+    import numpy as np
+
+    report, paths = documents.report, documents.paths
+    lengths = np.diff(documents.starts) - 1
+    edges = 2 ** np.arange(4, max(5, int(lengths.max()).bit_length()) + 1)
+    counts = np.bincount(np.searchsorted(edges, lengths), minlength=len(edges))
+    return {
+        "files": list(paths),
+        "format": report.forms,
+        "template": options.template_name,
+        "loss_mask": options.loss_mask,
+        "num_rows": report.num_rows,
+        "documents": len(documents),
+        "tokens": len(documents.tokens),
+        "trained_tokens": documents.num_trained,
+        "longest": documents.longest,
+        "over_long": int((lengths > options.ctx_len).sum()) if options.ctx_len else 0,
+        "lengths": {
+            f"<={edge}": count
+            for edge, count in zip(edges.tolist(), counts.tolist(), strict=True)
+            if count
+        },
+        "bad": list(report.bad),
+        "empty": report.empty.names(paths),
+        "untrained": report.untrained.names(paths),
+        "duplicates": report.duplicates.names(paths),
+    }
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {count:,}" for key, count in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _rows(documents: "Documents", tokenizer: "Tokenizer", count: int) -> Iterator[dict[str, Any]]:
+    for i in range(min(count, len(documents))):
+        start, end = documents.starts[i], documents.starts[i + 1]
+        tokens = documents.tokens[start:end].tolist()
+        weights = [1] * len(tokens)
+        if documents.weights is not None:
+            weights = documents.weights[start:end].tolist()
+        # nothing stands before the first token, so that it cannot be a target
+        trained = [False, *(weight > 0 for weight in weights[1:])]
+        where = documents.where(i)
+        yield {
+            "where": where,
+            "tokens": tokens,
+            "text": tokenizer.decode(tokens),
+            "trained": trained,
+        }
+
+
+def _show(rows: Sequence[dict[str, Any]], tokenizer: "Tokenizer") -> None:
+    """Prints documents, what is trained in green; ∎ is the end of a document."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for row in rows:
+        text = Text(f"\n--- {row['where']}\n", style="dim")
+        for is_trained, part in _stretches(row, tokenizer):
+            if is_trained and not console.is_terminal:
+                part = f"«{part}»"
+            text.append(part, style="green" if is_trained else "not dim")
+        console.print(text)
+
+
+def _stretches(row: dict[str, Any], tokenizer: "Tokenizer") -> Iterator[tuple[bool, str]]:
+    """The text of a row in stretches that are all trained or all not."""
+    held, is_held_trained = b"", False
+    for token, is_trained in zip(row["tokens"], row["trained"], strict=True):
+        if held and is_trained != is_held_trained:
+            yield is_held_trained, held.decode("utf-8", "replace")
+            held = b""
+        held, is_held_trained = held + (tokenizer.token_bytes(token) or "∎".encode()), is_trained
+    yield is_held_trained, held.decode("utf-8", "replace")

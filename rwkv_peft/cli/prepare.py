@@ -1,0 +1,138 @@
+"""`rwkv-peft data prepare in.jsonl --output out`: a binidx pair that training maps into memory."""
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rwkv_peft.cli.parse import parse
+from rwkv_peft.config import DataConfig, DataType
+from rwkv_peft.errors import ConfigError
+
+# flags of json2binidx's preprocess_data.py -> ours, and those that only had one useful value
+OLD_FLAGS = {"input": "data_file", "output_prefix": "output", "workers": "prepare_workers"}
+OLD_VALUES = {
+    "dataset_impl": ("mmap",),
+    "tokenizer_type": ("RWKVTokenizer",),
+    "jsonl_keys": ("text",),
+    "log_interval": None,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareOptions(DataConfig):
+    """What to read, and the pair to write."""
+
+    output: str = ""
+    """The pair to write, without .bin and .idx; the input's name if empty."""
+    data_type: DataType = "auto"
+    """binidx is what is written; any other names the format of the input."""
+    prepare_workers: int = 0
+    """Processes that tokenise; 0: one a core."""
+    vocab_size: int = 65536
+    """Vocabulary of the model."""
+    vocab_file: str = ""
+    """Another vocabulary in the format of rwkv_vocab_v20230424.txt."""
+    copies: int = 1
+    """How many times every document is written, each copy in a new order if above 1."""
+    ctx_len: int = 0
+    """Prints RWKV-LM's magic_prime for this length."""
+    random_seed: int = 0
+    """Seed of the orders."""
+
+
+def run(args: Sequence[str]) -> int:
+    """Tokenises a file, checks that every document decodes to its text again, writes the pair."""
+    options = parse(
+        PrepareOptions, _modern(args), command="data prepare", positional=("data_file",)
+    )
+    if not options.data_file:
+        raise ConfigError("no data given: rwkv-peft data prepare in.jsonl --output out")
+    if options.loss_mask not in ("auto", "none", "pad"):
+        raise ConfigError(
+            f"--loss_mask {options.loss_mask}: a binidx pair holds no masks; give the mask to train"
+        )
+    if options.copies < 1 or options.ctx_len < 0:
+        raise ConfigError("--copies must be above 0, and --ctx_len not below it")
+    output = Path(options.output or Path(options.data_file).name.partition(".")[0])
+
+    from rwkv_peft.data.pairs import write_pair
+    from rwkv_peft.data.prepare import read_documents
+    from rwkv_peft.data.tokenizer import Tokenizer
+
+    vocab_file = Path(options.vocab_file) if options.vocab_file else None
+    tokenizer = Tokenizer(options.vocab_size, vocab_file=vocab_file)
+    config = replace(
+        options,
+        data_type="auto" if options.data_type == "binidx" else options.data_type,
+        loss_mask="none",
+        prepare_workers=options.prepare_workers or os.cpu_count() or 1,
+    )
+    documents = read_documents(config, tokenizer, is_checked=True)
+    if documents.weights is not None:
+        raise ConfigError(
+            f"{options.data_file} has rows with weights, which a binidx pair cannot hold: train on "
+            "the file itself"
+        )
+    for line in documents.report.describe(documents.paths):
+        print(line, file=sys.stderr)
+    num_tokens = write_pair(output, documents, options.copies, options.random_seed)
+    print(
+        f"wrote {output}.bin and {output}.idx: {len(documents) * options.copies:,} documents, "
+        f"{num_tokens:,} tokens"
+    )
+    if options.ctx_len:
+        print(
+            f"magic_prime {magic_prime(num_tokens, options.ctx_len)} (my_exit_tokens {num_tokens})"
+        )
+    return 0
+
+
+def _modern(args: Sequence[str]) -> list[str]:
+    """Arguments of json2binidx's preprocess_data.py and RWKV-LM's make_data.py in today's flags."""
+    found: list[str] = []
+    positional = [a for a in args[:3] if not a.startswith("-")]
+    if len(positional) == 3 and len(args) == 3:
+        if not all(number.isdecimal() for number in positional[1:]):
+            raise ConfigError(f"{' '.join(args)}: as of old it is FILE N_EPOCH CTX_LEN")
+        return [positional[0], "--copies", positional[1], "--ctx_len", positional[2]]
+    words = list(args)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            found.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        has_value = bool(equals) or bool(words and not words[0].startswith("--"))
+        if name in ("append_eod", "ftfy") and not has_value:
+            if name == "ftfy":
+                raise ConfigError("--ftfy: repair the texts first, with the ftfy package")
+            found += ["--append_eod", "1"]
+            continue
+        if not equals and has_value:
+            value = words.pop(0)
+        if name in OLD_VALUES:
+            allowed = OLD_VALUES[name]
+            if allowed and value not in allowed:
+                raise ConfigError(f"--{name} {value}: only {allowed[0]} can be used")
+            continue
+        if name == "output_prefix":
+            value += "_text_document"
+        if name in ("vocab", "vocab_file"):
+            # the file that every RWKV has is bundled
+            if Path(value).name == "rwkv_vocab_v20230424.txt":
+                continue
+            name = "vocab_file"
+        found += [f"--{OLD_FLAGS.get(name, name)}", *([value] if has_value else [])]
+    return found
+
+
+def magic_prime(num_tokens: int, ctx_len: int) -> int:
+    """The largest prime of the form 3n + 2 below tokens / ctx_len - 1; 0 if there is none."""
+    for candidate in range(num_tokens // ctx_len - 1, 4, -1):
+        if candidate % 3 == 2 and all(candidate % d for d in range(2, math.isqrt(candidate) + 1)):
+            return candidate
+    return 0

@@ -1,0 +1,52 @@
+"""Writing documents as a binidx pair."""
+
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_peft.data.prepare import Documents
+from rwkv_peft.data.sources import Source
+from rwkv_peft.data.tokenfiles import open_tokens, write_index
+from rwkv_peft.errors import DataError
+
+BLOCK = 1 << 20
+
+
+def write_pair(path: Path, documents: Documents, copies: int = 1, seed: int = 0) -> int:
+    """Writes `path`.bin and `path`.idx and gives the number of tokens; both are read again.
+
+    Args:
+        copies: times that every document is written; each copy in an order of its own if above 1.
+    Raises:
+        DataError: what was read again differs.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = [path.with_name(f"{path.name}{ending}.part") for ending in (".bin", ".idx")]
+    sizes = np.diff(documents.starts)
+    orders = [np.arange(len(documents))]
+    if copies > 1:
+        generator = np.random.default_rng(seed)
+        orders = [generator.permutation(len(documents)) for _ in range(copies)]
+    dtype = documents.tokens.dtype
+    sums = []
+    with open(parts[0], "wb") as file:
+        for order in orders:
+            if copies == 1:
+                for start in range(0, len(documents.tokens), BLOCK):
+                    block = documents.tokens[start : start + BLOCK]
+                    sums.append(int(block.sum()))
+                    file.write(block.tobytes())
+                continue
+            for i in order:
+                document = documents.tokens[documents.starts[i] : documents.starts[i + 1]]
+                sums.append(int(document.sum()))
+                file.write(document.tobytes())
+    with open(parts[1], "wb") as file:
+        write_index(file, np.concatenate([sizes[order] for order in orders]), dtype)
+    for part in parts:
+        part.replace(part.with_suffix(""))
+    tokens, starts = open_tokens(Source(str(path), "binidx"), 1 << 31)
+    total = sum(int(tokens[i : i + BLOCK].sum()) for i in range(0, len(tokens), BLOCK))
+    if len(starts) - 1 != len(documents) * copies or total != sum(sums):
+        raise DataError(f"{path}.bin: what was written cannot be read again: is the disk sound?")
+    return len(tokens)
