@@ -213,7 +213,8 @@ def import_datasets() -> Any:
             "pip install 'rwkv-peft[data]'"
         ) from error
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    # its errors come as exceptions too, which say the same
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     return datasets
 
 

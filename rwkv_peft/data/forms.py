@@ -93,7 +93,10 @@ def _state(row: Row) -> str:
         return ""
     if not isinstance(value, (str, int)) or isinstance(value, bool):
         raise DataError(f'"state" must be a name, found {_kind_of(value)}')
-    return str(value)
+    name = str(value)
+    if not name.isprintable():
+        raise DataError(f'"state" must be a name that can be printed, found {name!r:.40}')
+    return name
 
 
 def _read_text(row: Row) -> dict[str, Any]:
@@ -220,7 +223,8 @@ def _read_completion(row: Row) -> dict[str, Any]:
 
 def _read_alpaca(row: Row) -> dict[str, Any]:
     turns = [Turn("system", _text(row, "system", may_lack=True))]
-    for pair in row.get("history") or ():
+    history = row.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, (list, tuple)) or not len(pair) == 2:
             raise DataError('"history" must be a list of [instruction, output] pairs')
         turns += [Turn("user", _content(pair[0], "history"))]

@@ -1,8 +1,10 @@
 """Files of token ids, opened as memory maps: binidx pairs, .npy arrays, raw uint16."""
 
 import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -88,7 +90,13 @@ def _open_binidx(path: str) -> TokenFile:
 
 
 def _open_numpy(path: str) -> TokenFile:
-    tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    with warnings.catch_warnings():
+        # of Python 2, whose headers are read all the same
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            tokens = np.lib.format.open_memmap(path, mode="r")
+        except (SyntaxError, TokenError) as error:  # numpy parses the header as Python
+            raise DataError(f"{path}: not a numpy file: its header cannot be read") from error
     if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim not in (1, 2):
         raise DataError(
             f"{path}: {tokens.dtype} of shape {tokens.shape}: tokens must be whole numbers, one "
