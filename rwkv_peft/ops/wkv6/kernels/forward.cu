@@ -79,7 +79,15 @@ DEVICE void load_output(const Output& p, const Position& at, Shared& shared) {
     put_dots(shared.own, r, k, u);
     put_tokens(At::LEVEL, Tokens{k.x[0], r.x[1]});
     Factors f = decay_factors(w, at, shared, [&](int level, bool is_late, const float (&x)[TOKENS][8]) {
-        put_scaled(At::LEVEL + level * At::TILE, is_late ? r : k, x[0], x[1]);
+        Tokens tokens = k;
+#pragma unroll
+        for (int i = 0; i < TOKENS; i++)
+#pragma unroll
+            for (int j = 0; j < (int)(sizeof(RawEight) / 16); j++)
+#pragma unroll
+                for (int c = 0; c < 4; c++)
+                    tokens.x[i].x[j].x[c] = is_late ? r.x[i].x[j].x[c] : k.x[i].x[j].x[c];
+        put_scaled(At::LEVEL + level * At::TILE, tokens, x[0], x[1]);
     });
     put_scaled(At::R, r, f.before[0], f.before[1]);
 }

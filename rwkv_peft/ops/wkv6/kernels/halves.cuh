@@ -39,6 +39,16 @@ DEVICE void merge(Factors& f, float (&total)[8], const float (&other)[8], bool i
     }
 }
 
+// Chosen number by number: a choice between arrays would put them into local memory.
+template <class F> DEVICE void use_level(const Factors& f, int level, bool is_late, F use) {
+    float x[TOKENS][8];
+#pragma unroll
+    for (int i = 0; i < TOKENS; i++)
+#pragma unroll
+        for (int c = 0; c < 8; c++) x[i][c] = is_late ? f.before[i][c] : f.after[i][c];
+    use(level, is_late, x);
+}
+
 // Calls use(level, is_late, factors of this thread's tokens) for levels 1 and up; at level 0 there is
 // nothing between two tokens. Calls sync_block in its course.
 template <class F> DEVICE Factors decay_factors(const Tokens& w, const Position& at, Shared& shared, F use) {
@@ -65,7 +75,7 @@ template <class F> DEVICE Factors decay_factors(const Tokens& w, const Position&
 #pragma unroll
     for (int level = 1; level < 3; level++) {
         bool is_late = group & level;
-        use(level, is_late, is_late ? f.before : f.after);
+        use_level(f, level, is_late, use);
 #pragma unroll
         for (int c = 0; c < 8; c++) other[c] = warp_shuffle(total[c], 8 * level);
         merge(f, total, other, is_late);
@@ -78,7 +88,7 @@ template <class F> DEVICE Factors decay_factors(const Tokens& w, const Position&
     for (int level = 3; level < LEVELS; level++) {
         int size = 1 << (level - 3), first = (warp & ~(size - 1)) ^ size;  // in warps
         bool is_late = warp & size;
-        use(level, is_late, is_late ? f.before : f.after);
+        use_level(f, level, is_late, use);
 #pragma unroll
         for (int c = 0; c < 8; c++) other[c] = 1.0f;
         for (int i = first; i < first + size; i++)
