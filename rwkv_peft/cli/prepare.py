@@ -3,7 +3,8 @@
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,7 +71,8 @@ def run(args: Sequence[str]) -> int:
         loss_mask="none",
         prepare_workers=options.prepare_workers or os.cpu_count() or 1,
     )
-    documents = read_documents(config, tokenizer, is_checked=True)
+    with _progress() as advance:
+        documents = read_documents(config, tokenizer, progress=advance, is_checked=True)
     if documents.weights is not None:
         raise ConfigError(
             f"{options.data_file} has rows with weights, which a binidx pair cannot hold: train on "
@@ -88,6 +90,21 @@ def run(args: Sequence[str]) -> int:
             f"magic_prime {magic_prime(num_tokens, options.ctx_len)} (my_exit_tokens {num_tokens})"
         )
     return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int], None]]:
+    """Shows on a terminal how much text was tokenised, and how fast."""
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, TimeElapsedColumn, TransferSpeedColumn
+
+    columns = ("tokenising", DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as shown:
+        task = shown.add_task("", total=None)
+        yield lambda num_bytes: shown.advance(task, num_bytes)
 
 
 def _modern(args: Sequence[str]) -> list[str]:

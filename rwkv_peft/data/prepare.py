@@ -158,7 +158,7 @@ def read_documents(
     becomes a memory map too, in the folder `data_cache`, where later runs find it by its content.
 
     Args:
-        progress: called with the number of bytes read since the last call.
+        progress: called with the bytes of text that were tokenised since the last call.
         is_checked: whether each document is decoded again and compared with its text.
     Raises:
         ConfigError: a file is missing, or template and mask cannot be had.
@@ -207,14 +207,16 @@ def _mapped(source: Source, tokenizer: Tokenizer) -> Documents:
 def _fill(store: Store, sources: list[Source], encoder: Encoder, progress: Progress | None) -> None:
     stops = encoder.config.on_bad_row == "stop"
     for number, source in enumerate(sources):
-        for chunk in _chunks(source, encoder, progress):
+        for chunk in _chunks(source, encoder):
             if chunk.bad and stops:
                 line, reason = chunk.bad[0]
                 raise DataError(f"{source.path}:{line}: {reason}")
             store.add(chunk, number, source.path)
+            if progress is not None:
+                progress(chunk.num_bytes)
 
 
-def _chunks(source: Source, encoder: Encoder, progress: Progress | None) -> Iterator[Chunk]:
+def _chunks(source: Source, encoder: Encoder) -> Iterator[Chunk]:
     if source.kind in TOKEN_TYPES:
         found = open_tokens(source, encoder.tokenizer.vocab_size)
         yield from encoder.encode_tokens(found)
