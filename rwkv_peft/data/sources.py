@@ -9,7 +9,7 @@ from rwkv_peft.errors import ConfigError
 # what --data_type may name that is not a form of rows: files of tokens, and plain text
 TOKEN_TYPES = ("binidx", "numpy", "uint16")
 TEXT_TYPES = ("utf-8", "utf-16le")
-_TYPE_OF = {".bin": "binidx", ".idx": "binidx", ".npy": "numpy", ".txt": "utf-8"}
+_TYPE_OF = {".npy": "numpy", ".txt": "utf-8"}
 MAX_SOURCES = 256
 
 
@@ -91,13 +91,19 @@ def _find(name: str, data_type: str) -> Source | None:
         return None
     path = Path(name)
     kind = data_type if data_type in (*TOKEN_TYPES, *TEXT_TYPES) else ""
-    if kind in ("", "binidx"):
-        stem = name.removesuffix(path.suffix) if path.suffix in (".bin", ".idx") else name
+    stem = name.removesuffix(path.suffix) if path.suffix in (".bin", ".idx") else name
+    # a file of just that name comes before a pair, unless a pair is asked for
+    if kind == "binidx" or (not kind and (stem != name or not path.exists())):
         for pair in (stem, f"{stem}_text_document"):
             if Path(f"{pair}.bin").is_file() and Path(f"{pair}.idx").is_file():
-                return Source(pair, "binidx") if not path.exists() or stem != name else None
-        if kind:
-            return None
+                return Source(pair, "binidx")
+    if stem != name and path.exists() and kind in ("", "binidx"):
+        raise ConfigError(
+            f"--data_file {name}: a binidx pair needs {stem}.bin and {stem}.idx, one is missing; "
+            "raw tokens are --data_type uint16"
+        )
+    if kind == "binidx":
+        return None
     for found in (path, path.with_name(path.name + ".jsonl") if path.name else path):
         if found.exists():
             by_ending = (

@@ -244,6 +244,17 @@ def test_a_pair_may_lack_its_suffix_and_its_ends_of_documents(tmp_path: Path) ->
     assert documents.report.num_endless == 1
 
 
+def test_a_file_comes_before_a_pair_of_its_name_unless_the_pair_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    write_jsonl(tmp_path / "a", ROWS)
+    write_jsonl(tmp_path / "c.jsonl", ROWS)
+    write_pair(tmp_path / "a", [[11, 0]], "uint16")
+    assert len(read(tmp_path / "a")) == 3
+    assert len(read(tmp_path / "a", data_type="binidx")) == 1
+    assert len(read(tmp_path / "c")) == 3
+
+
 def test_a_mask_of_a_binidx_pair_is_that_of_its_text(tmp_path: Path) -> None:
     plain = read(write_jsonl(tmp_path / "a.jsonl", [{"text": AS_TEXT}] * 3), loss_mask="qa")
     ids = plain.tokens[plain.starts[0] : plain.starts[1]].tolist()
@@ -338,6 +349,7 @@ def test_several_files_are_read_in_their_order_with_their_shares(tmp_path: Path)
         ("a.jsonl:x,a.jsonl:2", "a share is a number not below 0, got x"),
         ("a.jsonl:0,a.jsonl:0", "add up to nothing"),
         ("", "no data given"),
+        ("lone.bin", "needs lone.bin and lone.idx, one is missing"),
     ],
 )
 def test_a_list_of_files_that_cannot_be_had_is_refused(
@@ -345,6 +357,7 @@ def test_a_list_of_files_that_cannot_be_had_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "lone.bin").write_bytes(b"\1\0")
     with pytest.raises(ConfigError, match=message):
         read(data_file)
 
