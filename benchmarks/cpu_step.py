@@ -98,8 +98,8 @@ def make_step(geometry: Geometry, op: str, batch: Batch) -> Callable[[], float]:
         betas=(0.9, 0.99),
         eps=1e-8,
         grad_clip=1.0,
-        is_full=False,
-        doubles_rate=False,
+        plain=(),
+        raises_rates=False,
         uses_loss_scale=False,
     )
 

@@ -75,8 +75,8 @@ def measure(size: str, method: Method, op: str, rounds: int) -> tuple[float, flo
         betas=(0.9, 0.99),
         eps=1e-8,
         grad_clip=1.0,
-        is_full=method == "none",
-        doubles_rate=False,
+        plain=trained if method == "none" else (),
+        raises_rates=False,
         uses_loss_scale=False,
     )
     tokens = torch.randint(1, 65536, (1, TOKENS + 1), generator=torch.Generator().manual_seed(0))

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import torch
 
-from rwkv_peft.checkpoint.adapter import load_adapter, merge
-from rwkv_peft.checkpoint.pth import load_official
+from rwkv_peft.checkpoint.adapter import load_adapter
+from rwkv_peft.checkpoint.fingerprint import fingerprint
+from rwkv_peft.checkpoint.merge import merge
+from rwkv_peft.checkpoint.pth import load_official, read_weights
+from rwkv_peft.checkpoint.state import load_state
 from rwkv_peft.device import dtype_of
 from rwkv_peft.generation.engine import generate
 from rwkv_peft.models.base import RWKV
@@ -21,6 +24,8 @@ def load_model(
     dtype: torch.dtype | str = "float32",
     op: str = "auto",
     adapter: str | Path | None = None,
+    state: str | Path | None = None,
+    force: bool = False,
 ) -> RWKV:
     """The model of an official file, frozen and ready to compute.
 
@@ -30,7 +35,9 @@ def load_model(
         path: an official .pth or .safetensors file.
         dtype: a torch dtype or its name; 'bf16', 'fp16' and 'fp32' work too.
         op: backend of the recurrence: auto, cuda, triton, fla, torch or reference.
-        adapter: folder of an adapter in peft's format to attach.
+        adapter: folder of an adapter in peft's format to attach, or a file of older RWKV-PEFT.
+        state: file of a learned state in which every text begins.
+        force: attach an adapter that was trained on another base.
     Raises:
         CheckpointError: a file cannot be read or does not fit.
         BackendUnavailableError: `op` cannot serve on this device and type.
@@ -38,5 +45,8 @@ def load_model(
     dtype = dtype_of(dtype) if isinstance(dtype, str) else dtype
     model = load_official(path, device=device, dtype=dtype, op=op)
     if adapter is not None:
-        load_adapter(model, adapter)
+        own = fingerprint(read_weights(path))
+        load_adapter(model, adapter, base_fingerprint=own, force=force)
+    if state is not None:
+        load_state(model, state)
     return model.eval()

@@ -114,14 +114,23 @@ class TrainConfig(DataConfig):
     my_testing: str = ""
     """Version such as x070; read from load_model. If given, must agree with it."""
 
-    peft: Literal["auto", "none", "lora"] = "auto"
-    """Method: lora, or none for full tuning; lora if auto."""
+    peft: str = "auto"
+    """Method: none for full tuning, state, or one of Hugging Face peft's by its name there, such as
+    lora, pissa, miss, adalora, vera, oft; lora if auto."""
     peft_config: dict[str, Any] = field(default_factory=dict)
     """Options of the method as JSON, those of Hugging Face peft: {"r": 8, "lora_alpha": 32}."""
+    train_parts: list[str] = field(default_factory=list)
+    """Parts of the model to train beside the method (with none: alone), by substrings of names:
+    emb, head, ln, time, or any other."""
     load_adapter: str = ""
-    """Folder of a saved adapter to train further, in place of a new one."""
-    train_type: Literal["none"] = "none"
-    """Kind of training besides the method; none is the plain one."""
+    """A saved adapter's folder, or a state file, to train further in place of a new one."""
+    force: bool = False
+    """Continue an adapter on another base than it was trained on."""
+    fused_adapter: Switch = 1
+    """1 computes LoRA and MiSS in fewer passes over memory; 0 leaves them to peft's own layers."""
+    train_type: Literal["none", "state", "fullstate"] = "none"
+    """Kind of training besides the method: state learns the initial state alone, as --peft state
+    does; fullstate with the vectors before the first token."""
     merge: Switch = 1
     """After each epoch: 1 also writes a merged model, 0 only the adapter."""
 
@@ -161,11 +170,14 @@ class TrainConfig(DataConfig):
     adam_eps: float = 1e-8
     """Epsilon of AdamW."""
     weight_decay: float = 0.0
-    """Decay of weight matrices in full tuning; never of vectors or adapters."""
+    """Decay of the model's own weight matrices; never of vectors, states or adapters."""
+    adapter_decay: Switch = 0
+    """1 lets weight_decay act on the matrices of an adapter too."""
     weight_decay_final: float = -1.0
     """Decay at the last step, reached geometrically; weight_decay throughout if negative."""
     layerwise_lr: Switch = 1
-    """1 gives the decay's own vector twice the rate in full tuning, as officially; 0 does not."""
+    """1 gives the vectors of the decay twice the rate (time_first three times), as officially, if
+    they are trained; 0 does not."""
     grad_clip: float = 1.0
     """Largest norm of all gradients together; 0 clips nothing."""
     l2wrap: float = 1e-4
@@ -220,7 +232,7 @@ class TrainConfig(DataConfig):
                 "--load_adapter brings its own method and options: leave out --peft none and "
                 "--peft_config"
             )
-        if self.peft == "none" and self.peft_config:
+        if self.peft in ("none", "state") and self.peft_config:
             raise ConfigError("--peft_config needs a method: give --peft lora, or leave it out")
 
     def require_files(self) -> None:

@@ -44,9 +44,12 @@ class RWKVState:
             torch.stack([layer.wkv for layer in layers]),
         )
 
-    def layer(self, index: int) -> LayerState:
-        """The part of one layer, as views."""
-        return LayerState(self.att_shift[index], self.ffn_shift[index], self.wkv[index])
+    def layers(self) -> list[LayerState]:
+        """The parts of the layers, as views whose gradients are gathered once."""
+        parts = zip(
+            self.att_shift.unbind(), self.ffn_shift.unbind(), self.wkv.unbind(), strict=True
+        )
+        return [LayerState(*part) for part in parts]
 
     def detach(self) -> RWKVState:
         """The same values, cut from the graph that made them."""

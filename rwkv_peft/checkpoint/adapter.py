@@ -1,54 +1,94 @@
-"""Adapters in the format of Hugging Face peft, and merging them into official files."""
+"""Adapters in the format of Hugging Face peft: written, read, attached."""
 
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rwkv_peft.checkpoint.files import atomic_write
-from rwkv_peft.checkpoint.pth import geometry_of, read_weights, write_like
 from rwkv_peft.errors import CheckpointError
-from rwkv_peft.methods.attach import attach_config
-from rwkv_peft.methods.merge import merged_weights
+from rwkv_peft.methods import fast, residual
+from rwkv_peft.methods.attach import (
+    ADAPTER,
+    PREFIX,
+    Attachment,
+    adapter_tensors,
+    attach_config,
+    load_values,
+    with_parts,
+)
 from rwkv_peft.models.base import RWKV
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftConfig
 
-PREFIX = "base_model.model."
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, NOTE = "adapter_config.json", "adapter_model.safetensors", "rwkv_peft.json"
 
 
-def write_adapter(folder: str | Path, model: RWKV, values: Mapping[str, Tensor], base: str) -> None:
-    """Writes the adapter of a model; nobody ever finds a mixture of an old folder and a new one.
+class SavedAdapter(NamedTuple):
+    """An adapter folder.
+
+    Attributes:
+        config: the method's config in peft.
+        tensors: by the names of peft's files.
+        note: what this program adds: `base`, the fingerprint of the base model, and `init`, if
+            the first half of the factors is what was trained and the other what it began with.
+    """
+
+    config: "PeftConfig"
+    tensors: dict[str, Tensor]
+    note: dict[str, Any]
+
+
+def write_adapter(
+    folder: str | Path,
+    attachment: Attachment,
+    values: Mapping[str, Tensor],
+    *,
+    base: str | Path,
+    base_fingerprint: str = "",
+) -> None:
+    """Writes an adapter; nobody ever finds a mixture of an old folder and a new one.
 
     Args:
-        values: the trained tensors under the names of `model.named_parameters()`.
+        values: the trained tensors under the names of `attachment`.
         base: the file the adapter was trained on, noted in the config.
     """
-    from peft import get_peft_model_state_dict
+    assert attachment.peft_model is not None
+    config = attachment.peft_model.peft_config[ADAPTER]
+    note = {"base": base_fingerprint}
+    if attachment.start:
+        values = residual.joined(values, attachment.start)
+        config = residual.with_rank(config, 2)
+        note["init"] = attachment.init
+    names = {id(parameter): name for name, parameter in attachment.items()}
+    tensors = {
+        key: values[names[id(x)]] if id(x) in names else x
+        for key, x in adapter_tensors(attachment).items()
+    }
+    write_folder(folder, SavedAdapter(config, tensors, note), base)
 
-    folder = Path(folder)
-    state = model.state_dict()
-    state.update(values)
-    tensors = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
-    configs: Any = model.peft_config
-    config = configs["default"].to_dict()
-    config.update(base_model_name_or_path=str(base), inference_mode=True)
 
+def write_folder(folder: str | Path, adapter: SavedAdapter, base: str | Path) -> None:
+    """Writes an adapter folder from its three parts, whole or not at all."""
     from safetensors.torch import save
 
+    folder = Path(folder)
+    config = {**adapter.config.to_dict(), "base_model_name_or_path": str(base)}
+    config["inference_mode"] = True
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(new, ignore_errors=True)
     try:
         with atomic_write(new / WEIGHTS) as file:
-            file.write(save({PREFIX + n: x.cpu().contiguous() for n, x in tensors.items()}))
-        with atomic_write(new / CONFIG, "w") as file:
-            json.dump(config, file, indent=2, default=_plain)
+            # clones, as the format refuses tensors that share memory
+            tensors = {n: x.detach().cpu().clone() for n, x in adapter.tensors.items()}
+            file.write(save({n: x.contiguous() for n, x in tensors.items()}))
+        for name, content in ((CONFIG, config), (NOTE, adapter.note)):
+            with atomic_write(new / name, "w") as file:
+                json.dump(content, file, indent=2, default=_plain)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -61,13 +101,13 @@ def _plain(value: object) -> object:
     return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
-def read_adapter(folder: str | Path) -> "tuple[LoraConfig, dict[str, Tensor]]":
-    """Config and tensors of an adapter folder, the tensors without the usual prefix.
+def read_adapter(folder: str | Path) -> SavedAdapter:
+    """The three parts of an adapter folder.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the method is not supported.
+        CheckpointError: a file is missing or damaged, or peft does not know the method.
     """
-    from peft import LoraConfig
+    from peft import PeftConfig
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -76,81 +116,135 @@ def read_adapter(folder: str | Path) -> "tuple[LoraConfig, dict[str, Tensor]]":
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is no adapter: it has no {name}")
     try:
-        method = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
-        if method != "LORA":
-            raise CheckpointError(f"{folder} holds a {method} adapter; only LORA can be used")
-        config = LoraConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
         tensors = load_file(folder / WEIGHTS)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, TypeError) as error:
+        path = folder / NOTE
+        note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, KeyError, SafetensorError, TypeError) as error:
         raise CheckpointError(f"{folder} is damaged ({error})") from error
-    return config, {name.removeprefix(PREFIX): x for name, x in tensors.items()}
+    # saved as true, it would have peft freeze what is to be trained
+    config.inference_mode = False
+    return SavedAdapter(config, tensors, note)
 
 
-def load_adapter(model: RWKV, folder: str | Path) -> None:
+def load_adapter(
+    model: RWKV, folder: str | Path, *, base_fingerprint: str = "", force: bool = False
+) -> None:
     """Attaches an adapter folder to a model, frozen.
 
+    Args:
+        base_fingerprint: of the model's file; not compared with the adapter's if empty.
+        force: attach it to another base too.
     Raises:
-        CheckpointError: its tensors are not exactly those that the config makes in this model.
+        CheckpointError: the adapter belongs to another base, or its tensors are not exactly those
+            that its config makes in this model.
     """
-    trained, values = attach_saved(model, folder)
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(values[name])
+    adapter = read_adapter(folder)
+    require_base(folder, adapter, base_fingerprint, force=force)
+    attach_values(model, adapter, folder)
+    fast.fuse(model)
     model.requires_grad_(False)
 
 
-def attach_saved(
-    model: RWKV, folder: str | Path
-) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-    """Attaches an adapter folder to a model for training it further.
+def attach_values(
+    model: RWKV, adapter: SavedAdapter, folder: str | Path, *, keeps_float32: bool = False
+) -> Attachment:
+    """Attaches an adapter as it is in its file and puts its values in.
 
-    Returns:
-        the tensors to train and the values they had, both by name; the values are still to be
-        put in, as their float32 may be finer than the model's type.
+    Args:
+        keeps_float32: the adapter's tensors stay as fine as in the file, whatever the model's type.
     Raises:
         CheckpointError: its tensors are not exactly those that the config makes in this model.
     """
-    from peft import get_peft_model_state_dict
+    official = list(model.parameters())
+    attachment = _attach(model, adapter, folder)
+    if keeps_float32:
+        trained = {id(attachment[name]) for name in attachment.plain}
+        kept = {id(x) for x in official} - trained
+        for x in (*model.parameters(), *model.buffers()):
+            if id(x) not in kept and x.is_floating_point():
+                x.data = x.data.float()
+    load_values(attachment, adapter.tensors)
+    return attachment
 
-    config, tensors = read_adapter(folder)
-    # saved as true, it would have peft freeze what is to be trained
-    config.inference_mode = False
-    trained = attach_config(model, config)
-    # saving embeddings is off, since peft would look for a config of the base on a hub
-    parameters = dict(model.named_parameters())
-    own = get_peft_model_state_dict(model, state_dict=parameters, save_embedding_layers=False)
-    expected = {n: tuple(x.shape) for n, x in own.items()}
-    found = {n: tuple(x.shape) for n, x in tensors.items()}
+
+def attach_saved(
+    model: RWKV,
+    folder: str | Path,
+    *,
+    base_fingerprint: str = "",
+    force: bool = False,
+    is_fused: bool = True,
+) -> tuple[Attachment, dict[str, Tensor]]:
+    """Attaches an adapter folder to a model for training it further.
+
+    Returns:
+        the tensors to train and the values they had, both by name, as the file's float32 may be
+        finer than the model's type.
+    Raises:
+        CheckpointError: as `load_adapter`.
+    """
+    adapter = read_adapter(folder)
+    require_base(folder, adapter, base_fingerprint, force=force)
+    start: dict[str, Tensor] = {}
+    if init := adapter.note.get("init"):
+        values, start = residual.split(adapter.tensors)
+        adapter = SavedAdapter(residual.with_rank(adapter.config, 0.5), values, adapter.note)
+    attachment = _attach(model, adapter, folder)
+    load_values(attachment, adapter.tensors)
+    found = by_parameter(attachment, adapter.tensors)
+    if init:
+        attachment.start, attachment.init = by_parameter(attachment, start), init
+        residual.take_out(model, attachment.start)
+    if is_fused:
+        fast.fuse(model)
+    return attachment, found
+
+
+def by_parameter(attachment: Attachment, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file, by the names of the trained parameters that they belong to."""
+    # peft's names in files are not those of the parameters; the tensors tell which is which
+    names = {id(parameter): name for name, parameter in attachment.items()}
+    own = adapter_tensors(attachment)
+    return {names[id(x)]: tensors[k] for k, x in own.items() if id(x) in names and k in tensors}
+
+
+def _attach(model: RWKV, adapter: SavedAdapter, folder: str | Path) -> Attachment:
+    official = dict(model.named_parameters())
+    attachment = attach_config(model, adapter.config, is_fused=False)
+    plain = [k.removeprefix(PREFIX) for k in adapter.tensors if k.removeprefix(PREFIX) in official]
+    with_parts(model, attachment, {n: official[n] for n in plain})
+    expected = {n: tuple(x.shape) for n, x in adapter_tensors(attachment).items()}
+    found = {n: tuple(x.shape) for n, x in adapter.tensors.items()}
     if expected != found:
         differ = sorted(
             n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n)
         )
         name = differ[0]
         raise CheckpointError(
-            f"{folder} does not fit this model, {len(differ)} tensors differ, first {name}: "
-            f"{found.get(name, 'missing')} in the file, {expected.get(name, 'not wanted')} in "
-            "the model: give the base that the adapter was trained on"
+            f"{folder} does not fit this model, {len(differ)} tensors differ, first "
+            f"{name.removeprefix(PREFIX)}: {found.get(name, 'missing')} in the file, "
+            f"{expected.get(name, 'not wanted')} in the model: give the base that the adapter was "
+            "trained on"
         )
-    # peft's names in files are not those of the parameters; the tensors tell which is which
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    return trained, {names[id(parameter)]: tensors[key] for key, parameter in own.items()}
+    return attachment
 
 
-def merge(base_model: str | Path, adapter: str | Path, output: str | Path) -> None:
-    """Writes `output`: the official file `base_model` with an adapter added into it.
-
-    The sums are float32 and rounded once to the type of the base's tensor; everything else in the
-    file keeps its order and its bits.
+def require_base(
+    folder: str | Path, adapter: SavedAdapter, base_fingerprint: str, *, force: bool
+) -> None:
+    """Compares an adapter's base with the one given; an empty fingerprint agrees with all.
 
     Raises:
-        CheckpointError: a file cannot be read or written, or the adapter does not fit the base.
+        CheckpointError: they differ, and `force` does not insist.
     """
-    weights = read_weights(base_model)
-    config, tensors = read_adapter(adapter)
-    changed, is_trained = {}, False
-    for name, value in merged_weights(weights, geometry_of(weights), config, tensors):
-        is_trained = is_trained or not torch.equal(value, weights[name].float())
-        changed[name] = value.to(weights[name].dtype)
-    if not is_trained:
-        raise CheckpointError(f"{adapter} changes nothing in {base_model}: it was never trained")
-    write_like(output, base_model, changed)
+    wanted = adapter.note.get("base")
+    if wanted and base_fingerprint and wanted != base_fingerprint and not force:
+        raise CheckpointError(
+            f"{folder} was trained on another base ({wanted}, {_name_of(adapter)}) than this one "
+            f"({base_fingerprint}): give that base, or --force true to insist"
+        )
+
+
+def _name_of(adapter: SavedAdapter) -> str:
+    return Path(adapter.config.base_model_name_or_path or "unnamed").name

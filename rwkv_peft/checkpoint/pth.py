@@ -8,13 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rwkv_peft.checkpoint.files import atomic_write
+from rwkv_peft.checkpoint.stream import Spec, map_safetensors, write_tensors
 from rwkv_peft.errors import CheckpointError
+from rwkv_peft.methods.state import shapes, state_from
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.geometry import Geometry, read_geometry
 
 LISTED_PROBLEMS = 12
+# end of the names of a learned state's tensors
+STATE_SUFFIX = "_state"
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -61,8 +64,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        # the library checks the header; its tensors are copies, and these are views of the file
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+        return map_safetensors(path, names)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or no .safetensors file ({error})") from error
 
@@ -73,34 +78,8 @@ def write_weights(path: str | Path, weights: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: it cannot be written; a file of that name stays as it was.
     """
-    with atomic_write(path) as file:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import save
-
-            file.write(save({name: x.cpu().contiguous() for name, x in weights.items()}))
-            return
-        try:
-            torch.save({name: _own_storage(x) for name, x in weights.items()}, file)
-        except RuntimeError as error:
-            # torch's zip writer meets the failed write once more when it closes
-            raise _first_os_error(error) from error
-
-
-def _own_storage(x: Tensor) -> Tensor:
-    """The tensor on the CPU, as a file may be opened where its device is not, and copied where
-    torch.save would write a larger storage that it is a view of."""
-    x = x.detach().cpu()
-    is_whole = x.untyped_storage().nbytes() == x.numel() * x.element_size()
-    return x if is_whole and x.is_contiguous() else x.clone()
-
-
-def _first_os_error(error: BaseException) -> BaseException:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    return error
+    specs = {name: Spec(tuple(x.shape), x.dtype) for name, x in weights.items()}
+    write_tensors(path, specs, weights.__getitem__)
 
 
 def geometry_of(weights: Mapping[str, Tensor]) -> Geometry:
@@ -113,14 +92,22 @@ def load_weights(
     weights: Mapping[str, Tensor],
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> None:
     """Puts weights into a model made by `build`, frozen, in one type on one device.
+
+    With None for the type each keeps its own, and its memory where the device is the same.
+
+    The tensors of a learned state, if the file has one, become the model's initial state.
 
     Raises:
         CheckpointError: names or shapes disagree; all of them are in the one message.
     """
     expected = {name: tuple(x.shape) for name, x in model.named_parameters()}
+    states = {name: x for name, x in weights.items() if name.endswith(STATE_SUFFIX)}
+    if states:
+        wanted = shapes(model.geometry, is_full=len(states) > model.geometry.n_layer)
+        expected |= wanted if wanted.keys() >= states.keys() else {}
     problems = [f"missing {name}" for name in expected if name not in weights]
     problems += [f"unexpected {name}" for name in weights if name not in expected]
     problems += [
@@ -135,7 +122,10 @@ def load_weights(
             + "; ".join(problems[:LISTED_PROBLEMS])
             + more
         )
-    for name in expected:
+    if states:
+        here = {name: x.to(device).float() for name, x in states.items()}
+        model.initial_state = state_from(here, model.geometry)
+    for name in expected.keys() - states.keys():
         owner, _, leaf = name.rpartition(".")
         value = weights[name].to(device=device, dtype=dtype)
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))

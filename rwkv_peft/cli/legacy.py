@@ -52,7 +52,6 @@ REPLACED = {
 # flags of features that are not built yet
 UNBUILT = {
     "quant": "quantised weights are",
-    "train_parts": "training parts beside a method is",
     "wandb": "logging to wandb is",
 }
 # flags whose words are a list

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.errors import ConfigError
@@ -14,7 +15,13 @@ class MergeOptions:
     base_model: str = ""
     """The official weights that the adapter was trained on."""
     adapter: str = ""
-    """Folder of the adapter in peft's format."""
+    """Folder of the adapter in peft's format, or a state file; several with commas between."""
+    weights: list[float] | None = None
+    """With which the change of each adapter is added, as a JSON list; 1 each if left out."""
+    dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
+    """Number type of the file; that of each tensor in the base if keep."""
+    force: bool = False
+    """Merge into another base than the adapter was trained on."""
     output: str = ""
     """The file to write, .pth or .safetensors."""
 
@@ -28,8 +35,16 @@ def run(args: Sequence[str]) -> int:
                 f"--{name} is missing: rwkv-peft merge --base_model B --adapter DIR --output O"
             )
 
-    from rwkv_peft.checkpoint.adapter import merge
+    from rwkv_peft.checkpoint.merge import merge
 
-    merge(options.base_model, options.adapter, options.output)
-    print(f"wrote {options.output}")
+    report = merge(
+        options.base_model,
+        options.adapter.split(","),
+        options.output,
+        weights=options.weights or (),
+        dtype=options.dtype,
+        force=options.force,
+    )
+    report.write()
+    print(f"wrote {options.output}", *report.lines(), sep="\n")
     return 0

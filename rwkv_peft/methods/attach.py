@@ -1,114 +1,189 @@
 """Attaching a method to a model: the one place that decides what is trained."""
 
-from collections.abc import Mapping
-from difflib import get_close_matches
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rwkv_peft.errors import ConfigError
-from rwkv_peft.methods import TARGET_MODULES, Method
+from rwkv_peft.methods import Method, fast, residual
+from rwkv_peft.methods.catalog import is_residual, method_config
 from rwkv_peft.models.base import RWKV
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftConfig, PeftModel
 
-# options of peft's LoraConfig that act on the projections alone, so that merging can undo them
-LORA_OPTIONS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "init_lora_weights",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-    "layers_pattern",
-)
-# initialisations that leave the base weights as they are
-LORA_INITS = (True, False, "gaussian", "orthogonal")
+# name of the adapter inside peft
+ADAPTER = "default"
+# tensors of a file that no forward reads
+_UNREAD = {f"blocks.0.att.v{i}" for i in range(3)}
+# tensors of time mixing that train_parts calls `time`; RWKV-5 and 6 name theirs so themselves
+_TIME_OF_V7 = re.compile(r".*\.(x_[rwkvag]|[wav][012]|g[12]|k_k|k_a|r_k)$")
 
 
-def attach(model: RWKV, method: Method, options: Mapping[str, Any]) -> dict[str, nn.Parameter]:
+class Attachment(dict[str, nn.Parameter]):
+    """The tensors to train, by their names in the model.
+
+    Attributes:
+        peft_model: peft's view of the adapted model, which knows what belongs into a file; None
+            where there is no adapter.
+        plain: names of the base's own tensors among them.
+        start: an adapter's first values by name, if they were taken out of the base.
+        init: peft's name of the initialisation that did so.
+    """
+
+    def __init__(
+        self,
+        trained: Mapping[str, nn.Parameter],
+        peft_model: "PeftModel | None" = None,
+        plain: Sequence[str] = (),
+        start: Mapping[str, Tensor] | None = None,
+        init: str = "",
+    ) -> None:
+        super().__init__(trained)
+        self.peft_model, self.plain = peft_model, tuple(plain)
+        self.start, self.init = dict(start or {}), init
+
+
+def attach(
+    model: RWKV,
+    method: Method,
+    options: Mapping[str, Any],
+    *,
+    train_parts: Sequence[str] = (),
+    is_fused: bool = True,
+) -> Attachment:
     """Freezes the model, attaches the method and gives the tensors to train, by name.
 
     Args:
-        method: 'none' trains every tensor that the forward reads, 'lora' low-rank adapters.
+        method: 'none' trains every tensor that the forward reads, any other is one of peft's.
         options: the method's own peft config, without its defaults.
+        train_parts: substrings of names; such tensors of the base are trained too (with 'none',
+            they alone). `time` means the vectors and low-rank maps of time mixing.
+        is_fused: replace the arithmetic of LoRA and MiSS by `methods.fast`.
     Raises:
-        ConfigError: an option is unknown, or names a module that the model does not have.
+        ConfigError: a name, an option or a part is unknown, or matches nothing in the model.
     """
     model.requires_grad_(False)
+    parts = named_parts(model, train_parts)
     if method == "none":
-        unread = {f"blocks.0.att.v{i}" for i in range(3)}
-        trained = {n: p for n, p in model.named_parameters() if n not in unread}
-        for parameter in trained.values():
-            parameter.requires_grad_(True)
-        return trained
-    return attach_config(model, lora_config(options, model.geometry.version))
+        trained = {n: p for n, p in model.named_parameters() if n not in _UNREAD}
+        return with_parts(model, Attachment({}), parts or trained)
+    config = method_config(method, options, model.geometry.version)
+    return with_parts(model, attach_config(model, config, is_fused=is_fused), parts)
 
 
-def attach_config(model: RWKV, config: "LoraConfig") -> dict[str, nn.Parameter]:
+def attach_config(model: RWKV, config: "PeftConfig", *, is_fused: bool = True) -> Attachment:
     """Like `attach`, with peft's own config, for example of a saved adapter."""
     model.requires_grad_(False)
-    inject(model, config)
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    init = ""
+    if is_residual(config):
+        init = config.init_lora_weights
+        config.init_lora_weights = True
+    peft_model = inject(model, config)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not any(p.numel() for p in trained.values()):
+        raise ConfigError("peft_config leaves nothing to train: name modules, or tokens, to adapt")
+    start = residual.begin(model, init) if init else {}
+    if is_fused:
+        fast.fuse(model)
+    return Attachment(trained, peft_model, start=start, init=init)
 
 
-def lora_config(options: Mapping[str, Any], version: str) -> "LoraConfig":
-    """peft's own LoraConfig with the default targets of an RWKV version.
+def named_parts(model: nn.Module, parts: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The tensors of a model whose names hold one of the substrings.
 
     Raises:
-        ConfigError: an option is unknown, not supported or has an impossible value.
+        ConfigError: a substring is in no name.
     """
-    from peft import LoraConfig
-
-    for name in options:
-        if name not in LORA_OPTIONS:
-            near = get_close_matches(name, LORA_OPTIONS, 1)
+    parameters = {n: p for n, p in model.named_parameters() if n not in _UNREAD}
+    found: dict[str, nn.Parameter] = {}
+    for part in parts:
+        names = [n for n in parameters if part in n]
+        if part == "time" and not names:
+            names = [n for n in parameters if _TIME_OF_V7.match(n)]
+        if not names:
+            leaves = sorted({n.removesuffix(".weight").rpartition(".")[2] for n in parameters})
             raise ConfigError(
-                f"peft_config of lora has no option '{name}'"
-                + (f", did you mean '{near[0]}'?" if near else "")
-                + f" Allowed: {', '.join(LORA_OPTIONS)}"
+                f"--train_parts: '{part}' is in the name of no tensor; use emb, head, ln or time, "
+                f"or a part of a name such as {', '.join(leaves[:8])} …"
             )
-    init = options.get("init_lora_weights", True)
-    if not isinstance(init, bool) and init not in LORA_INITS:
-        raise ConfigError(
-            f"init_lora_weights={init!r} is not supported: use true, false, 'gaussian' or "
-            "'orthogonal'"
-        )
-    try:
-        return LoraConfig(**{"target_modules": list(TARGET_MODULES[version]), **options})
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"peft_config: {error}") from error
+        found |= {n: parameters[n] for n in names}
+    return found
 
 
-def inject(model: nn.Module, config: "LoraConfig") -> None:
-    """Puts the layers of a config into the model, in place.
+def with_parts(
+    model: nn.Module, attachment: Attachment, parts: Mapping[str, nn.Parameter]
+) -> Attachment:
+    """Adds tensors of the base to those that are trained."""
+    named = dict(model.named_parameters())
+    for name, parameter in parts.items():
+        if named.get(name) is not parameter:
+            raise ConfigError(f"--train_parts names {name}, which the adapter changes already")
+        parameter.requires_grad_(True)
+        attachment[name] = parameter
+    attachment.plain = tuple(parts)
+    return attachment
+
+
+def inject(model: nn.Module, config: "PeftConfig") -> "PeftModel":
+    """Puts the layers of a config into the model, in place, and gives peft's view of it.
 
     Raises:
         ConfigError: a target module matches nothing, or cannot be adapted.
     """
-    from peft import inject_adapter_in_model
+    from peft import PeftModel
 
-    targets = config.target_modules
-    if not isinstance(targets, str):
-        names = [name for name, _ in model.named_modules()]
-        for target in targets or ():
+    _check_targets(model, config)
+    try:
+        # the adapter keeps the model's type: its float32 masters are the optimizer's
+        return PeftModel(model, config, ADAPTER, autocast_adapter_dtype=False)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise ConfigError(f"peft_config: {' '.join(str(error).split())[:400]}") from error
+
+
+def _check_targets(model: nn.Module, config: "PeftConfig") -> None:
+    names = [name for name, _ in model.named_modules()]
+    for field in ("target_modules", "modules_to_save", "feedforward_modules"):
+        targets = getattr(config, field, None)
+        if isinstance(targets, str) or not targets:
+            continue
+        for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 leaves = {n.rpartition(".")[2] for n, m in model.named_modules() if _is_leaf(m)}
                 raise ConfigError(
-                    f"target_modules: '{target}' is no module of this model; there are "
+                    f"{field}: '{target}' is no module of this model; there are "
                     + ", ".join(sorted(leaves))
                 )
-    try:
-        inject_adapter_in_model(config, model)
-    except ValueError as error:
-        raise ConfigError(f"peft_config: {str(error).splitlines()[0]}") from error
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Embedding))
+    return isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm))
+
+
+def adapter_tensors(attachment: Attachment) -> dict[str, Tensor]:
+    """What belongs into an adapter's file: the model's own tensors by their keys there."""
+    from peft import get_peft_model_state_dict
+
+    assert attachment.peft_model is not None
+    # saving embeddings is off, since peft would look for a config of the base on a hub
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(
+        attachment.peft_model,
+        state_dict=attachment.peft_model.state_dict(keep_vars=True),
+        save_embedding_layers=False,
+    )
+    return tensors | {PREFIX + name: attachment[name] for name in attachment.plain}
+
+
+# of every key in peft's files
+PREFIX = "base_model.model."
+
+
+@torch.no_grad()
+def load_values(attachment: Attachment, values: Mapping[str, Tensor]) -> None:
+    """Puts the tensors of an adapter's file into an adapted model."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(attachment.peft_model, dict(values), ADAPTER)

@@ -1,94 +1,87 @@
-"""Adding an adapter into the weights it was trained on, one module at a time, in float32."""
+"""Weights with adapters added into them, one tensor at a time, in float32."""
 
-import copy
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from rwkv_peft.errors import CheckpointError
-from rwkv_peft.methods.attach import inject
-from rwkv_peft.models import build
-from rwkv_peft.models.geometry import Geometry
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
+from rwkv_peft.methods.attach import ADAPTER, Attachment
 
 
-def merged_weights(
-    base: Mapping[str, Tensor],
-    geometry: Geometry,
-    config: "LoraConfig",
-    adapter: Mapping[str, Tensor],
-) -> Iterator[tuple[str, Tensor]]:
-    """Name and merged float32 weight of every module that the adapter changes.
+class Addition(NamedTuple):
+    """An adapted model and the weight with which its change is added."""
 
-    Only one module is held at a time. The arithmetic is peft's own, for any of its layers.
+    model: nn.Module
+    attachment: Attachment
+    weight: float = 1.0
 
-    Args:
-        base: the weights the adapter was trained on.
-        adapter: tensors named as in a peft file, without the `base_model.model.` prefix.
-    Raises:
-        CheckpointError: the adapter names a module that the base does not have, or does not fit.
+
+class MergedWeights:
+    """Merged tensors by official name, made when they are asked for.
+
+    The base weights of the adapted models may be mapped from disk in any type; only those of the
+    module at hand are brought to float32. The arithmetic is peft's own, for any of its methods.
     """
-    from peft import set_peft_model_state_dict
 
-    skeleton = build(geometry, op="reference")
-    for name, tensors in _by_module(adapter, skeleton).items():
-        weight_name = f"{name}.weight"
-        if weight_name not in base:
-            raise CheckpointError(f"the adapter changes {name}, which the base does not have")
-        module = copy.deepcopy(skeleton.get_submodule(name))
-        module.weight = nn.Parameter(base[weight_name].float(), requires_grad=False)
-        root = _nested(name, module)
-        inject(root, _only(config, name))
-        try:
-            result = set_peft_model_state_dict(root, dict(tensors))
-        except RuntimeError as error:
-            raise CheckpointError(f"the adapter does not fit {name}: {error}") from error
-        if result.unexpected_keys:
-            raise CheckpointError(
-                f"the adapter holds {result.unexpected_keys[0]}, which its config does not explain"
-            )
-        layer: Any = root.get_submodule(name)
-        layer.merge(safe_merge=True)
-        yield weight_name, layer.get_base_layer().weight.detach()
+    def __init__(self, base: Mapping[str, Tensor], additions: Sequence[Addition]) -> None:
+        self._base, self._additions = base, additions
+        self._owners = [_owners(a.model, a.attachment) for a in additions]
 
+    @property
+    def names(self) -> set[str]:
+        """The tensors that an adapter may change."""
+        return {name for owners in self._owners for name in owners}
 
-def _only(config: "LoraConfig", name: str) -> "LoraConfig":
-    """The config for a tree that holds one module alone, its patterns resolved for that module."""
-    from peft.utils.other import get_pattern_key
+    def tensor(self, name: str) -> Tensor:
+        """The merged float32 tensor."""
+        if len(self._additions) == 1 and self._additions[0].weight == 1:
+            return self._merged(0, name)
+        base = self._base[name].float()
+        total = base.clone()
+        for i, (owners, addition) in enumerate(zip(self._owners, self._additions, strict=True)):
+            if name in owners:
+                total.add_(self._merged(i, name).sub_(base), alpha=addition.weight)
+        return total
 
-    config = copy.deepcopy(config)
-    for pattern, field in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        values = getattr(config, pattern)
-        key = get_pattern_key(values, name)
-        setattr(config, field, values.get(key, getattr(config, field)))
-        setattr(config, pattern, {})
-    config.target_modules = {name}
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    return config
-
-
-def _by_module(adapter: Mapping[str, Tensor], model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    modules = {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, value in adapter.items():
-        owner = key
-        while owner and owner not in modules:
-            owner = owner.rpartition(".")[0]
-        if not owner:
-            raise CheckpointError(
-                f"the adapter holds {key}, which belongs to no module of the base"
-            )
-        found.setdefault(owner, {})[key] = value
-    return found
+    @torch.no_grad()
+    def _merged(self, index: int, name: str) -> Tensor:
+        owner = self._owners[index][name]
+        leaf = name.rpartition(".")[2]
+        if isinstance(owner, Tensor):
+            return owner.detach().float().clone()
+        if not hasattr(owner, "merge"):
+            saved: Tensor = getattr(owner.modules_to_save[ADAPTER], leaf).detach()
+            return saved.float().clone()
+        base = owner.get_base_layer()
+        stored = dict(base.named_parameters(recurse=False))
+        data = {key: parameter.data for key, parameter in stored.items()}
+        for key, parameter in stored.items():
+            parameter.data = data[key].to(torch.float32, copy=True)
+        owner.merge()
+        merged: Tensor = getattr(owner.get_base_layer(), leaf).detach()
+        # put back as it was, not by peft's own way back, which would compute and round
+        if owner.get_base_layer() is not base:
+            owner.unmerge()
+        owner.merged_adapters.clear()
+        for key, parameter in stored.items():
+            parameter.data = data[key]
+            setattr(base, key, parameter)
+        return merged
 
 
-def _nested(name: str, module: nn.Module) -> nn.Module:
-    """A tree of empty modules that holds one module under its full name."""
-    for part in reversed(name.split(".")):
-        parent = nn.Module()
-        parent.add_module(part, module)
-        module = parent
-    return module
+def _owners(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
+    """Official name -> what makes its merged value: a tuner's layer, or a tensor of its own."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    owners: dict[str, Any] = {name: attachment[name] for name in attachment.plain}
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            leaves = module.get_base_layer().named_parameters(recurse=False)
+        elif isinstance(module, ModulesToSaveWrapper):
+            leaves = module.modules_to_save[ADAPTER].named_parameters(recurse=False)
+        else:
+            continue
+        owners |= {f"{path.removesuffix('.token_adapter')}.{leaf}": module for leaf, _ in leaves}
+    return owners

@@ -20,6 +20,8 @@ class RWKV(nn.Module):
         geometry: its shape.
         op: the chosen backend of its operator.
         grad_cp: recompute each block in backward instead of keeping its activations.
+        initial_state: of one row, where a text begins if no state is given; zeros if None. A file
+            into which a learned state was merged brings one.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class RWKV(nn.Module):
     ) -> None:
         super().__init__()
         self.geometry, self.op, self.grad_cp = geometry, op, False
+        self.initial_state: RWKVState | None = None
         # an embedding that draws its own weights on the meta device loads a compiler to do so
         self.emb = nn.Embedding.from_pretrained(
             torch.empty(geometry.vocab_size, geometry.n_embd), freeze=False
@@ -51,7 +54,7 @@ class RWKV(nn.Module):
 
         Args:
             tokens: (B, T) integers below V, T >= 1.
-            state: where to go on from; zeros if None.
+            state: where to go on from; `initial_state` if None.
             segment_ids: (B, T) int32, numbers the documents packed into a row and must not fall
                 along it: everything starts anew where the number changes. A given state belongs
                 to the row's first document, the one that comes back to its last.
@@ -74,6 +77,8 @@ class RWKV(nn.Module):
         """
         if tokens.ndim != 2 or tokens.shape[1] < 1:
             raise ShapeError(f"tokens must be (B, T) with T >= 1, got {tuple(tokens.shape)}")
+        if state is None and self.initial_state is not None:
+            state = self.initial_state.expand(len(tokens))
         if state is not None and state.wkv.shape[:2] != (len(self.blocks), len(tokens)):
             raise ShapeError(
                 f"the state is of {tuple(state.wkv.shape[:2])} (layers, rows), "
@@ -81,9 +86,9 @@ class RWKV(nn.Module):
             )
         require_segments("the model", segment_ids, tokens)
         x, carry = self.emb(tokens), None
+        given = [None] * len(self.blocks) if state is None else state.layers()
         layers: list[LayerState] = []
-        for i, block in enumerate(self.blocks):
-            layer = None if state is None else state.layer(i)
+        for block, layer in zip(self.blocks, given, strict=True):
             if self.grad_cp and torch.is_grad_enabled():
                 x, carry, layer = checkpoint(
                     block, x, carry, layer, segment_ids, use_reentrant=False

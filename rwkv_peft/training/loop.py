@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rwkv_peft.checkpoint.adapter import attach_saved, merge, write_adapter
-from rwkv_peft.checkpoint.pth import geometry_of, load_weights, read_weights, write_like
+from rwkv_peft.checkpoint.pth import geometry_of, load_weights, read_weights
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.batching import PaddedBatches
 from rwkv_peft.data.prepare import read_documents
@@ -18,8 +17,6 @@ from rwkv_peft.data.sources import find_sources
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.device import dtype_of, resolve_device
 from rwkv_peft.errors import TrainingError
-from rwkv_peft.methods import Method
-from rwkv_peft.methods.attach import attach
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.geometry import FLAGS, Geometry, check_flags
@@ -31,6 +28,7 @@ from rwkv_peft.training.metrics import Display, RunFolder, StepRecord, peak_memo
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.schedule import learning_rate, weight_decay
 from rwkv_peft.training.step import Step, full_step
+from rwkv_peft.training.trainee import Saved, States, Trainee, make_trainee
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +37,8 @@ class Result:
 
     Attributes:
         proj_dir: its folder.
-        weights: the last full or merged model, None if none was written.
-        adapter: the last adapter folder, None in full tuning.
+        weights: the last full or merged model, or state file, None if none was written.
+        adapter: the last adapter folder, None where there is no adapter.
         loss: mean cross-entropy of the last epoch's trained tokens, in nats.
         steps: optimizer steps taken.
         signal: number of the signal that ended it early, 0 if none did.
@@ -60,6 +58,7 @@ class _Run:
 
     config: TrainConfig
     model: RWKV
+    trainee: Trainee
     optimizer: Optimizer
     batches: PaddedBatches
     plan: planning.Plan
@@ -100,17 +99,14 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
     torch.manual_seed(config.random_seed)
     model, num_weights = _load_model(config, geometry, weights), _count(weights)
     checked = require_right(model.op, _request(config, geometry))
-    del weights  # a .safetensors file would stay in memory beside the model
-    if config.load_adapter:
-        trained, values = attach_saved(model, config.load_adapter)
-        optimizer = _make_optimizer(config, trained)
-        optimizer.load(values)
-    else:
-        method: Method = "none" if config.peft == "none" else "lora"
-        trained = attach(model, method, config.peft_config)
-        optimizer = _make_optimizer(config, trained)
+    names = set() if documents.states is None else set(documents.states.tolist())
+    trainee = make_trainee(config, model, weights, names, plan.steps)
+    del weights
+    optimizer = _make_optimizer(config, trainee)
+    optimizer.load(trainee.values)
+    num_trained = _count(trainee.parameters)
     lines = [
-        *planning.describe_model(config, geometry, model.op.name, num_weights, _count(trained)),
+        *planning.describe_model(config, geometry, model.op.name, num_weights, num_trained),
         f"op: {model.op.name} ({model.op.reason})",
         *([checked] if checked else []),
         *(f"chosen: {c.name} = {c.value} ({c.reason})" for c in choices + more + last),
@@ -121,7 +117,8 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
         for line in lines:
             display.line(line)
             folder.log(line)
-        return _run_epochs(_Run(config, model, optimizer, batches, plan, step, folder, display))
+        run = _Run(config, model, trainee, optimizer, batches, plan, step, folder, display)
+        return _run_epochs(run)
 
 
 def _load_model(config: TrainConfig, geometry: Geometry, weights: Mapping[str, Tensor]) -> RWKV:
@@ -143,15 +140,20 @@ def _count(tensors: Mapping[str, Tensor]) -> int:
     return sum(x.numel() for x in tensors.values())
 
 
-def _make_optimizer(config: TrainConfig, trained: Mapping[str, nn.Parameter]) -> Optimizer:
+def _make_optimizer(config: TrainConfig, trainee: Trainee) -> Optimizer:
     return Optimizer(
-        trained,
+        trainee.parameters,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
         grad_clip=config.grad_clip,
-        is_full=config.peft == "none",
-        doubles_rate=bool(config.layerwise_lr),
+        plain=trainee.plain,
+        raises_rates=bool(config.layerwise_lr),
+        decays_adapter=bool(config.adapter_decay),
         uses_loss_scale=dtype_of(config.precision) == torch.float16,
+        # several states are to be what each is alone
+        clip_groups={n: n.partition("/")[0] for n in trainee.parameters}
+        if isinstance(trainee, States)
+        else None,
     )
 
 
@@ -179,11 +181,10 @@ def _run_epochs(run: _Run) -> Result:
             line = f"epoch {number}: loss {loss:.4f}"
             is_last = epoch == config.epoch_count - 1
             if is_last or (epoch + 1) % config.epoch_save == 0:
-                weights, adapter = _save(run, run.folder.path / f"rwkv-{number}")
-                result = Result(run.folder.path, weights, adapter, loss, done)
-                line += ", saved " + " and ".join(str(p) for p in (weights, adapter) if p)
-            run.display.line(line)
-            run.folder.log(line)
+                saved = run.trainee.save(run.folder.path / f"rwkv-{number}", run.optimizer.masters)
+                result = Result(run.folder.path, saved.weights, saved.adapter, loss, done)
+                line += ", saved " + _files_of(saved)
+            _say(run, line)
     return result
 
 
@@ -197,7 +198,8 @@ def _optimizer_step(run: _Run, positions: range, done: int, epoch: int) -> StepR
     loss_sum = 0.0
     for batch in micro_batches:
         try:
-            output = run.step(run.model, batch, l2wrap=config.l2wrap)
+            state = run.trainee.state(batch)
+            output = run.step(run.model, batch, state=state, l2wrap=config.l2wrap)
             value = output.loss_sum.item()
             if not math.isfinite(value):
                 raise _not_finite(f"the loss is {value}", done, batch.lines, config)
@@ -221,7 +223,11 @@ def _optimizer_step(run: _Run, positions: range, done: int, epoch: int) -> StepR
     decay = weight_decay(
         done, total=run.plan.steps, first=config.weight_decay, last=config.weight_decay_final
     )
-    grad_norm = run.optimizer.step(lr, decay)
+    if (penalty := run.trainee.penalty()) is not None:
+        run.optimizer.backward(penalty)
+    grad_norm = run.optimizer.step(
+        lr, decay, before_step=run.trainee.before_step, after_step=run.trainee.after_step
+    )
     if not math.isfinite(grad_norm) and not run.optimizer.uses_loss_scale:
         lines = [line for batch in micro_batches for line in batch.lines]
         raise _not_finite(f"the gradient is {grad_norm}", done, lines, config)
@@ -248,25 +254,19 @@ def _not_finite(what: str, done: int, lines: list[int], config: TrainConfig) -> 
     )
 
 
-def _save(run: _Run, stem: Path) -> tuple[Path | None, Path | None]:
-    """Writes `stem`.pth, and for an adapter the folder `stem`-adapter."""
-    config = run.config
-    weights = stem.with_name(stem.name + ".pth")
-    if config.peft == "none":
-        write_like(weights, config.load_model, run.optimizer.masters)
-        return weights, None
-    adapter = stem.with_name(stem.name + "-adapter")
-    write_adapter(adapter, run.model, run.optimizer.masters, config.load_model)
-    if not config.merge:
-        return None, adapter
-    merge(config.load_model, adapter, weights)
-    return weights, adapter
+def _files_of(saved: Saved) -> str:
+    return "; ".join(
+        (" and ".join(str(p) for p in (saved.weights, saved.adapter) if p), *saved.remarks)
+    )
+
+
+def _say(run: _Run, line: str) -> None:
+    run.display.line(line)
+    run.folder.log(line)
 
 
 def _save_interrupted(run: _Run, done: int, loss: float, signal: int) -> Result:
     folder = run.folder.path / "checkpoints" / f"step-{done:06d}"
-    weights, adapter = _save(run, folder / "rwkv")
-    line = f"stopped by signal {signal} after step {done}, saved {weights or adapter}"
-    run.display.line(line)
-    run.folder.log(line)
-    return Result(run.folder.path, weights, adapter, loss, done, signal)
+    saved = run.trainee.save(folder / "rwkv", run.optimizer.masters)
+    _say(run, f"stopped by signal {signal} after step {done}, saved {_files_of(saved)}")
+    return Result(run.folder.path, saved.weights, saved.adapter, loss, done, signal)

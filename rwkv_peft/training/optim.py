@@ -1,14 +1,14 @@
 """AdamW over float32 masters of the trained tensors, with clipping and loss scaling."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_peft.device import PLUGINS
 
-# official pre-training gives the decay's own vector twice the rate
-DOUBLED = ("att.w0", "att.time_decay")
+# official pre-training gives these vectors higher rates
+RATES = {"att.w0": 2.0, "att.time_decay": 2.0, "att.time_first": 3.0}
 
 
 class Optimizer:
@@ -30,19 +30,36 @@ class Optimizer:
         betas: tuple[float, float],
         eps: float,
         grad_clip: float,
-        is_full: bool,
-        doubles_rate: bool,
+        plain: Collection[str],
+        raises_rates: bool,
         uses_loss_scale: bool,
+        decays_adapter: bool = False,
+        clip_groups: Mapping[str, str] | None = None,
     ) -> None:
+        """Groups the tensors by their rates and decays.
+
+        Args:
+            plain: names of the model's own tensors; the others are an adapter's or a state's.
+            raises_rates: give the official higher rates to those vectors of the model.
+            decays_adapter: let the weight decay act on matrices of the adapter too.
+            clip_groups: which tensors are clipped together, by name; all, if None.
+        """
         self._parameters = dict(trained)
         self.masters = {name: _master(p) for name, p in trained.items()}
         self._grad_clip, self.uses_loss_scale = grad_clip, uses_loss_scale
         groups: dict[tuple[float, bool], list[Tensor]] = {}
         for name, master in self.masters.items():
-            decays = is_full and name.endswith(".weight") and master.ndim >= 2
-            scale = 2.0 if is_full and doubles_rate and name.endswith(DOUBLED) else 1.0
+            is_plain = name in plain
+            is_matrix = master.ndim == 2 and (name.endswith(".weight") or not is_plain)
+            decays = is_matrix and (is_plain or decays_adapter)
+            rates = [rate for end, rate in RATES.items() if name.endswith(end)]
+            scale = rates[0] if rates and is_plain and raises_rates else 1.0
             groups.setdefault((scale, decays), []).append(master)
         device = next(iter(self.masters.values())).device
+        together: dict[str, list[nn.Parameter]] = {}
+        for name, master in self.masters.items():
+            together.setdefault((clip_groups or {}).get(name, ""), []).append(master)
+        self._clipped_together = list(together.values())
         self._adamw = torch.optim.AdamW(
             [
                 {"params": masters, "decays": decays, "lr_scale": scale}
@@ -58,19 +75,27 @@ class Optimizer:
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
-        """Puts saved values into the masters and the model."""
-        for name, master in self.masters.items():
-            master.copy_(values[name])
-            self._parameters[name].copy_(master)
+        """Puts saved values into the masters of these names and into the model."""
+        for name, value in values.items():
+            self.masters[name].copy_(value)
+            self._parameters[name].copy_(self.masters[name])
 
     def backward(self, objective: Tensor) -> None:
         """Adds the gradient of one micro-batch to the masters'."""
         self._scaler.scale(objective).backward()
 
-    def step(self, lr: float, weight_decay: float = 0.0) -> float:
+    def step(
+        self,
+        lr: float,
+        weight_decay: float = 0.0,
+        *,
+        before_step: Callable[[Mapping[str, nn.Parameter]], None] | None = None,
+        after_step: Callable[[Mapping[str, nn.Parameter]], None] | None = None,
+    ) -> float:
         """Takes one step, clears the gradients and gives their norm before clipping.
 
-        The decay acts on weight matrices in full tuning, on nothing else.
+        The decay acts on weight matrices of the model, and on nothing else unless asked to.
+        `before_step` and `after_step` may change the gradients and the masters.
 
         A step whose norm is not finite is not taken; with loss scaling that happens now and then,
         and lowers the scale.
@@ -79,13 +104,21 @@ class Optimizer:
             group["lr"] = lr * group["lr_scale"]
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
         self._scaler.unscale_(self._adamw)
+        if before_step:
+            before_step(self.masters)
         limit = self._grad_clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.masters.values(), limit, foreach=True)
+        norms = [
+            nn.utils.clip_grad_norm_(masters, limit, foreach=True)
+            for masters in self._clipped_together
+        ]
+        norm = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt()
         if self.uses_loss_scale:
             self._scaler.step(self._adamw)
             self._scaler.update()
         elif norm.isfinite():
             self._adamw.step()
+        if after_step and norm.isfinite():
+            after_step(self.masters)
         self._adamw.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, parameter in self._parameters.items():

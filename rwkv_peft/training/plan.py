@@ -11,6 +11,8 @@ from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.batching import PaddedBatches
 from rwkv_peft.data.prepare import Documents
 from rwkv_peft.device import choose_precision, dtype_of, resolve_device
+from rwkv_peft.errors import ConfigError
+from rwkv_peft.methods.catalog import canonical
 from rwkv_peft.models.geometry import Geometry
 
 # longest row chosen without being asked: what recent official files were trained on
@@ -20,6 +22,7 @@ TOKENS_PER_MICRO_BATCH = 1024
 # below so many documents one pass is seldom enough
 SMALL_SET = 1000
 LORA_DEFAULTS = {"r": 32, "lora_alpha": 32}
+STATE_RATE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class Choice:
 
 def choose_model_settings(config: TrainConfig) -> tuple[TrainConfig, list[Choice]]:
     """Fills in what must be known to load the model: folder, device, precision, method, seed."""
-    choices = []
+    config, choices = _with_canonical_method(config), []
     if not config.proj_dir:
         choices.append(Choice("proj_dir", free_folder("out"), "the first free name"))
     device = resolve_device(config.accelerator)
@@ -53,6 +56,29 @@ def choose_model_settings(config: TrainConfig) -> tuple[TrainConfig, list[Choice
     if config.random_seed < 0:
         choices.append(Choice("random_seed", randbelow(2**31), "drawn; give it to repeat the run"))
     return replace(config, **{c.name: c.value for c in choices}), choices
+
+
+def _with_canonical_method(config: TrainConfig) -> TrainConfig:
+    """The method under today's name, the parts of its options where they belong."""
+    method, options = canonical(config.peft, config.peft_config)
+    load = options.pop("load", "") or config.load_adapter
+    parts = [*config.train_parts, *options.pop("train_parts", ())]
+    train_type = config.train_type
+    if train_type != "none" and method in ("auto", "none"):
+        method = "state"
+    if method == "state" and train_type == "none":
+        train_type = "state"
+    if train_type != "none" and (method != "state" or parts):
+        what = f"--peft {config.peft}" if method != "state" else "--train_parts"
+        raise ConfigError(f"--train_type {train_type} trains the state alone: leave out {what}")
+    return replace(
+        config,
+        peft=method,
+        peft_config={} if load else options,
+        load_adapter=load,
+        train_parts=parts,
+        train_type=train_type,
+    )
 
 
 def choose_training_settings(
@@ -75,6 +101,8 @@ def choose_training_settings(
     choose("epoch_count", 3 if few else 1, reason)
     if config.peft == "none":
         lr, reason = 3e-5 * math.sqrt(768 / geometry.n_embd), "full tuning at this width"
+    elif config.peft == "state":
+        lr, reason = STATE_RATE, "a state has far to go from zero"
     else:
         lr, reason = 2e-4, "usual for adapters"
     lr = config.lr_init or float(f"{lr:.1g}")

@@ -56,7 +56,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def adapter_of(result: Any) -> dict[str, torch.Tensor]:
-    return read_adapter(result.adapter)[1]
+    return read_adapter(result.adapter).tensors
 
 
 def test_training_lowers_the_loss_and_writes_the_run_folder(run: Run, tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_a_saved_config_repeats_the_run(run: Run, tmp_path: Path, cli: Callable[
     config = tmp_path / "out" / "config.yaml"
     done = cli("train", "--config", config, "--proj_dir", tmp_path / "again")
     assert done.code == 0
-    again = read_adapter(tmp_path / "again" / "rwkv-1-adapter")[1]
+    again = read_adapter(tmp_path / "again" / "rwkv-1-adapter").tensors
     assert all(torch.equal(again[n], x) for n, x in adapter_of(first).items())
 
 
@@ -300,5 +300,5 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(
     assert f"stopped by signal {int(number)} after step {steps}" in errors
     merged = read_weights(folder / "rwkv.pth")
     assert list(merged) == list(read_weights(model_file))
-    config, _ = read_adapter(folder / "rwkv-adapter")
+    config = read_adapter(folder / "rwkv-adapter").config
     assert config.r == 8

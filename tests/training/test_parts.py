@@ -90,8 +90,8 @@ def make_optimizer(trained: dict[str, nn.Parameter], **changes: object) -> Optim
         "betas": (0.9, 0.99),
         "eps": 1e-8,
         "grad_clip": 0.0,
-        "is_full": True,
-        "doubles_rate": True,
+        "plain": trained,
+        "raises_rates": True,
         "uses_loss_scale": False,
     }
     return Optimizer(trained, **{**settings, **changes})  # type: ignore[arg-type]
@@ -124,7 +124,7 @@ def test_decay_touches_matrices_of_full_tuning_alone() -> None:
     shapes = ((2, 2), (2, 2), (2,))
     for is_full in (True, False):
         trained = {n: nn.Parameter(torch.ones(s)) for n, s in zip(names, shapes, strict=True)}
-        optimizer = make_optimizer(trained, is_full=is_full)
+        optimizer = make_optimizer(trained, plain=trained if is_full else ())
         optimizer.backward(sum((p * 0).sum() for p in trained.values()))  # type: ignore[arg-type]
         optimizer.step(lr=0.1, weight_decay=0.5)
         values = [p.flatten()[0].item() for p in trained.values()]
@@ -133,9 +133,11 @@ def test_decay_touches_matrices_of_full_tuning_alone() -> None:
 
 def test_the_decay_bias_has_twice_the_rate_in_full_tuning_unless_switched_off() -> None:
     names = ("blocks.0.att.w0", "blocks.0.att.a0")
-    for is_full, doubles_rate, expected in ((True, True, 2), (True, False, 1), (False, True, 1)):
+    for is_full, raises_rates, expected in ((True, True, 2), (True, False, 1), (False, True, 1)):
         trained = {n: nn.Parameter(torch.zeros(1)) for n in names}
-        optimizer = make_optimizer(trained, is_full=is_full, doubles_rate=doubles_rate)
+        optimizer = make_optimizer(
+            trained, plain=trained if is_full else (), raises_rates=raises_rates
+        )
         optimizer.backward(trained[names[0]].sum() + trained[names[1]].sum())
         optimizer.step(lr=0.1)
         moved = [p.item() for p in trained.values()]

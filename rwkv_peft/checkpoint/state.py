@@ -1,0 +1,61 @@
+"""Files of learned initial states, as RWKV programs read them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkv_peft.checkpoint.pth import STATE_SUFFIX, read_weights
+from rwkv_peft.checkpoint.stream import Spec, write_tensors
+from rwkv_peft.errors import CheckpointError
+from rwkv_peft.methods.state import shapes, state_from
+from rwkv_peft.models.base import RWKV
+from rwkv_peft.models.geometry import Geometry
+
+
+def is_state_file(path: str | Path) -> bool:
+    """Whether a path is a file and not an adapter's folder."""
+    return Path(path).is_file()
+
+
+def write_state(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes `blocks.{i}.att.time_state` (H, N, N) of every layer, in float32.
+
+    Rows are values and columns keys, for every version: RWKV-6 programs transpose, those of
+    RWKV-7 do not. With full states the two shift vectors of each layer (D,) stand beside.
+    """
+    specs = {name: Spec(tuple(x.shape), torch.float32) for name, x in tensors.items()}
+    write_tensors(path, specs, lambda name: tensors[name].float())
+
+
+def read_state(path: str | Path, geometry: Geometry) -> dict[str, Tensor]:
+    """The float32 tensors of a state file.
+
+    Raises:
+        CheckpointError: it is not the state of such a model.
+    """
+    tensors = {n.removeprefix("model."): x.float() for n, x in read_weights(path).items()}
+    states = {n: x for n, x in tensors.items() if n.endswith(STATE_SUFFIX)}
+    found = {n: tuple(x.shape) for n, x in states.items()}
+    for is_full in (False, True):
+        if found == shapes(geometry, is_full=is_full):
+            return states
+    wanted = shapes(geometry, is_full=False)
+    name = next((n for n in wanted if found.get(n) != wanted[n]), next(iter(found), "nothing"))
+    raise CheckpointError(
+        f"{path} is no state of this model ({geometry.describe()}): {name} is "
+        f"{found.get(name, 'missing')}, {wanted.get(name, 'not expected')} is needed; give a file "
+        "that --peft state wrote for it"
+    )
+
+
+def load_state(model: RWKV, path: str | Path) -> None:
+    """Lets every text of a model begin with the state of a file.
+
+    Raises:
+        CheckpointError: it is not the state of such a model.
+    """
+    device = model.emb.weight.device
+    tensors = {n: x.to(device) for n, x in read_state(path, model.geometry).items()}
+    model.initial_state = state_from(tensors, model.geometry)

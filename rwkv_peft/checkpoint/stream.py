@@ -1,0 +1,164 @@
+"""Weight files written tensor by tensor, so that a model larger than memory can be written."""
+
+import io
+import json
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rwkv_peft.checkpoint.files import atomic_write
+from rwkv_peft.errors import CheckpointError
+
+# where PyTorch puts a tensor's first byte, so that a mapped file gives aligned tensors
+ALIGNMENT = 64
+# a local header of the zip format, and the part of it that tells sizes above 4 GiB
+_HEADER, _ZIP64 = 30, 20
+# types that both formats hold
+_NAMES = {
+    torch.float64: ("F64", "DoubleStorage"),
+    torch.float32: ("F32", "FloatStorage"),
+    torch.float16: ("F16", "HalfStorage"),
+    torch.bfloat16: ("BF16", "BFloat16Storage"),
+    torch.int64: ("I64", "LongStorage"),
+    torch.int32: ("I32", "IntStorage"),
+    torch.int16: ("I16", "ShortStorage"),
+    torch.int8: ("I8", "CharStorage"),
+    torch.uint8: ("U8", "ByteStorage"),
+    torch.bool: ("BOOL", "BoolStorage"),
+}
+
+
+class Spec(NamedTuple):
+    """What must be known of a tensor before it is made."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+
+def write_tensors(
+    path: str | Path, specs: Mapping[str, Spec], tensor: Callable[[str], Tensor]
+) -> None:
+    """Writes a `.pth` (or `.safetensors`, by its name) atomically, in the order of `specs`.
+
+    Args:
+        tensor: makes a tensor by its name; only one exists at a time.
+    Raises:
+        CheckpointError: it cannot be written, and a file of that name stays as it was; or a type
+            has no place in the format.
+    """
+    for name, spec in specs.items():
+        if spec.dtype not in _NAMES:
+            raise CheckpointError(f"{name} is {spec.dtype}, which weight files do not hold")
+    is_safetensors = Path(path).suffix == ".safetensors"
+    with atomic_write(path) as file:
+        write = _write_safetensors if is_safetensors else _write_pth
+        write(file, specs, lambda name: _bytes(name, specs[name], tensor(name)))
+
+
+def _bytes(name: str, spec: Spec, x: Tensor) -> memoryview:
+    if x.shape != spec.shape or x.dtype != spec.dtype:
+        raise CheckpointError(f"{name} is {tuple(x.shape)} {x.dtype}, announced as {spec}")
+    # a view as bytes needs one dimension at least, and numpy knows no bf16
+    data: Any = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(data)
+
+
+def _write_safetensors(
+    file: IO[bytes], specs: Mapping[str, Spec], content: Callable[[str], memoryview]
+) -> None:
+    header, end = {}, 0
+    for name, spec in specs.items():
+        start, end = end, end + spec.numel * spec.dtype.itemsize
+        kind = _NAMES[spec.dtype][0]
+        header[name] = {"dtype": kind, "shape": spec.shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in specs:
+        file.write(content(name))
+
+
+def map_safetensors(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Tensors of a valid file, mapped from disk; writing to them does not change the file."""
+    types = {kind: dtype for dtype, (kind, _) in _NAMES.items()}
+    content = torch.from_numpy(np.memmap(path, np.uint8, "c"))
+    size = int.from_bytes(content[:8].numpy().tobytes(), "little")
+    header = json.loads(content[8 : 8 + size].numpy().tobytes())
+    found = {}
+    for name in names:
+        start, end = header[name]["data_offsets"]
+        data = content[8 + size + start : 8 + size + end]
+        if header[name]["dtype"] not in types:
+            raise CheckpointError(f"{path}: {name} is of the unknown type {header[name]['dtype']}")
+        dtype = types[header[name]["dtype"]]
+        # PyTorch views aligned bytes alone
+        data = data.clone() if data.storage_offset() % dtype.itemsize else data
+        found[name] = data.view(dtype).view(header[name]["shape"])
+    return found
+
+
+def _write_pth(
+    file: IO[bytes], specs: Mapping[str, Spec], content: Callable[[str], memoryview]
+) -> None:
+    """The zip format of torch.save: the pickled table first, then a record for each storage."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        _record(archive, file, "archive/data.pkl", memoryview(_pickled(specs)))
+        _record(archive, file, "archive/byteorder", memoryview(b"little"))
+        for number, name in enumerate(specs):
+            _record(archive, file, f"archive/data/{number}", content(name))
+        _record(archive, file, "archive/version", memoryview(b"3\n"))
+
+
+def _record(archive: zipfile.ZipFile, file: IO[bytes], name: str, content: memoryview) -> None:
+    info = zipfile.ZipInfo(name)
+    start = file.tell() + _HEADER + len(name) + _ZIP64
+    # an extra field of four bytes and as many more as bring the content to its place
+    fill = -(start + 4) % ALIGNMENT
+    info.extra = b"FB" + fill.to_bytes(2, "little") + b"Z" * fill
+    with archive.open(info, "w", force_zip64=True) as record:
+        record.write(content)
+
+
+class _Storage(NamedTuple):
+    key: str
+    spec: Spec
+
+
+class _Stub:
+    """Pickles as the call by which torch.load makes a tensor of a storage."""
+
+    def __init__(self, key: str, spec: Spec) -> None:
+        self._storage = _Storage(key, spec)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        shape = self._storage.spec.shape
+        stride = torch.empty(shape, device="meta").stride()
+        rebuild = torch._utils._rebuild_tensor_v2
+        return rebuild, (self._storage, 0, shape, stride, False, OrderedDict())
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: object) -> Any:
+        if not isinstance(obj, _Storage):
+            return None
+        kind = getattr(torch, _NAMES[obj.spec.dtype][1])
+        return ("storage", kind, obj.key, "cpu", obj.spec.numel)
+
+
+def _pickled(specs: Mapping[str, Spec]) -> bytes:
+    buffer = io.BytesIO()
+    table = {name: _Stub(str(i), spec) for i, (name, spec) in enumerate(specs.items())}
+    _Pickler(buffer, protocol=2).dump(table)
+    return buffer.getvalue()

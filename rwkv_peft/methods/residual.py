@@ -1,0 +1,111 @@
+"""Adapters that begin with a part of the base weights: PiSSA and OLoRA.
+
+The first values A0, B0 come from the base, and s B0 A0 is taken out of it, so that nothing changes
+at the start. What was learned is s (B A - B0 A0) on the original base: a plain LoRA of twice the
+rank, A over A0 and B beside -B0. In that form it is saved, so that every program that reads LoRA
+opens it; splitting it gives the parts again, to train further.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+
+
+def layers(model: nn.Module) -> "Iterator[tuple[str, LoraLayer]]":
+    """Name and layer of each LoRA in a model."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        # the factors of an embedding are kept elsewhere, and begin at zero
+        if isinstance(module, LoraLayer) and module.lora_A:
+            yield name, module
+
+
+@torch.no_grad()
+def begin(model: nn.Module, init: str) -> dict[str, Tensor]:
+    """Gives a model's plain LoRA layers an initialisation of peft's and takes it from the base.
+
+    Returns:
+        a copy of the first values, by the names of the parameters.
+    """
+    start = {}
+    for name, layer in layers(model):
+        (adapter,) = layer.lora_A
+        base: Any = layer.get_base_layer()
+        original = base.weight.data
+        # a copy, as peft's own initialisations write in place; its residual is not kept, since
+        # it is that of factors which the model's type has yet to round
+        base.weight.data = original.float().clone()
+        if init.lower().startswith("pissa"):
+            layer.pissa_init(adapter, init.lower())
+        else:
+            layer.olora_init(adapter)
+        for factor in (layer.lora_A[adapter], layer.lora_B[adapter]):
+            factor.weight.data = factor.weight.data.to(original.dtype).contiguous()
+        base.weight.data = original
+        start[f"{name}.lora_A.{adapter}.weight"] = layer.lora_A[adapter].weight.detach().clone()
+        start[f"{name}.lora_B.{adapter}.weight"] = layer.lora_B[adapter].weight.detach().clone()
+    take_out(model, start)
+    return start
+
+
+@torch.no_grad()
+def take_out(model: nn.Module, start: Mapping[str, Tensor], sign: int = -1) -> None:
+    """Subtracts s B0 A0 from the base weights, in float32, rounded once to their type."""
+    for name, layer in layers(model):
+        (adapter,) = layer.lora_A
+        base: Any = layer.get_base_layer()
+        a, b = (start[f"{name}.lora_{x}.{adapter}.weight"].float() for x in "AB")
+        scale = sign * layer.scaling[adapter]
+        weight = torch.addmm(base.weight.float(), b.to(base.weight.device), a, alpha=scale)
+        base.weight.data = weight.to(base.weight.dtype)
+
+
+def joined(values: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values of the plain LoRA of twice the rank that equals values less their start."""
+    found = {}
+    for name, value in values.items():
+        if name not in start:
+            found[name] = value
+        elif ".lora_A." in name:
+            found[name] = torch.cat((value, start[name].to(value)), 0)
+        else:
+            found[name] = torch.cat((value, -start[name].to(value)), 1)
+    return found
+
+
+def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The inverse of `joined`: values and start."""
+    values, start = {}, {}
+    for name, x in tensors.items():
+        if ".lora_A." in name:
+            values[name], start[name] = (part.contiguous() for part in x.chunk(2, 0))
+        elif ".lora_B." in name:
+            values[name], first = (part.contiguous() for part in x.chunk(2, 1))
+            start[name] = -first
+        else:
+            values[name] = x
+    return values, start
+
+
+def with_rank(config: "LoraConfig", factor: float) -> "LoraConfig":
+    """The config with all ranks times `factor` and the scale of each layer as it was."""
+    config = copy.deepcopy(config)
+    alpha = math.sqrt(factor) if config.use_rslora else factor
+    config.r = round(config.r * factor)
+    config.lora_alpha = _whole(config.lora_alpha * alpha)
+    config.rank_pattern = {k: round(v * factor) for k, v in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {k: _whole(v * alpha) for k, v in (config.alpha_pattern or {}).items()}
+    return config
+
+
+def _whole(x: float) -> Any:
+    return round(x) if math.isclose(x, round(x)) else x

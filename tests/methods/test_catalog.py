@@ -1,0 +1,166 @@
+"""Every method of peft's table on RWKV-5.2, 6 and 7."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rwkv_peft
+from rwkv_peft.checkpoint.adapter import attach_saved, write_adapter
+from rwkv_peft.errors import ConfigError
+from rwkv_peft.methods.attach import Attachment, attach
+from rwkv_peft.methods.catalog import canonical, method_config, method_names
+
+TOKENS = torch.arange(1, 25).view(1, 24)
+SIXTH: dict[str, Any] = {"version": "x060", "ranks": {"maa": 16, "decay": 32}, "dim_ffn": 448}
+VERSIONS: dict[str, dict[str, Any]] = {
+    "5.2": {"version": "x052", "ranks": {}, "dim_ffn": 448},
+    "6": SIXTH,
+    "7": {},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adalora": {"total_step": 100},
+    "boft": {"boft_block_size": 4},
+    "c3a": {"block_size": 64},
+    "oft": {"oft_block_size": 8},
+    "pissa": {"r": 4},
+    "trainable_tokens": {"token_indices": [1, 2, 5]},
+    "vblora": {"vector_length": 64, "num_vectors": 16, "r": 4},
+}
+# peft's own first values of these are not zero
+NOT_NEUTRAL = ("c3a", "fourierft", "unilora", "vblora")
+# needs scikit-learn
+OPTIONAL = ("adamss",)
+NAMES = [n for n in method_names() if n not in ("none", "state", "bone", "disha", *OPTIONAL)]
+
+
+def moved(trained: Attachment) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in trained.values():
+            p += torch.randn(p.shape, generator=generator) * 0.02
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_is_neutral_trains_what_it_declares_reloads_and_merges(
+    name: str, version: str, make_model_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_model_file(dtype=torch.float32, n_layer=2, **VERSIONS[version])
+    model = rwkv_peft.load_model(base)
+    before = model(TOKENS)[0].detach()
+    official = dict(model.named_parameters())
+    torch.manual_seed(1)
+    trained = attach(model, name, OPTIONS.get(name, {}))
+    change = (model.eval()(TOKENS)[0] - before).abs().max()
+    assert (change < 1e-4) != (name in NOT_NEUTRAL), change
+    # once the first zeros have moved, all that is declared and nothing else has a gradient
+    moved(trained)
+    model.train()(TOKENS)[0].square().sum().backward()
+    for key, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (key in trained), key
+        if parameter.grad is not None:
+            assert parameter.grad.abs().max() > 0, key
+    assert not any(p is q for p in trained.values() for q in official.values())
+    adapted = model.eval()(TOKENS)[0].detach()
+    assert (adapted - before).abs().max() > 1e-4
+    write_adapter(tmp_path / "adapter", trained, trained, base=base)
+    torch.manual_seed(2)
+    reloaded = rwkv_peft.load_model(base, adapter=tmp_path / "adapter")
+    torch.testing.assert_close(reloaded(TOKENS)[0], adapted, rtol=0, atol=1e-4)
+    again = rwkv_peft.load_model(base)
+    _, values = attach_saved(again, tmp_path / "adapter")
+    torch.testing.assert_close(again.eval()(TOKENS)[0], adapted, rtol=0, atol=1e-4)
+    assert all(torch.equal(values[key], trained[key]) for key in values)
+    rwkv_peft.merge(base, tmp_path / "adapter", tmp_path / "merged.pth")
+    merged = rwkv_peft.load_model(tmp_path / "merged.pth")
+    torch.testing.assert_close(merged(TOKENS)[0], adapted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("version", VERSIONS)
+def test_merged_files_open_in_the_official_runtime_with_the_adapters_logits(
+    version: str, make_model_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_model_file(dtype=torch.float32, **VERSIONS[version])
+    wanted = {}
+    for name in ("lora", "pissa", "miss", "vera", "oft", "ln_tuning", "ia3"):
+        model = rwkv_peft.load_model(base)
+        trained = attach(model, name, OPTIONS.get(name, {}))
+        moved(trained)
+        wanted[name] = model(TOKENS)[0][0].detach()
+        write_adapter(tmp_path / name, trained, trained, base=base)
+        rwkv_peft.merge(base, tmp_path / name, tmp_path / f"{name}.pth")
+    code = (
+        "import sys, json, torch\n"
+        "from rwkv.model import RWKV\n"
+        "tokens = json.loads(sys.argv[2])\n"
+        "for name in sys.argv[3:]:\n"
+        "    model = RWKV(model=f'{sys.argv[1]}/{name}', strategy='cpu fp32')\n"
+        "    logits = model.forward(tokens, None, full_output=True)[0]\n"
+        "    torch.save(logits, f'{sys.argv[1]}/{name}.logits')\n"
+    )
+    environment = {**os.environ, "RWKV_V7_ON": str(int(version == "7"))}
+    given = [str(tmp_path), json.dumps(TOKENS[0].tolist()), *wanted]
+    subprocess.run(
+        [sys.executable, "-c", code, *given], check=True, env=environment, capture_output=True
+    )
+    for name, logits in wanted.items():
+        official = torch.load(tmp_path / f"{name}.logits")
+        torch.testing.assert_close(official, logits, rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("prefix_tuning", "teaches prompts to attention layers.*--peft state"),
+        ("Prompt-Tuning", "teaches prompts"),
+        ("lily", "cannot be merged"),
+        ("lorra", "did you mean lora"),
+        ("trainable_tokens", "leaves nothing to train"),
+    ],
+)
+def test_a_method_that_cannot_serve_says_why(method: str, message: str, model_file: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        attach(rwkv_peft.load_model(model_file), method, {})
+
+
+def test_older_names_and_keys_mean_what_they_meant() -> None:
+    assert canonical("Bone", {"bone_mode": "bat", "bone_load": "x", "bone_r": 32}) == (
+        "miss",
+        {"load": "x", "r": 32, "init_weights": "bat"},
+    )
+    assert canonical("disha", {"mode": "mode", "r": 8})[1] == {"r": 8, "init_weights": True}
+    config: Any = method_config("PiSSA", {"pissa_r": 8, "svd_niter": 2}, "x070")
+    assert (config.r, config.lora_alpha, config.init_lora_weights) == (8, 8, "pissa_niter_2")
+
+
+@pytest.mark.parametrize("parts", [["ln"], ["time"], ["emb", "head"]])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_parts_of_the_model_are_trained_saved_and_merged_beside_an_adapter(
+    version: str, parts: list[str], make_model_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_model_file(dtype=torch.float32, **VERSIONS[version])
+    model = rwkv_peft.load_model(base)
+    trained = attach(model, "lora", {"r": 4}, train_parts=parts)
+    assert trained.plain and all(model.get_parameter(n) is trained[n] for n in trained.plain)
+    moved(trained)
+    adapted = model(TOKENS)[0].detach()
+    write_adapter(tmp_path / "adapter", trained, trained, base=base)
+    reloaded = rwkv_peft.load_model(base, adapter=tmp_path / "adapter")
+    torch.testing.assert_close(reloaded(TOKENS)[0], adapted, rtol=0, atol=1e-4)
+    rwkv_peft.merge(base, tmp_path / "adapter", tmp_path / "merged.pth")
+    merged = rwkv_peft.load_model(tmp_path / "merged.pth")
+    torch.testing.assert_close(merged(TOKENS)[0], adapted, rtol=0, atol=1e-4)
+
+
+def test_a_part_that_is_in_no_name_is_an_error(model_file: Path) -> None:
+    with pytest.raises(ConfigError, match="'tine' is in the name of no tensor"):
+        attach(rwkv_peft.load_model(model_file), "lora", {}, train_parts=["tine"])
