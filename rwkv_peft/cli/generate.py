@@ -27,6 +27,10 @@ class ModelOptions:
     """Official weights, or a result of training (.pth or .safetensors)."""
     adapter: str = ""
     """Folder of an adapter to attach."""
+    state: str = ""
+    """File of a learned state in which every text begins."""
+    force: bool = False
+    """Attach an adapter that was trained on another base."""
     template: str = "auto"
     """How turns are written: a name or a Jinja file; as in the model's training if auto."""
     max_tokens: int = 256
@@ -63,6 +67,8 @@ class ModelOptions:
             dtype=precision,
             op=self.op,
             adapter=self.adapter or None,
+            state=self.state or None,
+            force=self.force,
         )
 
     def run_template(self) -> "Template":

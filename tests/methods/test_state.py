@@ -113,7 +113,7 @@ def test_rows_of_several_states_begin_each_with_its_own(model_file: Path) -> Non
 
 @pytest.mark.parametrize("peft", ["state", "auto"])
 def test_a_run_of_state_tuning_lowers_the_loss_and_saves_the_state_alone(
-    peft: str, model_file: Path, data_file: Path, tmp_path: Path
+    peft: str, model_file: Path, data_file: Path, tmp_path: Path, cli: Callable[..., Any]
 ) -> None:
     result = train(
         TrainConfig(
@@ -133,3 +133,6 @@ def test_a_run_of_state_tuning_lowers_the_loss_and_saves_the_state_alone(
     assert list(saved) == [f"blocks.{i}.att.time_state" for i in range(2)]
     assert all(x.any() and x.shape == (2, 64, 64) for x in saved.values())
     assert rwkv_peft.load_model(model_file, state=result.weights).initial_state is not None
+    begin = ["generate", "--load_model", model_file, "--prompt", "row 1", "--max_tokens", 8]
+    texts = [cli(*begin, *more) for more in ([], ["--state", result.weights])]
+    assert [done.code for done in texts] == [0, 0]
