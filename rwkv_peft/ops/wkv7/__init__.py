@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from rwkv_peft.ops import fla
+from rwkv_peft.ops import fla, triton
 from rwkv_peft.ops.dispatch import Backend
 from rwkv_peft.ops.validation import require_like
 from rwkv_peft.ops.wkv7.reference import wkv7_reference
@@ -18,6 +18,12 @@ def _load_torch() -> Kernel:
     return wkv7_chunked
 
 
+def _load_triton() -> Kernel:
+    from rwkv_peft.ops.wkv7.triton import wkv7_triton
+
+    return wkv7_triton
+
+
 def _load_fla() -> Kernel:
     from rwkv_peft.ops.wkv7.fla import wkv7_fla
 
@@ -25,6 +31,7 @@ def _load_fla() -> Kernel:
 
 
 TABLE = (
+    Backend("triton", _load_triton, triton.objection, triton.NOTE),
     Backend("fla", _load_fla, fla.objection, fla.NOTE),
     Backend("torch", _load_torch, lambda request: None, "chunked matrix products in PyTorch"),
     Backend("reference", lambda: wkv7_reference, lambda request: None, "token by token"),

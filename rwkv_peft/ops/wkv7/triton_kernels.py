@@ -1,0 +1,331 @@
+"""The six stages of WKV-7 as Triton kernels; `torch_stages` has their formulas and names.
+
+Every chunk is one program, apart from the scan over the states, where a program is a slice of
+rows of one head's state. Operands of products have the type OPERAND; sums, exponents and whatever
+is not an operand are float32. Exponents are in base 2.
+"""
+
+import triton
+import triton.language as tl
+
+from rwkv_peft.ops.wkv7.reference import DECAY_SCALE
+
+BF16, FP32 = tl.bfloat16, tl.float32
+BLOCK = tl.constexpr(16)  # the inverse is made by substitution in blocks of this size
+SCALE = tl.constexpr(DECAY_SCALE)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def dot(x, y, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    return tl.dot(x.to(OPERAND), y.to(OPERAND), input_precision=PRECISION)
+
+
+@triton.jit
+def place(T, H, M, C: tl.constexpr, N: tl.constexpr):
+    """This program's batch row, its offset among tokens and its chunk's number in (B, H, M)."""
+    program = tl.program_id(0).to(tl.int64)
+    h, chunk = program % H, program // H
+    c, batch = chunk % M, chunk // M
+    return batch, c, ((batch * T + c * C) * H + h) * N, (batch * H + h) * M + c
+
+
+@triton.jit
+def tile(token, left, H, C: tl.constexpr, N: tl.constexpr):
+    """Offsets of (C, N) in (B, T, H, N), and which of its tokens exist: `left` are to come."""
+    t, n = tl.arange(0, C), tl.arange(0, N)
+    offsets = token + t[:, None].to(tl.int64) * H * N + n[None, :]
+    return offsets, (t < left)[:, None] & (n >= 0)[None, :]
+
+
+@triton.jit
+def load(x, offsets, exists):
+    return tl.load(x + offsets, mask=exists, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def matrix(R: tl.constexpr, N: tl.constexpr):
+    return tl.arange(0, R)[:, None] * N + tl.arange(0, N)[None, :]
+
+
+@triton.jit
+def decays(w, exists, C: tl.constexpr):
+    """g_t and g_{t-1} from the middle, that of all tokens, that of the first half; dl/dw."""
+    # by the smaller of sigmoid(w) and sigmoid(-w), which keeps its digits
+    e = tl.exp2(tl.minimum(w, -w) * LOG2_E)
+    gate = 1 / (1 + e)
+    slope = gate * gate * e * -SCALE
+    log_decay = tl.where(exists, tl.where(w < 0, gate * e, gate) * (-SCALE * LOG2_E), 0.0)
+    is_first = (tl.arange(0, C) < C // 2)[:, None]
+    middle = tl.sum(tl.where(is_first, log_decay, 0.0), 0)
+    g = tl.cumsum(log_decay, 0) - middle[None, :]
+    return g, g - log_decay, tl.sum(log_decay, 0), middle, slope
+
+
+@triton.jit
+def documents(segment_ids, batch, c, T, C: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Masks: tokens before in the same document, the own one with them; tokens of the document
+
+    of the state that enters, of the one that leaves; and whether both states are of one document.
+    """
+    t = tl.arange(0, C)
+    strict, causal = t[None, :] < t[:, None], t[None, :] <= t[:, None]
+    enters, leaves, carried = (t >= 0)[:, None], (t >= 0)[:, None], 1.0
+    if SEGMENTS:
+        row = segment_ids + batch * T
+        begin = c * C
+        ids = tl.load(row + tl.minimum(begin + t, T - 1))
+        before = tl.load(row + tl.maximum(begin - 1, 0))
+        last = tl.load(row + tl.minimum(begin + C, T) - 1)
+        same = ids[:, None] == ids[None, :]
+        strict, causal = strict & same, causal & same
+        enters, leaves = (ids == before)[:, None], (ids == last)[:, None]
+        carried = tl.where(before == last, 1.0, 0.0)
+    return strict, causal, enters, leaves, carried
+
+
+@triton.jit
+def inverse_of(A, C: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """(I - A)^-1 of a strictly lower triangular A."""
+    K: tl.constexpr = C // BLOCK
+    i, j = tl.arange(0, K), tl.arange(0, BLOCK)
+    same = i[:, None, None, None] == i[None, None, :, None]
+    blocks = tl.sum(tl.where(same, tl.reshape(A, (K, BLOCK, K, BLOCK)), 0.0), 2)
+    row, column = j[None, :, None], j[None, None, :]
+    X = tl.where((row == column) & (i >= 0)[:, None, None], 1.0, 0.0)
+    for pivot in tl.static_range(BLOCK - 1):
+        factors = tl.sum(tl.where(column == pivot, blocks, 0.0), 2)
+        solved = tl.sum(tl.where(row == pivot, X, 0.0), 1)
+        X += factors[:, :, None] * solved[:, None, :]
+    L = tl.reshape(tl.where(same, X[:, :, None, :], 0.0), (C, C))
+    # X_21 = X_22 A_21 X_11, for all pairs of blocks at once
+    t = tl.arange(0, C)
+    if C >= 32:
+        L += dot(dot(L, below(A, t, 16), OPERAND, PRECISION), L, OPERAND, PRECISION)
+    if C >= 64:
+        L += dot(dot(L, below(A, t, 32), OPERAND, PRECISION), L, OPERAND, PRECISION)
+    return L
+
+
+@triton.jit
+def below(A, t, size: tl.constexpr):
+    """A where a row of an odd block meets a column of the even block before it."""
+    block = t // size
+    return tl.where((block[:, None] == block[None, :] + 1) & (block[:, None] % 2 == 1), A, 0.0)
+
+
+@triton.jit
+def chunk_forward(
+    r, w, k, v, a, b, segment_ids,
+    y, transition, added, decay, readout, inverse,
+    T, H, M,
+    C: tl.constexpr, N: tl.constexpr, SEGMENTS: tl.constexpr, KEEP: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    batch, c, token, chunk = place(T, H, M, C, N)
+    offsets, exists = tile(token, T - c * C, H, C, N)
+    strict, causal, enters, leaves, carried = documents(segment_ids, batch, c, T, C, SEGMENTS)
+    g, before, whole, middle, _ = decays(load(w, offsets, exists), exists, C)
+    rest = tl.exp2(whole - middle)[None, :]
+    middle = tl.exp2(middle)
+
+    at = load(a, offsets, exists) * tl.exp2(before)
+    bt = (load(b, offsets, exists) * tl.exp2(-g)).to(OPERAND)
+    A_ab = tl.where(strict, dot(at, tl.trans(bt), OPERAND, PRECISION), 0.0)
+    L = inverse_of(A_ab, C, OPERAND, PRECISION).to(OPERAND)
+    if KEEP:
+        tl.store(inverse + chunk * C * C + matrix(C, C), L.to(inverse.dtype.element_ty))
+    W = dot(L, tl.where(enters, at, 0.0), OPERAND, PRECISION).to(OPERAND)
+    bt_out = tl.where(leaves, bt, 0.0)
+    X = dot(tl.trans(W), bt_out, OPERAND, PRECISION) * middle[:, None] * rest
+    square = chunk * N * N + matrix(N, N)
+    tl.store(transition + square, X.to(transition.dtype.element_ty))
+    tl.store(decay + chunk * N + tl.arange(0, N), tl.exp2(whole) * carried)
+
+    rt = load(r, offsets, exists) * tl.exp2(g)
+    A_rb = tl.where(causal, dot(rt, tl.trans(bt), OPERAND, PRECISION), 0.0).to(OPERAND)
+    R = (tl.where(enters, rt, 0.0) + dot(A_rb, W, OPERAND, PRECISION)) * middle[None, :]
+    tl.store(readout + chunk * C * N + matrix(C, N), R.to(readout.dtype.element_ty))
+
+    kt = (load(k, offsets, exists) * tl.exp2(-g)).to(OPERAND)
+    values = load(v, offsets, exists).to(OPERAND)
+    A_ak = tl.where(strict, dot(at, tl.trans(kt), OPERAND, PRECISION), 0.0)
+    u = dot(L, dot(A_ak, values, OPERAND, PRECISION), OPERAND, PRECISION).to(OPERAND)
+    A_rk = tl.where(causal, dot(rt, tl.trans(kt), OPERAND, PRECISION), 0.0)
+    out = dot(A_rk, values, OPERAND, PRECISION) + dot(A_rb, u, OPERAND, PRECISION)
+    store(y, offsets, out, exists)
+    P = dot(tl.trans(values), tl.where(leaves, kt, 0.0), OPERAND, PRECISION)
+    P = (P + dot(tl.trans(u), bt_out, OPERAND, PRECISION)) * rest
+    tl.store(added + square, P.to(added.dtype.element_ty))
+
+
+@triton.jit
+def scan(
+    transition, added, decay, start, states, end,
+    M,
+    N: tl.constexpr, ROWS: tl.constexpr, START: tl.constexpr, REVERSE: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """States before each chunk, S <- S (diag(decay) + X) + P, or in reverse with X transposed."""
+    head = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, N)
+    square = matrix(N, N)
+    rows = tl.program_id(1) * ROWS * N + matrix(ROWS, N)
+    S = tl.load(start + head * N * N + rows) if START else tl.zeros((ROWS, N), dtype=tl.float32)
+    for i in tl.range(M, num_stages=STAGES):
+        chunk = head * M + i
+        if REVERSE:
+            chunk = head * M + (M - 1 - i)
+        X = tl.load(transition + chunk * N * N + square).to(OPERAND)
+        P = tl.load(added + chunk * N * N + rows).to(tl.float32)
+        d = tl.load(decay + chunk * N + n)
+        tl.store(states + chunk * N * N + rows, S.to(states.dtype.element_ty))
+        if REVERSE:
+            X = tl.trans(X)
+        S = tl.dot(S.to(OPERAND), X, acc=S * d[None, :] + P, input_precision=PRECISION)
+    tl.store(end + head * N * N + rows, S)
+
+
+@triton.jit
+def output(
+    readout, states, y,
+    T, H, M,
+    C: tl.constexpr, N: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    _, c, token, chunk = place(T, H, M, C, N)
+    offsets, exists = tile(token, T - c * C, H, C, N)
+    R = tl.load(readout + chunk * C * N + matrix(C, N)).to(OPERAND)
+    S = tl.load(states + chunk * N * N + matrix(N, N)).to(OPERAND)
+    out = load(y, offsets, exists) + dot(R, tl.trans(S), OPERAND, PRECISION)
+    store(y, offsets, out, exists)
+
+
+@triton.jit
+def chunk_backward(
+    r, w, a, b, segment_ids, inverse, dy,
+    transition, added, decay,
+    T, H, M,
+    C: tl.constexpr, N: tl.constexpr, SEGMENTS: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    batch, c, token, chunk = place(T, H, M, C, N)
+    offsets, exists = tile(token, T - c * C, H, C, N)
+    _, causal, enters, leaves, carried = documents(segment_ids, batch, c, T, C, SEGMENTS)
+    g, before, whole, middle, _ = decays(load(w, offsets, exists), exists, C)
+    rest = tl.exp2(whole - middle)[None, :]
+    middle = tl.exp2(middle)
+
+    at = load(a, offsets, exists) * tl.exp2(before)
+    bt = (load(b, offsets, exists) * tl.exp2(-g)).to(OPERAND)
+    L = tl.load(inverse + chunk * C * C + matrix(C, C)).to(OPERAND)
+    W = dot(L, tl.where(enters, at, 0.0), OPERAND, PRECISION).to(OPERAND)
+    X = dot(tl.trans(W), tl.where(leaves, bt, 0.0), OPERAND, PRECISION) * middle[:, None] * rest
+    square = chunk * N * N + matrix(N, N)
+    tl.store(transition + square, X.to(transition.dtype.element_ty))
+    tl.store(decay + chunk * N + tl.arange(0, N), tl.exp2(whole) * carried)
+
+    rt = load(r, offsets, exists) * tl.exp2(g)
+    A_rb = tl.where(causal, dot(rt, tl.trans(bt), OPERAND, PRECISION), 0.0)
+    R = (tl.where(enters, rt, 0.0) + dot(A_rb, W, OPERAND, PRECISION)) * middle[None, :]
+    d_y = load(dy, offsets, exists).to(OPERAND)
+    Q = dot(tl.trans(d_y), R, OPERAND, PRECISION)
+    tl.store(added + square, Q.to(added.dtype.element_ty))
+
+
+@triton.jit
+def solve(
+    inverse, at, bt, A_ak, A_rb, v, dy, S, D, OPERAND: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """u, what the tokens take out of the state, and z, the gradient of what it is solved from."""
+    L = tl.load(inverse).to(OPERAND)
+    u = dot(at, tl.trans(S), OPERAND, PRECISION) + dot(A_ak, v, OPERAND, PRECISION)
+    du = dot(bt, tl.trans(D), OPERAND, PRECISION) + dot(tl.trans(A_rb), dy, OPERAND, PRECISION)
+    u = dot(L, u, OPERAND, PRECISION).to(OPERAND)
+    return u, dot(tl.trans(L), du, OPERAND, PRECISION).to(OPERAND)
+
+
+@triton.jit
+def reader_gradient(
+    d_y, S, enters, dA_k, k, dA_b, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Of rt or at, which read the state and the tokens before."""
+    grad = tl.where(enters, dot(d_y, S, OPERAND, PRECISION), 0.0)
+    return grad + dot(dA_k, k, OPERAND, PRECISION) + dot(dA_b, b, OPERAND, PRECISION)
+
+
+@triton.jit
+def writer_gradient(
+    value, D, leaves, dA_r, r, dA_a, a, OPERAND: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Of kt or bt, which the state and later tokens read; and the part of the state alone."""
+    grad = dot(tl.trans(dA_r), r, OPERAND, PRECISION) + dot(tl.trans(dA_a), a, OPERAND, PRECISION)
+    leaving = tl.where(leaves, dot(value, D, OPERAND, PRECISION), 0.0)
+    return grad + leaving, leaving
+
+
+@triton.jit
+def store(x, offsets, value, exists):
+    tl.store(x + offsets, value.to(x.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def gradients(
+    r, w, k, v, a, b, segment_ids, inverse, states, dstates, dy,
+    dr, dw, dk, dv, da, db,
+    T, H, M,
+    C: tl.constexpr, N: tl.constexpr, SEGMENTS: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    batch, c, token, chunk = place(T, H, M, C, N)
+    offsets, exists = tile(token, T - c * C, H, C, N)
+    strict, causal, enters, leaves, carried = documents(segment_ids, batch, c, T, C, SEGMENTS)
+    g, before, whole, middle, slope = decays(load(w, offsets, exists), exists, C)
+
+    at = load(a, offsets, exists) * tl.exp2(before)
+    bt = load(b, offsets, exists) * tl.exp2(-g)
+    rt = load(r, offsets, exists) * tl.exp2(g)
+    kt = load(k, offsets, exists) * tl.exp2(-g)
+    a_, b_, r_, k_ = at.to(OPERAND), bt.to(OPERAND), rt.to(OPERAND), kt.to(OPERAND)
+    values, d_y = load(v, offsets, exists).to(OPERAND), load(dy, offsets, exists).to(OPERAND)
+    square = chunk * N * N + matrix(N, N)
+    S = tl.load(states + square).to(tl.float32) * tl.exp2(middle)[None, :]
+    D = tl.load(dstates + square).to(tl.float32) * tl.exp2(whole - middle)[None, :]
+    dlog_all = tl.sum(S * D, 0) * carried
+    S, D = S.to(OPERAND), D.to(OPERAND)
+
+    A_ak = tl.where(strict, dot(a_, tl.trans(k_), OPERAND, PRECISION), 0.0).to(OPERAND)
+    A_rb = tl.where(causal, dot(r_, tl.trans(b_), OPERAND, PRECISION), 0.0).to(OPERAND)
+    a_in, b_out = tl.where(enters, a_, 0.0), tl.where(leaves, b_, 0.0)
+    L = inverse + chunk * C * C + matrix(C, C)
+    u, z = solve(L, a_in, b_out, A_ak, A_rb, values, d_y, S, D, OPERAND, PRECISION)
+
+    A_rk = tl.where(causal, dot(r_, tl.trans(k_), OPERAND, PRECISION), 0.0)
+    grad = tl.where(leaves, dot(k_, tl.trans(D), OPERAND, PRECISION), 0.0)
+    grad += dot(tl.trans(A_rk), d_y, OPERAND, PRECISION)
+    grad += dot(tl.trans(A_ak), z, OPERAND, PRECISION)
+    store(dv, offsets, grad, exists)
+
+    # the decay of token t is in all that passes it: `later` sums over tokens from t on
+    dA_rk = tl.where(causal, dot(d_y, tl.trans(values), OPERAND, PRECISION), 0.0).to(OPERAND)
+    dA_rb = tl.where(causal, dot(d_y, tl.trans(u), OPERAND, PRECISION), 0.0).to(OPERAND)
+    grad = reader_gradient(d_y, S, enters, dA_rk, k_, dA_rb, b_, OPERAND, PRECISION)
+    store(dr, offsets, grad * tl.exp2(g), exists)
+    later = rt * grad
+    dA_ak = tl.where(strict, dot(z, tl.trans(values), OPERAND, PRECISION), 0.0).to(OPERAND)
+    dA_ab = tl.where(strict, dot(z, tl.trans(u), OPERAND, PRECISION), 0.0).to(OPERAND)
+    grad = reader_gradient(z, S, enters, dA_ak, k_, dA_ab, b_, OPERAND, PRECISION)
+    store(da, offsets, grad * tl.exp2(before), exists)
+    own = at * grad
+    later += own
+
+    grad, leaving = writer_gradient(values, D, leaves, dA_rk, r_, dA_ak, a_, OPERAND, PRECISION)
+    store(dk, offsets, grad * tl.exp2(-g), exists)
+    later -= kt * grad
+    dlog_all += tl.sum(kt * leaving, 0)
+    grad, leaving = writer_gradient(u, D, leaves, dA_rb, r_, dA_ab, a_, OPERAND, PRECISION)
+    store(db, offsets, grad * tl.exp2(-g), exists)
+    later -= bt * grad
+    dlog_all += tl.sum(bt * leaving, 0)
+
+    grad = tl.cumsum(later, 0, reverse=True) - own + dlog_all[None, :]
+    store(dw, offsets, grad * slope, exists)

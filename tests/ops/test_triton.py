@@ -1,0 +1,59 @@
+"""The Triton kernels on a machine without a GPU: interpreted, and compiled for several."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_peft.ops.dispatch import Request
+from rwkv_peft.ops.triton import objection
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs the package triton"
+)
+# of one block, in bytes
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+
+
+def test_kernels_give_right_results_in_the_interpreter() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", str(Path(__file__).with_name("interpreted.py"))],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_kernels_compile_and_fit_into_shared_memory(arch: int) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from rwkv_peft.ops.wkv7.triton import variants
+
+    for launcher, arguments in variants():
+        names, constants = launcher.kernel.arg_names, {}
+        signature = dict(zip(names, arguments, strict=True))
+        for name, value in signature.items():
+            if not (isinstance(value, str) and (value[0] == "*" or value == "i32")):
+                constants[name], signature[name] = value, "constexpr"
+        aligned = {
+            (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
+        }
+        source = ASTSource(launcher.kernel, signature, constants, aligned)
+        compiled = compile(source, GPUTarget("cuda", arch, 32), launcher.options)
+        assert compiled.metadata.shared <= SHARED_MEMORY[arch], launcher.kernel.__name__
+
+
+def test_what_triton_cannot_serve_is_said() -> None:
+    gpu = torch.device("cuda")
+    assert objection(Request(torch.device("cpu"), torch.bfloat16, 64)) == "needs a GPU"
+    assert objection(Request(gpu, torch.bfloat16, 64)) is None
+    assert objection(Request(gpu, torch.bfloat16, 32)) == "needs head size 64, got 32"
+    assert "not in float64" in str(objection(Request(gpu, torch.float64, 64)))
