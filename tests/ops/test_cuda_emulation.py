@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from rwkv_peft.ops.cuda import launch
 from rwkv_peft.ops.dispatch import Request
 from rwkv_peft.ops.testing import OPERATORS, assert_within_budget, run
 from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
 from rwkv_peft.ops.wkv6 import stages as wkv6_stages
+from rwkv_peft.ops.wkv7 import cuda as wkv7_cuda
+from rwkv_peft.ops.wkv7 import stages as wkv7_stages
 from tests.ops.emulation import emulator
 
 pytestmark = emulator.needs_compiler
@@ -27,23 +30,29 @@ class Form(NamedTuple):
         return f"{self.op}-{str(self.dtype).removeprefix('torch.')}-{self.C}"
 
 
-FORMS = (
-    Form("wkv6", torch.bfloat16, 64),
-    Form("wkv6", torch.bfloat16, 32),
-    Form("wkv6", torch.float16, 32),
-    Form("wkv6", torch.float32, 32),
+MODULES = {"wkv6": (wkv6_cuda, wkv6_stages), "wkv7": (wkv7_cuda, wkv7_stages)}
+FORMS = tuple(
+    Form(op, dtype, C)
+    for op in MODULES
+    for dtype, C in (
+        (torch.bfloat16, 64),
+        (torch.bfloat16, 32),
+        (torch.float16, 32),
+        (torch.float32, 32),
+    )
 )
 
 
-def _load_wkv6(name: str, dtype: torch.dtype, C: int, device: torch.device) -> Callable[..., None]:
-    source, signature = wkv6_cuda.KERNELS[name]
-    shared_bytes = wkv6_cuda.shared_bytes(name, dtype, C)
-    return emulator.load(source, name, signature, shared_bytes, wkv6_cuda.options(dtype, C))
-
-
 def _function(form: Form) -> Callable[..., tuple[Tensor, Tensor]]:
-    stages = wkv6_cuda.stages(_load_wkv6, lambda dtype, device: form.C)
-    return wkv6_stages.register(f"emulated_{form.C}_{str(form.dtype)[6:]}", stages)
+    module, stages = MODULES[form.op]
+
+    def load(name: str, dtype: torch.dtype, C: int, device: torch.device) -> Callable[..., None]:
+        source, signature = module.KERNELS[name]
+        shared_bytes = module.shared_bytes(name, dtype, C)
+        return emulator.load(source, name, signature, shared_bytes, launch.options(dtype, C))
+
+    made = module.stages(load, lambda dtype, device: form.C)
+    return stages.register(f"emulated_{form.C}_{str(form.dtype)[6:]}", made)
 
 
 FUNCTIONS = {form: _function(form) for form in FORMS}
@@ -115,12 +124,14 @@ def test_wkv6_without_gradients_keeps_nothing() -> None:
     assert torch.equal(y_alone, y) and torch.equal(state_alone, state) and nothing.numel() == 0
 
 
-def test_wkv6_takes_chunks_that_fit_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cuda")
-    monkeypatch.setattr(wkv6_cuda.availability, "objection", lambda request: None)
+@pytest.mark.parametrize("op", MODULES)
+def test_chunks_are_taken_that_fit_the_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, module = torch.device("cuda"), MODULES[op][0]
+    monkeypatch.setattr(module.availability, "objection", lambda request: None)
     for found, bf16_chunk, fp32 in ((232_448, 64, None), (101_376, 32, "bytes of shared memory")):
-        monkeypatch.setattr(wkv6_cuda, "_device_bytes", lambda device, found=found: found)
-        assert wkv6_cuda.chunk_length(torch.bfloat16, device) == bf16_chunk
-        assert wkv6_cuda.objection(Request(device, torch.bfloat16, 64)) is None
-        said = wkv6_cuda.objection(Request(device, torch.float32, 64))
+        monkeypatch.setattr(module, "device_bytes", lambda device, found=found: found)
+        monkeypatch.setattr(launch, "device_bytes", lambda device, found=found: found)
+        assert module.chunk_length(torch.bfloat16, device) == bf16_chunk
+        assert module.objection(Request(device, torch.bfloat16, 64)) is None
+        said = module.objection(Request(device, torch.float32, 64))
         assert said is None if fp32 is None else said is not None and fp32 in said

@@ -72,8 +72,8 @@ def test_pytorch_finds_nothing_wrong_with_the_operators(packed: bool) -> None:
         assert x is not None
         x.requires_grad_()
     torch.library.opcheck(FORWARD, (*inputs, True))
-    *_, states, inverse = FORWARD(*inputs, True)
-    given = (*inputs[:6], inputs[7], states, inverse, case.dy, case.dstate)
+    _, last_state, states, inverse = FORWARD(*inputs, True)
+    given = (*inputs[:6], inputs[7], states, last_state, inverse, case.dy, case.dstate)
     torch.library.opcheck(BACKWARD, tuple(x if x is None else x.detach() for x in given))
 
 

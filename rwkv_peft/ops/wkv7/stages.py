@@ -34,7 +34,7 @@ class Stages:
     rows of readout and inverse that belong to padding tokens.
 
     Attributes:
-        chunk_length: C for a type of the inputs.
+        chunk_length: C for a type of the inputs and a device.
         chunk_forward: (r, w, k, v, a, b, segment_ids; y, transition, added, decay, readout,
             inverse). What a chunk does without the state that enters it. inverse may be None.
         state_forward: (transition, added, decay, initial_state | None; states, last_state). The
@@ -44,11 +44,11 @@ class Stages:
             chunk_forward; added is what dy gives to the gradient of the entering state.
         state_backward: (transition, added, decay, dlast_state | None; dstates, dinitial_state). The
             gradients of the states that leave the chunks, and of the one that enters the first.
-        gradients: (r, w, k, v, a, b, segment_ids, inverse, states, dstates, dy; dr, dw, dk, dv, da,
-            db).
+        gradients: (r, w, k, v, a, b, segment_ids, inverse, states, last_state, dstates, dy; dr, dw,
+            dk, dv, da, db).
     """
 
-    chunk_length: Callable[[torch.dtype], int]
+    chunk_length: Callable[[torch.dtype, torch.device], int]
     chunk_forward: Callable[..., None]
     state_forward: Callable[..., None]
     output: Callable[..., None]
@@ -100,7 +100,7 @@ def register(name: str, stages: Stages) -> Function:
 
     Registers `rwkv_peft::wkv7_{name}` and its backward form with PyTorch, so that autograd, fake
     tensors and `torch.compile` know them; once a name. Kept for the backward pass are the inputs,
-    the states that enter the chunks and the inverses; without gradients neither.
+    the states that enter the chunks and leave the last, and the inverses; without gradients neither.
     """
     backward = _register_backward(name, stages)
     forward = _register_forward(name, stages, backward)
@@ -135,7 +135,7 @@ def _register_forward(name: str, stages: Stages, backward: Callable[..., Any]) -
         r, w, k, v, a, b = inputs = [x.contiguous() for x in (r, w, k, v, a, b)]
         segment_ids = None if segment_ids is None else segment_ids.contiguous()
         initial_state = None if initial_state is None else initial_state.contiguous()
-        layout = _Layout(r, stages.chunk_length(r.dtype))
+        layout = _Layout(r, stages.chunk_length(r.dtype, r.device))
         y, decay, readout = torch.empty_like(r), layout.decay(), layout.readout()
         transition, added, states = (layout.matrices() for _ in range(3))
         last_state, inverse = layout.state(), layout.inverse() if keep else None
@@ -147,7 +147,7 @@ def _register_forward(name: str, stages: Stages, backward: Callable[..., Any]) -
         return y, last_state, states, inverse
 
     def fake(r, w, k, v, a, b, initial_state, segment_ids, keep):  # type: ignore[no-untyped-def]
-        layout = _Layout(r, stages.chunk_length(r.dtype))
+        layout = _Layout(r, stages.chunk_length(r.dtype, r.device))
         y = r.new_empty(r.shape)
         if not keep:
             return y, layout.state(), layout.nothing(), layout.nothing()
@@ -155,8 +155,8 @@ def _register_forward(name: str, stages: Stages, backward: Callable[..., Any]) -
 
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
         *tensors, initial_state, segment_ids, _ = inputs
-        _, _, states, inverse = output
-        ctx.save_for_backward(*tensors, segment_ids, states, inverse)
+        _, last_state, states, inverse = output
+        ctx.save_for_backward(*tensors, segment_ids, states, last_state, inverse)
         ctx.has_initial_state = initial_state is not None
         ctx.mark_non_differentiable(states, inverse)
         ctx.set_materialize_grads(False)
@@ -178,25 +178,31 @@ def _register_backward(name: str, stages: Stages) -> Any:
     operator = f"rwkv_peft::wkv7_{name}_backward"
     _library.define(
         f"wkv7_{name}_backward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, "
-        "Tensor? segment_ids, Tensor states, Tensor inverse, Tensor dy, Tensor? dlast_state) -> "
+        "Tensor? segment_ids, Tensor states, Tensor last_state, Tensor inverse, Tensor dy, "
+        "Tensor? dlast_state) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
 
-    def backward(r, w, k, v, a, b, segment_ids, states, inverse, dy, dlast_state):  # type: ignore[no-untyped-def]
+    def backward(  # type: ignore[no-untyped-def]
+        r, w, k, v, a, b, segment_ids, states, last_state, inverse, dy, dlast_state
+    ):
         r, w, k, v, a, b, dy = (x.contiguous() for x in (r, w, k, v, a, b, dy))
         segment_ids = None if segment_ids is None else segment_ids.contiguous()
         dlast_state = None if dlast_state is None else dlast_state.contiguous()
-        layout = _Layout(r, stages.chunk_length(r.dtype))
+        layout = _Layout(r, stages.chunk_length(r.dtype, r.device))
         transition, added, dstates = (layout.matrices() for _ in range(3))
         decay, dinitial_state = layout.decay(), layout.state()
         stages.chunk_backward(r, w, a, b, segment_ids, inverse, dy, transition, added, decay)
         stages.state_backward(transition, added, decay, dlast_state, dstates, dinitial_state)
         grads = [torch.empty_like(r) for _ in range(6)]
-        stages.gradients(r, w, k, v, a, b, segment_ids, inverse, states, dstates, dy, *grads)
+        kept = (segment_ids, inverse, states, last_state)
+        stages.gradients(r, w, k, v, a, b, *kept, dstates, dy, *grads)
         return *grads, dinitial_state
 
-    def fake(r, w, k, v, a, b, segment_ids, states, inverse, dy, dlast_state):  # type: ignore[no-untyped-def]
-        layout = _Layout(r, stages.chunk_length(r.dtype))
+    def fake(  # type: ignore[no-untyped-def]
+        r, w, k, v, a, b, segment_ids, states, last_state, inverse, dy, dlast_state
+    ):
+        layout = _Layout(r, stages.chunk_length(r.dtype, r.device))
         return *(r.new_empty(r.shape) for _ in range(6)), layout.state()
 
     _library.impl(f"wkv7_{name}_backward", backward, "CompositeExplicitAutograd")

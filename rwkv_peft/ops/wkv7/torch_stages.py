@@ -63,7 +63,7 @@ def torch_stages(
     """
     formulas = _Formulas(chunk, rounding, inverse_rounding)
     return Stages(
-        lambda dtype: chunk,
+        lambda dtype, device: chunk,
         formulas.chunk_forward,
         formulas.state_forward,
         formulas.output,
@@ -148,6 +148,7 @@ class _Formulas:
         segment_ids,
         inverse,
         states,
+        last_state,
         dstates,
         dy,
         dr,

@@ -1,0 +1,390 @@
+// Backward stages of WKV-7 that are parallel over chunks; the formulas are in ../stages.py.
+#include "decay.cuh"
+
+// The saved inverse of the pair products: blocks on and below the diagonal into a tile.
+DEVICE void load_inverse(Tile tile, const Op* inverse, const Position& at) {
+    int g = thread_index() % 32 / 4, q = thread_index() % 4;
+    for (int i = warp_index(); i < (C / 16) * (C / 16); i += WARPS) {
+        int slab = i / (C / 16), k = i % (C / 16);
+        if (k > slab) continue;
+        Fragment f;
+        load(f, piece(inverse + at.matrix * C * C, slab, k, C / 16));
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float x[2];
+            get_fragment(f, j, x[0], x[1]);
+            set_pair(tile, slab * 16 + g + j % 2 * 8, k * 16 + j / 2 * 8 + 2 * q, x[0], x[1]);
+        }
+    }
+}
+
+struct ChunkBackward {
+    const Io *r, *w, *a, *b;
+    const int* segments;
+    const Op* inverse;
+    const Io* dy;
+    Op *transition, *added;
+    float* decay;
+    int T, H, M;
+};
+
+struct BackwardMemory {
+    enum : u32 {
+        TILE = tile_bytes(C),
+        A = 0, R = TILE, B = 2 * TILE, DY = 3 * TILE, INVERSE = 4 * TILE,
+        SHARED = 5 * TILE,
+        BYTES = SHARED + sizeof(Shared),
+    };
+};
+
+// What the reverse pass over the chunks needs: transition again, and the gradient that dy gives.
+KERNEL(wkv7_chunk_backward, ChunkBackward, THREADS, 2) {
+    typedef BackwardMemory At;
+    Shared& shared = shared_at<Shared>(At::SHARED);
+    Position at = position(p.T, p.H, p.M);
+    int group = warp_index() / GROUP_WARPS, slab = warp_index() % GROUP_WARPS, row0 = slab * 16;
+    {
+        Tokens w = load_tokens(p.w, at), a = load_tokens(p.a, at), b = load_tokens(p.b, at);
+        Tokens r = load_tokens(p.r, at), dy = load_tokens(p.dy, at);
+        load_inverse(At::INVERSE, p.inverse, at);
+        write_documents(p.segments, p.T, p.H, shared.documents);
+        put_tokens(At::DY, dy);
+        Factors factor = decay_factors(w, at, shared);
+        put_scaled(At::A, a, factor.before, factor.first);
+        put_scaled(At::R, r, factor.first, factor.second);
+        factor.invert();
+        put_scaled(At::B, b, factor.first, factor.second);
+    }
+    sync_block();
+    Documents documents = read_documents(shared.documents);
+    write_decay(p.decay, at, documents, shared);
+    if (documents.is_packed()) {
+        zero_rows(At::A, documents.entering, C);
+        sync_block();
+    }
+
+    Slab<> s;
+    if (group == 0) {
+        clear(s);
+        add_product(s, At::INVERSE, row0, At::A, Range{0, row0 + 16});
+        sync_group(1, GROUP_THREADS);
+        store_tile(At::A, row0, s);
+    }
+    sync_block();
+    if (group == 1) {
+        clear(s);
+        add_pairs(s, load_rows_of(At::R, row0), At::B, At::A, bounds(slab, documents, false), true);
+        add_readout(s, At::R, row0, documents, shared.middle);
+        store_tile(At::R, row0, s);
+        sync_group(2, GROUP_THREADS);
+    }
+    if (documents.is_packed()) {
+        sync_block();
+        zero_rows(At::B, 0, documents.leaving);
+        sync_block();
+    }
+    // X for the gradient of the state, or what is added to it
+    for (int i = slab; i < SLABS; i += GROUP_WARPS) {
+        clear(s);
+        add_product_transposed(s, group == 0 ? At::A : At::DY, i * 16, group == 0 ? At::B : At::R,
+                               Range{0, C});
+        if (group == 1) {
+            store_left(p.added + at.matrix * N * N, i, s);
+        } else {
+            int row = i * 16 + thread_index() % 32 / 4;
+            float middle[2] = {shared.middle[row], shared.middle[row + 8]};
+            each(s, [&](float& x, int half, int, int c) { x *= middle[half] * shared.end[c]; });
+            store_right(p.transition + at.matrix * N * N, i, s);
+        }
+    }
+}
+
+struct Gradients {
+    const Io *r, *w, *k, *v, *a, *b;
+    const int* segments;
+    const Op *inverse, *states;
+    const float* last_state;
+    const Op* dstates;
+    const Io* dy;
+    Io *dr, *dw, *dk, *dv, *da, *db;
+    int T, H, M;
+};
+
+constexpr int WIDE = N + 8;  // of float32 rows, so that eight rows meet all banks
+
+struct GradientMemory {
+    enum : u32 {
+        TILE = tile_bytes(C), MATRIX = tile_bytes(N),
+        A = 0, R = TILE, B = 2 * TILE, K = 3 * TILE, V = 4 * TILE, DY = 5 * TILE, U = 6 * TILE,
+        Z = 7 * TILE, INVERSE = 8 * TILE, STATE = 9 * TILE, DSTATE = STATE + MATRIX,
+        TILES_END = DSTATE + MATRIX,
+        FACTOR = TILES_END,                     // float[C + 1][WIDE]: e^{g_{t-1} - m}
+        LEAVING = FACTOR + (C + 1) * WIDE * 4,  // float[WARPS / 4][N]
+        SHARED = LEAVING + WARPS / 4 * N * 4,
+        BYTES = SHARED + sizeof(Shared),
+    };
+};
+typedef GradientMemory At;
+
+// s *= e^{g_t - m} of its tokens, or its inverse; `factor` at the row of the slab's first token.
+DEVICE void scale_rows(Slab<>& s, const float* factor, bool is_inverse) {
+    each_pair([&](int j, int i, int row, int column) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            float f = factor[row * WIDE + column + c];
+            s.x[j][2 * i + c] *= is_inverse ? inverse_of(f) : f;
+        }
+    });
+}
+
+// This warp's pieces of the state that enters the chunk and the gradient of the one that leaves it.
+static_assert(WARPS % 4 == 0, "a warp has pieces of one column");
+constexpr int PIECES = 16 / WARPS;
+struct States { Fragment state[PIECES], dstate[PIECES]; };
+
+DEVICE States load_states(const Gradients& p, const Position& at) {
+    States s;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        int index = i * WARPS + warp_index();
+        u64 place = at.matrix * N * N;
+        load(s.state[i], piece(p.states + place, index / 4, index % 4));
+        load(s.dstate[i], piece(p.dstates + place, index / 4, index % 4));
+    }
+    return s;
+}
+
+// Sum over value rows of the leaving state and its gradient: what scales with the whole decay.
+DEVICE void leaving_products(const Gradients& p, const Position& at, const States& s) {
+    int warp = warp_index(), g = thread_index() % 32 / 4, q = thread_index() % 4;
+    bool is_last = (int)block_x() == p.M - 1;
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        int index = i * WARPS + warp, slab = index / 4, k = index % 4;
+        Fragment next;
+        if (!is_last) load(next, piece(p.states + (at.matrix + 1) * N * N, slab, k));
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float x[2], d[2];
+            if (is_last) {
+                u64 row = (u64)block_y() * N + slab * 16 + g + j / 2 * 8;
+                const float* last = p.last_state + row * N + k * 16 + j % 2 * 8 + 2 * q;
+                x[0] = last[0], x[1] = last[1];
+            } else {
+                get_fragment(next, j, x[0], x[1]);
+            }
+            get_fragment(s.dstate[i], j, d[0], d[1]);
+            sum[j % 2 * 2] += x[0] * d[0], sum[j % 2 * 2 + 1] += x[1] * d[1];
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) sum[j] += warp_shuffle(sum[j], lanes);
+        if (g == 0) shared_at<float>(At::LEAVING + (warp / 4 * N + warp % 4 * 16 + j / 2 * 8 + 2 * q + j % 2) * 4) =
+                sum[j];
+    }
+}
+
+// Both measured from the chunk's middle, as tiles.
+DEVICE void put_states(const States& s, const Shared& shared) {
+    int g = thread_index() % 32 / 4, q = thread_index() % 4;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        int index = i * WARPS + warp_index(), slab = index / 4, k = index % 4;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int row = slab * 16 + g + j / 2 * 8, column = k * 16 + j % 2 * 8 + 2 * q;
+            const float *middle = shared.middle + column, *end = shared.end + column;
+            float x[2], d[2];
+            get_fragment(s.state[i], j, x[0], x[1]);
+            get_fragment(s.dstate[i], j, d[0], d[1]);
+            set_pair(At::STATE, row, column, x[0] * middle[0], x[1] * middle[1]);
+            set_pair(At::DSTATE, row, column, d[0] * end[0], d[1] * end[1]);
+        }
+    }
+}
+
+DEVICE void load_gradients(const Gradients& p, const Position& at, Shared& shared) {
+    Tokens w = load_tokens(p.w, at), a = load_tokens(p.a, at), b = load_tokens(p.b, at);
+    Tokens k = load_tokens(p.k, at), r = load_tokens(p.r, at);
+    {
+        Tokens v = load_tokens(p.v, at), dy = load_tokens(p.dy, at);
+        load_inverse(At::INVERSE, p.inverse, at);
+        put_tokens(At::V, v);
+        put_tokens(At::DY, dy);
+    }
+    States states = load_states(p, at);
+    write_documents(p.segments, p.T, p.H, shared.documents);
+    Factors factor = decay_factors(w, at, shared);
+    float* rows = &shared_at<float>(At::FACTOR) + own_token() * WIDE + own_channel();
+    write_eight(rows, factor.before);
+    write_eight(rows + WIDE, factor.first);
+    if (own_token() == C - TOKENS) write_eight(rows + 2 * WIDE, factor.second);
+    put_scaled(At::A, a, factor.before, factor.first);
+    put_scaled(At::R, r, factor.first, factor.second);
+    factor.invert();
+    put_scaled(At::B, b, factor.first, factor.second);
+    put_scaled(At::K, k, factor.first, factor.second);
+    leaving_products(p, at, states);
+    put_states(states, shared);
+}
+
+// x += sign * values * gradients of this thread's tokens
+DEVICE void add_products(float (&x)[TOKENS][8], const Io* values, const Io* gradients, float sign,
+                         const Position& at) {
+    Tokens v = load_tokens(values, at), d = load_tokens(gradients, at);
+#pragma unroll
+    for (int i = 0; i < TOKENS; i++) {
+        float value[8], gradient[8];
+        unpack(v.x[i], value), unpack(d.x[i], gradient);
+#pragma unroll
+        for (int c = 0; c < 8; c++) x[i][c] += sign * value[c] * gradient[c];
+    }
+}
+
+// Gradient of w from the gradients that the block has written. A decay scales what comes after it in
+// its document: with x = r dr - k dk - b db + a da, it has the sum of x from its token on, without
+// its own a da, and what scales with the leaving state.
+DEVICE void decay_gradient(const Gradients& p, const Position& at, const Documents& documents,
+                           Shared& shared) {
+    int warp = warp_index(), group = thread_index() % 32 / 8, token = own_token();
+    int last[TOKENS] = {documents.last(token), documents.last(token + 1)};
+    int warp_end = (warp + 1) * WARP_TOKENS;
+    float x[TOKENS][8] = {}, d[TOKENS][8] = {}, head[8];
+    add_products(d, p.a, p.da, -1.0f, at);
+    add_products(x, p.r, p.dr, 1.0f, at);
+    add_products(x, p.k, p.dk, -1.0f, at);
+    add_products(x, p.b, p.db, -1.0f, at);
+    Tokens w = load_tokens(p.w, at);
+#pragma unroll
+    for (int c = 0; c < 8; c++) {
+#pragma unroll
+        for (int i = 0; i < TOKENS; i++) x[i][c] -= d[i][c];
+        // sum from the first token to the end of its document or of the warp's tokens
+        head[c] = x[0][c] + (last[0] > token ? x[1][c] : 0.0f);
+#pragma unroll
+        for (int step = 1; step < 4; step *= 2) {
+            float later = shuffle_down(head[c], 8 * step);
+            head[c] += group + step < 4 && last[0] >= token + step * TOKENS ? later : 0.0f;
+        }
+        float later = shuffle_down(head[c], 8);
+        x[1][c] += group < 3 && last[1] >= token + TOKENS ? later : 0.0f;
+    }
+    if (group == 0) write_eight(&shared.totals[warp][own_channel()], head);
+    sync_block();
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        // what comes after the warp's tokens in the document of the last of them
+        int channel = thread_index() % 32 + 32 * i, end = documents.last(warp_end - 1);
+        float sum = 0.0f;
+#pragma unroll
+        for (int other = 1; other < WARPS; other++)
+            if (other > warp && other * WARP_TOKENS <= end) sum += shared.totals[other][channel];
+        shared.offsets[warp][channel] = sum;
+    }
+    sync_warp();
+    float rest[8], leaving[8] = {};
+    read_eight(rest, &shared.offsets[warp][own_channel()]);
+#pragma unroll
+    for (int i = 0; i < WARPS / 4; i++) {
+        float part[8];
+        read_eight(part, &shared_at<float>(At::LEAVING) + i * N + own_channel());
+#pragma unroll
+        for (int c = 0; c < 8; c++) leaving[c] += part[c];
+    }
+#pragma unroll
+    for (int i = 0; i < TOKENS; i++) {
+        float gate[8];
+        unpack(w.x[i], gate);
+#pragma unroll
+        for (int c = 0; c < 8; c++) {
+            d[i][c] += i == 0 ? head[c] : x[1][c];
+            d[i][c] += last[i] >= warp_end ? rest[c] : 0.0f;
+            d[i][c] += token + i >= documents.leaving ? leaving[c] : 0.0f;
+            gate[c] = sigmoid(gate[c]);
+            d[i][c] *= -DECAY_SCALE * gate[c] * (1.0f - gate[c]);
+        }
+        if (token + i < at.length)
+            *(RawEight*)(p.dw + at.first + own_channel() + (token + i) * at.stride) = pack(d[i]);
+    }
+}
+
+// One output of the gradients stage: left M + sum of two pair products (left right^T) values, where M
+// is the state or its gradient.
+struct Task {
+    Tile left, right, values, other_right, other_values;
+    bool with_itself, other_with_itself, is_later;
+    int shift;  // 1: its factor is e^{g_t - m}, 0: e^{g_{t-1} - m}
+    Io* output;
+};
+
+// Number 0 solves for u or z, 1 gives dv, 2 and 3 the gradients that are scaled by decays: those of r
+// and a by the first group of warps, of k and b by the second.
+DEVICE Task task(const Gradients& p, int group, int number) {
+    bool is_first = group == 0, is_third = number == 3;
+    if (number == 0)
+        return {is_first ? At::A : At::B, is_first ? At::K : At::R, is_first ? At::V : At::DY, 0, 0,
+                !is_first, false, !is_first, 0, nullptr};
+    if (number == 1)
+        return {At::K, At::R, At::DY, At::A, At::Z, true, false, true, 0, p.dv};
+    if (is_first)
+        return {is_third ? At::Z : At::DY, At::V, At::K, At::U, At::B, !is_third, !is_third, false,
+                is_third ? 0 : 1, is_third ? p.da : p.dr};
+    return {is_third ? At::U : At::V, At::DY, At::R, At::Z, At::A, true, false, true,
+            1, is_third ? p.db : p.dk};
+}
+
+// u = L s, what each token takes out of the state, or z = L^T s, the gradient of that; as a tile
+DEVICE void solve(Slab<>& s, int group, int row0) {
+    Tile solved = group == 0 ? At::U : At::Z;
+    store_tile(solved, row0, s);
+    sync_group(1 + group, GROUP_THREADS);
+    clear(s);
+    if (group == 0) add_product(s, At::INVERSE, row0, solved, Range{0, row0 + 16});
+    else add_product_transposed(s, At::INVERSE, row0, solved, Range{row0, C});
+    sync_group(1 + group, GROUP_THREADS);
+    store_tile(solved, row0, s);
+}
+
+KERNEL(wkv7_gradients, Gradients, THREADS, 2) {
+    Shared& shared = shared_at<Shared>(At::SHARED);
+    Position at = position(p.T, p.H, p.M);
+    int group = warp_index() / GROUP_WARPS, slab = warp_index() % GROUP_WARPS, row0 = slab * 16;
+    load_gradients(p, at, shared);
+    sync_block();
+    Documents documents = read_documents(shared.documents);
+
+    Slab<> s;
+#pragma unroll 1
+    for (int number = 0; number < 4; number++) {
+        // dv is shared: the second group has the slabs that look at few tokens
+        if (number == 1 && (group == 0) != (slab < GROUP_WARPS / 2)) continue;
+        Task todo = task(p, group, number);
+        Rows left = load_rows_of(todo.left, row0);
+        clear(s);
+        if (number > 1) add_matrix(s, left, group == 0 ? At::STATE : At::DSTATE);
+        else add_matrix_transposed(s, left, todo.is_later ? At::DSTATE : At::STATE);
+        if (documents.is_packed()) {
+            int begin = todo.is_later ? documents.leaving : 0;
+            int end = todo.is_later ? C : documents.entering;
+            each(s, [&](float& x, int, int row, int) {
+                x = row0 + row >= begin && row0 + row < end ? x : 0.0f;
+            });
+        }
+        Bounds limits = bounds(slab, documents, todo.is_later);
+        add_pairs(s, left, todo.right, todo.values, limits, todo.with_itself);
+        if (number == 0) {
+            solve(s, group, row0);
+            sync_block();
+            continue;
+        }
+        add_pairs(s, left, todo.other_right, todo.other_values, limits, todo.other_with_itself);
+        if (number > 1)
+            scale_rows(s, &shared_at<float>(At::FACTOR) + (row0 + todo.shift) * WIDE, group == 1);
+        store_rows(todo.output, at, row0, s);
+    }
+    sync_block();
+    decay_gradient(p, at, documents, shared);
+}
