@@ -124,7 +124,7 @@ DEVICE void zero_rows(Tile tile, int begin, int end) {
 
 // ------------------------------------------------------------------------------------------------
 // This thread's share: tokens own_token() and the next, eight channels from own_channel() on.
-DEVICE int own_token() { return warp_index() * WARP_TOKENS + thread_index() % 32 / 8 * TOKENS; }
+DEVICE int own_token() { return thread_index() / 32 * WARP_TOKENS + thread_index() % 32 / 8 * TOKENS; }
 DEVICE int own_channel() { return thread_index() % 8 * 8; }
 
 struct Tokens { RawEight x[TOKENS]; };

@@ -35,7 +35,7 @@ constexpr float LOG2E = 1.4426950408889634f;
 extern __shared__ __align__(128) unsigned char shared_memory[];
 
 DEVICE int thread_index() { return threadIdx.x; }
-// said in a way that shows the compiler that a warp agrees on it
+// said in a way that shows the compiler that a warp agrees on it: for all lanes together
 DEVICE int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 DEVICE int block_x() { return blockIdx.x; }
 DEVICE int block_y() { return blockIdx.y; }

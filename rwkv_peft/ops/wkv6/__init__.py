@@ -38,9 +38,9 @@ def _load_fla() -> Kernel:
 
 
 TABLE = (
-    Backend("torch", _load_torch, lambda request: None, "chunked matrix products in PyTorch"),
-    # after torch, so that auto does not take them: no GPU has yet held them against the budget
     Backend("cuda", _load_cuda, _cuda_objection, "kernels for NVIDIA GPUs"),
+    Backend("torch", _load_torch, lambda request: None, "chunked matrix products in PyTorch"),
+    # after torch: not yet held against the budget on a GPU
     Backend("fla", _load_fla, fla.objection, fla.NOTE),
     Backend("reference", lambda: wkv6_reference, lambda request: None, "token by token"),
 )

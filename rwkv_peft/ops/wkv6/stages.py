@@ -13,12 +13,15 @@ other two stages are in `chunked`. A backend brings the stages; memory, order, w
 backward pass and the registration with PyTorch are the same for all and are here.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rwkv_peft.ops.eager import shortcut
 
 Function = Callable[..., tuple[Tensor, Tensor]]
 
@@ -81,7 +84,7 @@ def register(name: str, stages: Stages) -> Function:
     tensors and `torch.compile` know them; once a name. Kept for the backward pass are the inputs
     and the states that enter the chunks; without gradients neither.
     """
-    forward = _register_forward(name, stages, _register_backward(name, stages))
+    forward = _register_forward(name, stages, *_register_backward(name, stages))
 
     def wkv6_stages(
         r: Tensor,
@@ -101,7 +104,9 @@ def register(name: str, stages: Stages) -> Function:
     return wkv6_stages
 
 
-def _register_forward(name: str, stages: Stages, backward: Callable[..., Any]) -> Any:
+def _register_forward(
+    name: str, stages: Stages, backward: Callable[..., Any], registered: Callable[..., Any]
+) -> Callable[..., Any]:
     operator = f"rwkv_peft::wkv6_{name}"
     _library.define(
         f"wkv6_{name}(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, Tensor? initial_state, "
@@ -132,7 +137,7 @@ def _register_forward(name: str, stages: Stages, backward: Callable[..., Any]) -
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
 
-    def through(ctx, dy, dlast_state, _dstates):  # type: ignore[no-untyped-def]
+    def through(ctx, dy, dlast_state, _dstates, backward=backward):  # type: ignore[no-untyped-def]
         saved = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros_like(saved[0])
@@ -141,11 +146,19 @@ def _register_forward(name: str, stages: Stages, backward: Callable[..., Any]) -
 
     _library.impl(f"wkv6_{name}", forward, "CompositeExplicitAutograd")
     torch.library.register_fake(operator, fake, lib=_library)
-    torch.library.register_autograd(operator, through, setup_context=setup_context, lib=_library)
-    return getattr(torch.ops.rwkv_peft, f"wkv6_{name}").default
+    torch.library.register_autograd(
+        operator,
+        functools.partial(through, backward=registered),
+        setup_context=setup_context,
+        lib=_library,
+    )
+    called = getattr(torch.ops.rwkv_peft, f"wkv6_{name}").default
+    return shortcut(called, forward, setup_context, through)
 
 
-def _register_backward(name: str, stages: Stages) -> Any:
+def _register_backward(
+    name: str, stages: Stages
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     operator = f"rwkv_peft::wkv6_{name}_backward"
     _library.define(
         f"wkv6_{name}_backward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, "
@@ -173,4 +186,4 @@ def _register_backward(name: str, stages: Stages) -> Any:
 
     _library.impl(f"wkv6_{name}_backward", backward, "CompositeExplicitAutograd")
     torch.library.register_fake(operator, fake, lib=_library)
-    return getattr(torch.ops.rwkv_peft, f"wkv6_{name}_backward").default
+    return backward, getattr(torch.ops.rwkv_peft, f"wkv6_{name}_backward").default

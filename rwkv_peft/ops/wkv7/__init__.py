@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from rwkv_peft.ops import fla, triton
-from rwkv_peft.ops.dispatch import Backend
+from rwkv_peft.ops.dispatch import Backend, Request
 from rwkv_peft.ops.validation import require_like
 from rwkv_peft.ops.wkv7.reference import wkv7_reference
 
@@ -30,7 +30,20 @@ def _load_fla() -> Kernel:
     return wkv7_fla
 
 
+def _load_cuda() -> Kernel:
+    from rwkv_peft.ops.wkv7.cuda import wkv7_cuda
+
+    return wkv7_cuda
+
+
+def _cuda_objection(request: Request) -> str | None:
+    from rwkv_peft.ops.wkv7.cuda import objection
+
+    return objection(request)
+
+
 TABLE = (
+    Backend("cuda", _load_cuda, _cuda_objection, "kernels for NVIDIA GPUs"),
     Backend("triton", _load_triton, triton.objection, triton.NOTE),
     Backend("fla", _load_fla, fla.objection, fla.NOTE),
     Backend("torch", _load_torch, lambda request: None, "chunked matrix products in PyTorch"),

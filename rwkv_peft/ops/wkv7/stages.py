@@ -11,12 +11,15 @@ A backend brings the six stages; memory, order, what is kept for the backward pa
 registration with PyTorch are the same for all and are here. `torch_stages` holds the formulas.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rwkv_peft.ops.eager import shortcut
 
 Function = Callable[..., tuple[Tensor, Tensor]]
 
@@ -102,8 +105,7 @@ def register(name: str, stages: Stages) -> Function:
     tensors and `torch.compile` know them; once a name. Kept for the backward pass are the inputs,
     the states that enter the chunks and leave the last, and the inverses; without gradients neither.
     """
-    backward = _register_backward(name, stages)
-    forward = _register_forward(name, stages, backward)
+    forward = _register_forward(name, stages, *_register_backward(name, stages))
 
     def wkv7_stages(
         r: Tensor,
@@ -124,7 +126,9 @@ def register(name: str, stages: Stages) -> Function:
     return wkv7_stages
 
 
-def _register_forward(name: str, stages: Stages, backward: Callable[..., Any]) -> Any:
+def _register_forward(
+    name: str, stages: Stages, backward: Callable[..., Any], registered: Callable[..., Any]
+) -> Callable[..., Any]:
     operator = f"rwkv_peft::wkv7_{name}"
     _library.define(
         f"wkv7_{name}(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, "
@@ -161,7 +165,7 @@ def _register_forward(name: str, stages: Stages, backward: Callable[..., Any]) -
         ctx.mark_non_differentiable(states, inverse)
         ctx.set_materialize_grads(False)
 
-    def through(ctx, dy, dlast_state, _dstates, _dinverse):  # type: ignore[no-untyped-def]
+    def through(ctx, dy, dlast_state, _dstates, _dinverse, backward=backward):  # type: ignore[no-untyped-def]
         saved = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros_like(saved[0])
@@ -170,11 +174,19 @@ def _register_forward(name: str, stages: Stages, backward: Callable[..., Any]) -
 
     _library.impl(f"wkv7_{name}", forward, "CompositeExplicitAutograd")
     torch.library.register_fake(operator, fake, lib=_library)
-    torch.library.register_autograd(operator, through, setup_context=setup_context, lib=_library)
-    return getattr(torch.ops.rwkv_peft, f"wkv7_{name}").default
+    torch.library.register_autograd(
+        operator,
+        functools.partial(through, backward=registered),
+        setup_context=setup_context,
+        lib=_library,
+    )
+    called = getattr(torch.ops.rwkv_peft, f"wkv7_{name}").default
+    return shortcut(called, forward, setup_context, through)
 
 
-def _register_backward(name: str, stages: Stages) -> Any:
+def _register_backward(
+    name: str, stages: Stages
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     operator = f"rwkv_peft::wkv7_{name}_backward"
     _library.define(
         f"wkv7_{name}_backward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, "
@@ -207,4 +219,4 @@ def _register_backward(name: str, stages: Stages) -> Any:
 
     _library.impl(f"wkv7_{name}_backward", backward, "CompositeExplicitAutograd")
     torch.library.register_fake(operator, fake, lib=_library)
-    return getattr(torch.ops.rwkv_peft, f"wkv7_{name}_backward").default
+    return backward, getattr(torch.ops.rwkv_peft, f"wkv7_{name}_backward").default

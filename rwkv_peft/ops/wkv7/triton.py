@@ -80,13 +80,14 @@ def _backward(*tensors: Tensor | None) -> None:
 def _inputs(*tensors: Tensor | None) -> None:
     r, segment_ids = tensors[0], tensors[6]
     assert r is not None
-    _over_chunks(_gradients, tensors, r, segment_ids is not None)
+    # the last state is not needed: what decays give to it is made again
+    _over_chunks(_gradients, (*tensors[:9], *tensors[10:]), r, segment_ids is not None)
 
 
 wkv7_triton = register(
     "triton",
     Stages(
-        chunk_length=lambda dtype: _settings(dtype).chunk,
+        chunk_length=lambda dtype, device: _settings(dtype).chunk,
         chunk_forward=_forward,
         state_forward=lambda *tensors: _over_states(*tensors, reverse=False),
         output=lambda *tensors: _over_chunks(_output, tensors, tensors[-1]),

@@ -134,7 +134,6 @@ inline unsigned char* shared_memory = (unsigned char*)(((uintptr_t)shared_storag
     static void name##_body(const Args& p)
 
 DEVICE int thread_index() { return emulation::current->index; }
-DEVICE int warp_index() { return emulation::current->index / 32; }
 DEVICE int block_x() { return emulation::block[0]; }
 DEVICE int block_y() { return emulation::block[1]; }
 DEVICE void sync_block() { emulation::wait(0, (int)emulation::threads.size()); }
@@ -153,6 +152,10 @@ template <class T, class F> T exchange(T x, F f) {
     return out;
 }
 DEVICE void sync_warp() { exchange(0, [](const int*, int) { return 0; }); }
+DEVICE int warp_index() {
+    sync_warp();  // a lane that does not come is a deadlock here, and an illegal instruction there
+    return emulation::current->index / 32;
+}
 DEVICE u32 warp_ballot(bool x) {
     return exchange((u32)x, [](const u32* in, int) {
         u32 bits = 0;

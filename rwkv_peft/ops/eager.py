@@ -1,0 +1,38 @@
+"""A registered operator called without PyTorch's dispatcher, which takes longer than the kernels."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def shortcut(
+    operator: Callable[..., Any],
+    forward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """What `operator` computes, by its Python parts; itself where something else must see the call.
+
+    Args:
+        operator: registered with `torch.library` from the other three; its first argument is a
+            tensor, its last says whether to keep what backward needs.
+        forward, setup_context, backward: as `torch.autograd.Function` has them.
+    """
+
+    class Direct(torch.autograd.Function):
+        pass
+
+    Direct.forward = staticmethod(forward)  # type: ignore[method-assign]
+    Direct.setup_context = staticmethod(setup_context)
+    Direct.backward = staticmethod(once_differentiable(backward))  # type: ignore[method-assign]
+
+    def call(*arguments: Any) -> Any:
+        # a compiler traces the operator, and tensors of other kinds have their own way with it
+        if torch.compiler.is_compiling() or type(arguments[0]) is not Tensor:
+            return operator(*arguments)
+        return Direct.apply(*arguments) if arguments[-1] else forward(*arguments)
+
+    return call
