@@ -1,4 +1,4 @@
-"""A registered operator called without PyTorch's dispatcher, which takes longer than the kernels."""
+"""A registered operator called past PyTorch's dispatcher, which can take longer than the kernels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,17 +22,17 @@ def shortcut(
         forward, setup_context, backward: as `torch.autograd.Function` has them.
     """
 
-    class Direct(torch.autograd.Function):
-        pass
-
-    Direct.forward = staticmethod(forward)  # type: ignore[method-assign]
-    Direct.setup_context = staticmethod(setup_context)
-    Direct.backward = staticmethod(once_differentiable(backward))  # type: ignore[method-assign]
+    members = {
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(once_differentiable(backward)),
+    }
+    direct: Any = type("Direct", (torch.autograd.Function,), members)
 
     def call(*arguments: Any) -> Any:
         # a compiler traces the operator, and tensors of other kinds have their own way with it
         if torch.compiler.is_compiling() or type(arguments[0]) is not Tensor:
             return operator(*arguments)
-        return Direct.apply(*arguments) if arguments[-1] else forward(*arguments)
+        return direct.apply(*arguments) if arguments[-1] else forward(*arguments)
 
     return call

@@ -54,7 +54,7 @@ def _wrong(*given: Any) -> Any:
         (_wrong, "FAILS: y holds values that are not finite"),
         (
             _broken,
-            "FAILS: op='cuda' does not run on cpu: no kernel image is available; use --op torch",
+            "FAILS: op='stub' does not run on cpu: no kernel image is available; use --op torch",
         ),
     ],
 )
@@ -63,13 +63,13 @@ def test_a_backend_that_fails_is_shown_and_ends_with_2_if_auto_takes_it(
     kernel: Any, message: str, is_first: bool, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "PRECISIONS", ("fp32",))
-    row = Backend("cuda", lambda: kernel, lambda request: None, "of this test")
+    row = Backend("stub", lambda: kernel, lambda request: None, "of this test")
     torch_row = next(b for b in OPERATORS["wkv7"].table if b.name == "torch")
     table = (row, torch_row) if is_first else (torch_row, row)
     monkeypatch.setitem(OPERATORS, "wkv7", OPERATORS["wkv7"]._replace(table=table))
     done = cli("doctor", "--accelerator", "cpu")
     assert done.code == (2 if is_first else 0)
-    (line,) = [line for line in done.out.splitlines() if " cuda " in line]
+    (line,) = [line for line in done.out.splitlines() if " stub " in line]
     assert line.endswith(message) and line.startswith("  *" if is_first else "   ")
     assert ("one is WRONG" in done.out.splitlines()[-1]) == is_first
 

@@ -145,7 +145,7 @@ def test_a_run_checks_its_kernel_before_it_begins(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     block, name, table = rwkv_peft.models.MODELS["x070"]
-    row = Backend("cuda", lambda: kernel, lambda request: None, "of this test")
+    row = Backend("stub", lambda: kernel, lambda request: None, "of this test")
     monkeypatch.setitem(rwkv_peft.models.MODELS, "x070", (block, name, (row, *table)))
     folder = tmp_path / "out"
     flags = ["--accelerator", "cpu", "--precision", "fp32", "--ctx_len", 16, "--epoch_count", 1]
@@ -153,7 +153,7 @@ def test_a_run_checks_its_kernel_before_it_begins(
     if kernel is wkv7_chunked:
         assert done.code == 0
         log = (folder / "train_log.txt").read_text()
-        assert "check: op cuda agrees with the float64 reference in float32 on 83 tokens: " in log
+        assert "check: op stub agrees with the float64 reference in float32 on 83 tokens: " in log
     else:
-        assert done.code == 2 and done.err.startswith("error: op='cuda' computes wkv7 wrongly")
+        assert done.code == 2 and done.err.startswith("error: op='stub' computes wkv7 wrongly")
         assert done.err.endswith("use --op torch\n") and not folder.exists()

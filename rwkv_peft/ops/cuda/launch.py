@@ -1,4 +1,4 @@
-"""What the CUDA backends of the recurrences share: how their kernels are built, loaded and given."""
+"""What the CUDA backends of the recurrences share: how kernels are built, loaded and started."""
 
 import functools
 from collections.abc import Callable

@@ -64,8 +64,11 @@ def objection(request: Request) -> str | None:
     )
 
 
+_load = loader(KERNELS, shared_bytes)
+
+
 def stages(
-    load: Load = loader(KERNELS, shared_bytes),
+    load: Load = _load,
     length: Callable[[torch.dtype, torch.device], int] = chunk_length,
 ) -> Stages:
     """The stages as launches of the kernels that `load` brings, in chunks of `length`."""

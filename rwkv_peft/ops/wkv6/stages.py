@@ -156,9 +156,7 @@ def _register_forward(
     return shortcut(called, forward, setup_context, through)
 
 
-def _register_backward(
-    name: str, stages: Stages
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _register_backward(name: str, stages: Stages) -> tuple[Callable[..., Any], Callable[..., Any]]:
     operator = f"rwkv_peft::wkv6_{name}_backward"
     _library.define(
         f"wkv6_{name}_backward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, "

@@ -103,7 +103,7 @@ def register(name: str, stages: Stages) -> Function:
 
     Registers `rwkv_peft::wkv7_{name}` and its backward form with PyTorch, so that autograd, fake
     tensors and `torch.compile` know them; once a name. Kept for the backward pass are the inputs,
-    the states that enter the chunks and leave the last, and the inverses; without gradients neither.
+    the states that enter the chunks and leave the last, and the inverses; only if it will come.
     """
     forward = _register_forward(name, stages, *_register_backward(name, stages))
 
@@ -184,9 +184,7 @@ def _register_forward(
     return shortcut(called, forward, setup_context, through)
 
 
-def _register_backward(
-    name: str, stages: Stages
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _register_backward(name: str, stages: Stages) -> tuple[Callable[..., Any], Callable[..., Any]]:
     operator = f"rwkv_peft::wkv7_{name}_backward"
     _library.define(
         f"wkv7_{name}_backward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, "
