@@ -1,4 +1,4 @@
-"""A registered operator called past PyTorch's dispatcher, which can take longer than the kernels."""
+"""A registered operator called past PyTorch's dispatcher, which can outlast the kernels."""
 
 from collections.abc import Callable
 from typing import Any
