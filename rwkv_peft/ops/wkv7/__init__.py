@@ -44,9 +44,10 @@ def _cuda_objection(request: Request) -> str | None:
 
 TABLE = (
     Backend("cuda", _load_cuda, _cuda_objection, "kernels for NVIDIA GPUs"),
-    Backend("triton", _load_triton, triton.objection, triton.NOTE),
     Backend("fla", _load_fla, fla.objection, fla.NOTE),
     Backend("torch", _load_torch, lambda request: None, "chunked matrix products in PyTorch"),
+    # after torch, so that auto does not take it: on an H200 it reads memory that nobody wrote
+    Backend("triton", _load_triton, triton.objection, triton.NOTE),
     Backend("reference", lambda: wkv7_reference, lambda request: None, "token by token"),
 )
 

@@ -75,6 +75,7 @@ KERNEL(wkv7_chunk_backward, ChunkBackward, THREADS, 2) {
         clear(s);
         add_pairs(s, load_rows_of(At::R, row0), At::B, At::A, bounds(slab, documents, false), true);
         add_readout(s, At::R, row0, documents, shared.middle);
+        sync_warp();  // all lanes have read the rows that are written now
         store_tile(At::R, row0, s);
         sync_group(2, GROUP_THREADS);
     }
@@ -228,6 +229,7 @@ DEVICE void load_gradients(const Gradients& p, const Position& at, Shared& share
     put_scaled(At::B, b, factor.first, factor.second);
     put_scaled(At::K, k, factor.first, factor.second);
     leaving_products(p, at, states);
+    sync_block();  // for middle and end, which the first warp writes
     put_states(states, shared);
 }
 
