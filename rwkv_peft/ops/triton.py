@@ -35,8 +35,9 @@ class Launcher:
     """Starts a Triton kernel; what was compiled is kept by key, which spares most of Triton's time.
 
     Args:
-        kernel: a `triton.jit` function whose tensors come first, then numbers that it does not
-            specialise on, then constants.
+        kernel: a `triton.jit` function whose tensors come first, then numbers, which it must be
+            told not to specialise on: what was compiled is used for all of their values; then
+            constants.
         num_warps, num_stages: how it is compiled.
     """
 
@@ -63,7 +64,7 @@ class Launcher:
         if torch.accelerator.current_device_index() != device.index:
             with torch.accelerator.device_index(device.index):
                 return self(grid, tensors, numbers, constants)
-        key = (device.index, tensors[0].dtype, constants)
+        key = (device.index, constants, *[x.dtype for x in tensors])
         # Triton compiles for addresses that are a multiple of 16, or again for others
         is_aligned = not any(x.data_ptr() % 16 for x in tensors)
         if is_aligned and (compiled := self._found.get(key)) is not None:

@@ -4,13 +4,15 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rwkv_peft.ops.dispatch import Request
-from rwkv_peft.ops.triton import objection
+from rwkv_peft.ops.triton import Launcher, objection
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs the package triton"
@@ -49,6 +51,36 @@ def test_kernels_compile_and_fit_into_shared_memory(arch: int) -> None:
         source = ASTSource(launcher.kernel, signature, constants, aligned)
         compiled = compile(source, GPUTarget("cuda", arch, 32), launcher.options)
         assert compiled.metadata.shared <= SHARED_MEMORY[arch], launcher.kernel.__name__
+
+
+def test_a_compiled_kernel_serves_every_length_and_number_of_heads() -> None:
+    from rwkv_peft.ops.wkv7.triton import variants
+
+    for launcher, arguments in variants():
+        for parameter, value in zip(launcher.kernel.params, arguments, strict=True):
+            is_number = isinstance(value, str) and value == "i32"
+            assert parameter.do_not_specialize == is_number, parameter.name
+
+
+def test_what_was_compiled_for_one_type_is_not_used_for_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compilations = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Any]:
+            return self.compile
+
+        def compile(self, *arguments: Any, **options: int) -> dict[Any, Callable[..., None]]:
+            compilations.append([x.dtype for x in arguments])
+            return {(1, 1, 1): lambda *arguments: None}
+
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: None)
+    launcher = Launcher(Kernel(), num_warps=4)
+    launcher.is_compiled = True
+    for out in (torch.float16, torch.float32, torch.float16):
+        launcher((1, 1, 1), (torch.zeros(4), torch.zeros(4, dtype=out)), (), ())
+    assert compilations == [[torch.float32, torch.float16], [torch.float32, torch.float32]]
 
 
 def test_what_triton_cannot_serve_is_said() -> None:

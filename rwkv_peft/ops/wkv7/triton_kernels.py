@@ -13,6 +13,8 @@ from rwkv_peft.ops.wkv7.reference import DECAY_SCALE
 BF16, FP32 = tl.bfloat16, tl.float32
 BLOCK = tl.constexpr(16)  # the inverse is made by substitution in blocks of this size
 SCALE = tl.constexpr(DECAY_SCALE)
+# one compiled kernel serves all of their values, 1 and multiples of 16 too
+NUMBERS = ("T", "H", "M")
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -114,7 +116,7 @@ def below(A, t, size: tl.constexpr):
     return tl.where((block[:, None] == block[None, :] + 1) & (block[:, None] % 2 == 1), A, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def chunk_forward(
     r, w, k, v, a, b, segment_ids,
     y, transition, added, decay, readout, inverse,
@@ -159,7 +161,7 @@ def chunk_forward(
     tl.store(added + square, P.to(added.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def scan(
     transition, added, decay, start, states, end,
     M,
@@ -186,7 +188,7 @@ def scan(
     tl.store(end + head * N * N + rows, S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def output(
     readout, states, y,
     T, H, M,
@@ -200,7 +202,7 @@ def output(
     store(y, offsets, out, exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def chunk_backward(
     r, w, a, b, segment_ids, inverse, dy,
     transition, added, decay,
@@ -268,7 +270,7 @@ def store(x, offsets, value, exists):
     tl.store(x + offsets, value.to(x.dtype.element_ty), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def gradients(
     r, w, k, v, a, b, segment_ids, inverse, states, dstates, dy,
     dr, dw, dk, dv, da, db,
