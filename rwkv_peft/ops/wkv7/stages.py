@@ -7,23 +7,17 @@ its own. Both come from the chunk alone, so that only this one product a chunk i
     forward   chunk_forward (all chunks) -> state_forward (in order)  -> output (all chunks)
     backward  chunk_backward             -> state_backward (reversed) -> gradients
 
-A backend brings the six stages; memory, order, what is kept for the backward pass and the
-registration with PyTorch are the same for all and are here. `torch_stages` holds the formulas.
+A backend brings the six stages; memory, order and what is kept for the backward pass are the same
+for all and are here. `torch_stages` holds the formulas.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from rwkv_peft.ops.eager import shortcut
-
-Function = Callable[..., tuple[Tensor, Tensor]]
-
-_library = torch.library.Library("rwkv_peft", "FRAGMENT")
+from rwkv_peft.ops import staged
+from rwkv_peft.ops.staged import Function, Layout, Part, contiguous
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +26,7 @@ class Stages:
 
     Inputs, y, dy and gradients are (B, T, H, N); segment_ids (B, T) int32 or None. With M chunks of
     C tokens, transition, added, states and dstates are (B, H, M, N, N), readout (B, H, M, C, N) and
-    inverse (B, H, M, C, C), all of `scratch_dtype`; decay (B, H, M, N) and single states
+    inverse (B, H, M, C, C), all as `staged.Layout` has them; decay (B, H, M, N) and single states
     (B, H, N, N) are float32. All are contiguous, and every element must be written, also in the
     rows of readout and inverse that belong to padding tokens.
 
@@ -60,87 +54,26 @@ class Stages:
     gradients: Callable[..., None]
 
 
-def scratch_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type of what passes between stages: float16 has not the range for it."""
-    return dtype if dtype == torch.bfloat16 else torch.promote_types(dtype, torch.float32)
-
-
-class _Layout:
-    """The tensors between the stages of one call."""
-
-    def __init__(self, r: Tensor, chunk: int) -> None:
-        B, T, H, N = r.shape
-        M = (T + chunk - 1) // chunk
-        self._like, self._dtype = r, scratch_dtype(r.dtype)
-        self._wide = torch.promote_types(r.dtype, torch.float32)
-        self._chunks, self._state = (B, H, M), (B, H, N, N)
-        self._N, self._C = N, chunk
-
-    def _scratch(self, rows: int, columns: int) -> Tensor:
-        return self._like.new_empty((*self._chunks, rows, columns), dtype=self._dtype)
-
-    def matrices(self) -> Tensor:
-        return self._scratch(self._N, self._N)
-
-    def readout(self) -> Tensor:
-        return self._scratch(self._C, self._N)
-
-    def inverse(self) -> Tensor:
-        return self._scratch(self._C, self._C)
-
-    def decay(self) -> Tensor:
-        return self._like.new_empty((*self._chunks, self._N), dtype=self._wide)
-
-    def state(self) -> Tensor:
-        return self._like.new_empty(self._state, dtype=self._wide)
-
-    def nothing(self) -> Tensor:
-        return self._like.new_empty(0, dtype=self._dtype)
-
-
 def register(name: str, stages: Stages) -> Function:
-    """The operator of a backend, with the arguments and results of `wkv7_reference`.
+    """The operator `wkv7_{name}` of a backend, with the arguments and results of `wkv7_reference`.
 
-    Registers `rwkv_peft::wkv7_{name}` and its backward form with PyTorch, so that autograd, fake
-    tensors and `torch.compile` know them; once a name. Kept for the backward pass are the inputs,
-    the states that enter the chunks and leave the last, and the inverses; only if it will come.
+    Kept for the backward pass are the inputs, the states that enter the chunks and leave the last,
+    and the inverses.
     """
-    forward = _register_forward(name, stages, *_register_backward(name, stages))
-
-    def wkv7_stages(
-        r: Tensor,
-        w: Tensor,
-        k: Tensor,
-        v: Tensor,
-        a: Tensor,
-        b: Tensor,
-        initial_state: Tensor | None,
-        segment_ids: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        tensors = (r, w, k, v, a, b, initial_state)
-        keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-        y, last_state, _, _ = forward(*tensors, segment_ids, keep)
-        return y, last_state
-
-    wkv7_stages.__name__ = f"wkv7_{name}"
-    return wkv7_stages
+    return staged.register(f"wkv7_{name}", _forward(stages), _backward(stages), kept=(2, 1, 3))
 
 
-def _register_forward(
-    name: str, stages: Stages, backward: Callable[..., Any], registered: Callable[..., Any]
-) -> Callable[..., Any]:
-    operator = f"rwkv_peft::wkv7_{name}"
-    _library.define(
-        f"wkv7_{name}(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, "
-        "Tensor? initial_state, Tensor? segment_ids, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
+def _forward(stages: Stages) -> Part:
+    schema = (
+        "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? initial_state, "
+        "Tensor? segment_ids, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
     )
 
     def forward(r, w, k, v, a, b, initial_state, segment_ids, keep):  # type: ignore[no-untyped-def]
         r, w, k, v, a, b = inputs = [x.contiguous() for x in (r, w, k, v, a, b)]
-        segment_ids = None if segment_ids is None else segment_ids.contiguous()
-        initial_state = None if initial_state is None else initial_state.contiguous()
-        layout = _Layout(r, stages.chunk_length(r.dtype, r.device))
-        y, decay, readout = torch.empty_like(r), layout.decay(), layout.readout()
+        segment_ids, initial_state = contiguous(segment_ids), contiguous(initial_state)
+        layout = Layout(r, stages.chunk_length(r.dtype, r.device))
+        y, decay, readout = torch.empty_like(r), layout.vectors(), layout.readout()
         transition, added, states = (layout.matrices() for _ in range(3))
         last_state, inverse = layout.state(), layout.inverse() if keep else None
         stages.chunk_forward(*inputs, segment_ids, y, transition, added, decay, readout, inverse)
@@ -151,45 +84,19 @@ def _register_forward(
         return y, last_state, states, inverse
 
     def fake(r, w, k, v, a, b, initial_state, segment_ids, keep):  # type: ignore[no-untyped-def]
-        layout = _Layout(r, stages.chunk_length(r.dtype, r.device))
+        layout = Layout(r, stages.chunk_length(r.dtype, r.device))
         y = r.new_empty(r.shape)
         if not keep:
             return y, layout.state(), layout.nothing(), layout.nothing()
         return y, layout.state(), layout.matrices(), layout.inverse()
 
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        *tensors, initial_state, segment_ids, _ = inputs
-        _, last_state, states, inverse = output
-        ctx.save_for_backward(*tensors, segment_ids, states, last_state, inverse)
-        ctx.has_initial_state = initial_state is not None
-        ctx.mark_non_differentiable(states, inverse)
-        ctx.set_materialize_grads(False)
-
-    def through(ctx, dy, dlast_state, _dstates, _dinverse, backward=backward):  # type: ignore[no-untyped-def]
-        saved = ctx.saved_tensors
-        if dy is None:
-            dy = torch.zeros_like(saved[0])
-        *grads, dinitial_state = backward(*saved, dy, dlast_state)
-        return *grads, dinitial_state if ctx.has_initial_state else None, None, None
-
-    _library.impl(f"wkv7_{name}", forward, "CompositeExplicitAutograd")
-    torch.library.register_fake(operator, fake, lib=_library)
-    torch.library.register_autograd(
-        operator,
-        functools.partial(through, backward=registered),
-        setup_context=setup_context,
-        lib=_library,
-    )
-    called = getattr(torch.ops.rwkv_peft, f"wkv7_{name}").default
-    return shortcut(called, forward, setup_context, through)
+    return Part(schema, forward, fake)
 
 
-def _register_backward(name: str, stages: Stages) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    operator = f"rwkv_peft::wkv7_{name}_backward"
-    _library.define(
-        f"wkv7_{name}_backward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, "
-        "Tensor? segment_ids, Tensor states, Tensor last_state, Tensor inverse, Tensor dy, "
-        "Tensor? dlast_state) -> "
+def _backward(stages: Stages) -> Part:
+    schema = (
+        "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? segment_ids, "
+        "Tensor states, Tensor last_state, Tensor inverse, Tensor dy, Tensor? dlast_state) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
 
@@ -197,11 +104,10 @@ def _register_backward(name: str, stages: Stages) -> tuple[Callable[..., Any], C
         r, w, k, v, a, b, segment_ids, states, last_state, inverse, dy, dlast_state
     ):
         r, w, k, v, a, b, dy = (x.contiguous() for x in (r, w, k, v, a, b, dy))
-        segment_ids = None if segment_ids is None else segment_ids.contiguous()
-        dlast_state = None if dlast_state is None else dlast_state.contiguous()
-        layout = _Layout(r, stages.chunk_length(r.dtype, r.device))
+        segment_ids, dlast_state = contiguous(segment_ids), contiguous(dlast_state)
+        layout = Layout(r, stages.chunk_length(r.dtype, r.device))
         transition, added, dstates = (layout.matrices() for _ in range(3))
-        decay, dinitial_state = layout.decay(), layout.state()
+        decay, dinitial_state = layout.vectors(), layout.state()
         stages.chunk_backward(r, w, a, b, segment_ids, inverse, dy, transition, added, decay)
         stages.state_backward(transition, added, decay, dlast_state, dstates, dinitial_state)
         grads = [torch.empty_like(r) for _ in range(6)]
@@ -212,9 +118,7 @@ def _register_backward(name: str, stages: Stages) -> tuple[Callable[..., Any], C
     def fake(  # type: ignore[no-untyped-def]
         r, w, k, v, a, b, segment_ids, states, last_state, inverse, dy, dlast_state
     ):
-        layout = _Layout(r, stages.chunk_length(r.dtype, r.device))
+        layout = Layout(r, stages.chunk_length(r.dtype, r.device))
         return *(r.new_empty(r.shape) for _ in range(6)), layout.state()
 
-    _library.impl(f"wkv7_{name}_backward", backward, "CompositeExplicitAutograd")
-    torch.library.register_fake(operator, fake, lib=_library)
-    return backward, getattr(torch.ops.rwkv_peft, f"wkv7_{name}_backward").default
+    return Part(schema, backward, fake)
