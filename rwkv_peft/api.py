@@ -7,6 +7,7 @@ import torch
 from rwkv_peft.checkpoint.adapter import load_adapter
 from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.merge import merge
+from rwkv_peft.checkpoint.older import Unsaved
 from rwkv_peft.checkpoint.pth import load_official, read_weights
 from rwkv_peft.checkpoint.state import load_state
 from rwkv_peft.device import dtype_of
@@ -24,6 +25,8 @@ def load_model(
     dtype: torch.dtype | str = "float32",
     op: str = "auto",
     adapter: str | Path | None = None,
+    lora_alpha: float | None = None,
+    pissa_init: str | Path = "",
     state: str | Path | None = None,
     force: bool = False,
 ) -> RWKV:
@@ -36,6 +39,8 @@ def load_model(
         dtype: a torch dtype or its name; 'bf16', 'fp16' and 'fp32' work too.
         op: backend of the recurrence: auto, cuda, triton, fla, torch or reference.
         adapter: folder of an adapter in peft's format to attach, or a file of older RWKV-PEFT.
+        lora_alpha: of such a file's training, which a LoRA file does not hold.
+        pissa_init: for PiSSA in its place, the run's init_pissa.pth.
         state: file of a learned state in which every text begins.
         force: attach an adapter that was trained on another base.
     Raises:
@@ -46,7 +51,8 @@ def load_model(
     model = load_official(path, device=device, dtype=dtype, op=op)
     if adapter is not None:
         own = fingerprint(read_weights(path))
-        load_adapter(model, adapter, base_fingerprint=own, force=force)
+        unsaved = Unsaved(lora_alpha, pissa_init)
+        load_adapter(model, adapter, unsaved=unsaved, base_fingerprint=own, force=force)
     if state is not None:
         load_state(model, state)
     return model.eval()

@@ -1,15 +1,13 @@
 """Adapters in the format of Hugging Face peft: written, read, attached."""
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from rwkv_peft.checkpoint.files import atomic_write
-from rwkv_peft.errors import CheckpointError
+from rwkv_peft.checkpoint.folder import SavedAdapter, read_folder, write_folder
+from rwkv_peft.checkpoint.older import Unsaved, is_old_adapter, read_old_adapter, with_start
+from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.methods import fast, residual
 from rwkv_peft.methods.attach import (
     ADAPTER,
@@ -20,27 +18,8 @@ from rwkv_peft.methods.attach import (
     load_values,
     with_parts,
 )
+from rwkv_peft.methods.bat import lay_along_inputs
 from rwkv_peft.models.base import RWKV
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-
-CONFIG, WEIGHTS, NOTE = "adapter_config.json", "adapter_model.safetensors", "rwkv_peft.json"
-
-
-class SavedAdapter(NamedTuple):
-    """An adapter folder.
-
-    Attributes:
-        config: the method's config in peft.
-        tensors: by the names of peft's files.
-        note: what this program adds: `base`, the fingerprint of the base model, and `init`, if
-            the first half of the factors is what was trained and the other what it began with.
-    """
-
-    config: "PeftConfig"
-    tensors: dict[str, Tensor]
-    note: dict[str, Any]
 
 
 def write_adapter(
@@ -72,74 +51,50 @@ def write_adapter(
     write_folder(folder, SavedAdapter(config, tensors, note), base)
 
 
-def write_folder(folder: str | Path, adapter: SavedAdapter, base: str | Path) -> None:
-    """Writes an adapter folder from its three parts, whole or not at all."""
-    from safetensors.torch import save
+def read_adapter(path: str | Path, unsaved: Unsaved | None = None) -> SavedAdapter:
+    """An adapter from a folder in peft's format or a file of older RWKV-PEFT.
 
-    folder = Path(folder)
-    config = {**adapter.config.to_dict(), "base_model_name_or_path": str(base)}
-    config["inference_mode"] = True
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        with atomic_write(new / WEIGHTS) as file:
-            # clones, as the format refuses tensors that share memory
-            tensors = {n: x.detach().cpu().clone() for n, x in adapter.tensors.items()}
-            file.write(save({n: x.contiguous() for n, x in tensors.items()}))
-        for name, content in ((CONFIG, config), (NOTE, adapter.note)):
-            with atomic_write(new / name, "w") as file:
-                json.dump(content, file, indent=2, default=_plain)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _plain(value: object) -> object:
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
-
-
-def read_adapter(folder: str | Path) -> SavedAdapter:
-    """The three parts of an adapter folder.
-
+    Args:
+        unsaved: what such a file does not hold. For the folder of an adapter on a residual base
+            `pissa_init` makes it one on the original base; nothing else may be given for a folder.
     Raises:
-        CheckpointError: a file is missing or damaged, or peft does not know the method.
+        CheckpointError: a file is missing, damaged or no adapter, or lacks what must be given.
     """
-    from peft import PeftConfig
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} is no adapter: it has no {name}")
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-        tensors = load_file(folder / WEIGHTS)
-        path = folder / NOTE
-        note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, KeyError, SafetensorError, TypeError) as error:
-        raise CheckpointError(f"{folder} is damaged ({error})") from error
-    # saved as true, it would have peft freeze what is to be trained
-    config.inference_mode = False
-    return SavedAdapter(config, tensors, note)
+    unsaved = unsaved or Unsaved()
+    if is_old_adapter(path):
+        return read_old_adapter(path, unsaved)
+    if Path(path).is_file():
+        raise CheckpointError(
+            f"{path} holds no adapter: give a folder in peft's format or a file of lora_A and "
+            "lora_B, of disha or of bone; a learned state is trained by --peft state"
+        )
+    adapter = read_folder(path)
+    for name in ("lora_alpha", "lora_dropout"):
+        if getattr(unsaved, name) is not None:
+            raise CheckpointError(f"{path} brings its own {name}: leave it out")
+    return with_start(path, adapter, unsaved.pissa_init) if unsaved.pissa_init else adapter
 
 
 def load_adapter(
-    model: RWKV, folder: str | Path, *, base_fingerprint: str = "", force: bool = False
+    model: RWKV,
+    folder: str | Path,
+    *,
+    unsaved: Unsaved | None = None,
+    base_fingerprint: str = "",
+    force: bool = False,
 ) -> None:
-    """Attaches an adapter folder to a model, frozen.
+    """Attaches an adapter to a model, frozen.
 
     Args:
+        folder: in peft's format, or a file of older RWKV-PEFT.
+        unsaved: what such a file does not hold.
         base_fingerprint: of the model's file; not compared with the adapter's if empty.
         force: attach it to another base too.
     Raises:
         CheckpointError: the adapter belongs to another base, or its tensors are not exactly those
             that its config makes in this model.
     """
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder, unsaved)
     require_base(folder, adapter, base_fingerprint, force=force)
     attach_values(model, adapter, folder)
     fast.fuse(model)
@@ -172,11 +127,12 @@ def attach_saved(
     model: RWKV,
     folder: str | Path,
     *,
+    unsaved: Unsaved | None = None,
     base_fingerprint: str = "",
     force: bool = False,
     is_fused: bool = True,
 ) -> tuple[Attachment, dict[str, Tensor]]:
-    """Attaches an adapter folder to a model for training it further.
+    """Attaches an adapter, from where `load_adapter` takes it, for training it further.
 
     Returns:
         the tensors to train and the values they had, both by name, as the file's float32 may be
@@ -184,7 +140,7 @@ def attach_saved(
     Raises:
         CheckpointError: as `load_adapter`.
     """
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder, unsaved)
     require_base(folder, adapter, base_fingerprint, force=force)
     start: dict[str, Tensor] = {}
     if init := adapter.note.get("init"):
@@ -211,7 +167,12 @@ def by_parameter(attachment: Attachment, tensors: Mapping[str, Tensor]) -> dict[
 
 def _attach(model: RWKV, adapter: SavedAdapter, folder: str | Path) -> Attachment:
     official = dict(model.named_parameters())
-    attachment = attach_config(model, adapter.config, is_fused=False)
+    try:
+        attachment = attach_config(model, adapter.config, is_fused=False)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder} does not fit this model: {error}") from error
+    if any(n.endswith("miss_block") and x.ndim == 4 for n, x in adapter.tensors.items()):
+        lay_along_inputs(model)
     plain = [k.removeprefix(PREFIX) for k in adapter.tensors if k.removeprefix(PREFIX) in official]
     with_parts(model, attachment, {n: official[n] for n in plain})
     expected = {n: tuple(x.shape) for n, x in adapter_tensors(attachment).items()}

@@ -26,7 +26,11 @@ class ModelOptions:
     load_model: str = ""
     """Official weights, or a result of training (.pth or .safetensors)."""
     adapter: str = ""
-    """Folder of an adapter to attach."""
+    """Adapter to attach: a folder in peft's format, or a file of older RWKV-PEFT."""
+    lora_alpha: float | None = None
+    """Of the training of such a file, which a LoRA file does not hold."""
+    pissa_init: str = ""
+    """For PiSSA in its place, the run's init_pissa.pth."""
     state: str = ""
     """File of a learned state in which every text begins."""
     force: bool = False
@@ -67,6 +71,8 @@ class ModelOptions:
             dtype=precision,
             op=self.op,
             adapter=self.adapter or None,
+            lora_alpha=self.lora_alpha,
+            pissa_init=self.pissa_init,
             state=self.state or None,
             force=self.force,
         )

@@ -1,0 +1,86 @@
+"""Folders of adapters in the format of Hugging Face peft."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from rwkv_peft.checkpoint.files import atomic_write
+from rwkv_peft.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+CONFIG, WEIGHTS, NOTE = "adapter_config.json", "adapter_model.safetensors", "rwkv_peft.json"
+
+
+class SavedAdapter(NamedTuple):
+    """An adapter folder.
+
+    Attributes:
+        config: the method's config in peft.
+        tensors: by the names of peft's files.
+        note: what this program adds: `base`, the fingerprint of the base model, and `init`, if
+            the first half of the factors is what was trained and the other what it began with.
+    """
+
+    config: "PeftConfig"
+    tensors: dict[str, Tensor]
+    note: dict[str, Any]
+
+
+def write_folder(folder: str | Path, adapter: SavedAdapter, base: str | Path) -> None:
+    """Writes an adapter folder from its three parts, whole or not at all."""
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    config = {**adapter.config.to_dict(), "base_model_name_or_path": str(base)}
+    config["inference_mode"] = True
+    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        with atomic_write(new / WEIGHTS) as file:
+            # clones, as the format refuses tensors that share memory
+            tensors = {n: x.detach().cpu().clone() for n, x in adapter.tensors.items()}
+            file.write(save({n: x.contiguous() for n, x in tensors.items()}))
+        for name, content in ((CONFIG, config), (NOTE, adapter.note)):
+            with atomic_write(new / name, "w") as file:
+                json.dump(content, file, indent=2, default=_plain)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _plain(value: object) -> object:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def read_folder(folder: str | Path) -> SavedAdapter:
+    """The three parts of an adapter folder.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or peft does not know the method.
+    """
+    from peft import PeftConfig
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} is no adapter: it has no {name}")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        tensors = load_file(folder / WEIGHTS)
+        path = folder / NOTE
+        note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, KeyError, SafetensorError, TypeError) as error:
+        raise CheckpointError(f"{folder} is damaged ({error})") from error
+    # saved as true, it would have peft freeze what is to be trained
+    config.inference_mode = False
+    return SavedAdapter(config, tensors, note)

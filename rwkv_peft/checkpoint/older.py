@@ -1,0 +1,246 @@
+"""Adapter files of older RWKV-PEFT, a table of tensors with no config, as adapters of today.
+
+LoRA and PiSSA: `M.lora_A` (R, in) and `M.lora_B` (out, R) for a module M; PiSSA subtracts from the
+base what `init_pissa.pth` holds as `M.init_lora_A` and `M.init_lora_B`. MiSS, then called Bone and
+DiSHA: `M.bone` or `M.disha` (R, out), or (in/R, R, R) in the mode bat. The model's own tensors that
+were trained beside stand under their own names. Any name may begin with `model.`.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from rwkv_peft.checkpoint.folder import SavedAdapter
+from rwkv_peft.checkpoint.pth import read_weights
+from rwkv_peft.errors import CheckpointError
+from rwkv_peft.methods import residual
+from rwkv_peft.methods.attach import PREFIX
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+# module -> leaf of its names -> tensor
+_Modules = dict[str, dict[str, Tensor]]
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<leaf>[AB])")
+_BLOCK = re.compile(r"(?P<module>.+)\.(?P<leaf>disha|bone|miss)")
+_START = re.compile(r"(?P<module>.+)\.init_lora_(?P<leaf>[AB])")
+
+
+class Unsaved(NamedTuple):
+    """What a file of older RWKV-PEFT does not hold.
+
+    Attributes:
+        lora_alpha: of the training that wrote it; the scale is lora_alpha / R.
+        pissa_init: the file of what PiSSA began with, `init_pissa.pth` of the run.
+        lora_dropout: for training further.
+    """
+
+    lora_alpha: float | None = None
+    pissa_init: str | Path = ""
+    lora_dropout: float | None = None
+
+
+def is_old_adapter(path: str | Path) -> bool:
+    """Whether a path is a file with an adapter of older RWKV-PEFT in it."""
+    return Path(path).is_file() and any(
+        _FACTOR.fullmatch(name) or _BLOCK.fullmatch(name) for name in read_weights(path)
+    )
+
+
+def read_old_adapter(path: str | Path, unsaved: Unsaved) -> SavedAdapter:
+    """An adapter file of older RWKV-PEFT, in float32 under the names of peft's files.
+
+    PiSSA becomes the LoRA of twice the rank on the original base, as `methods.residual` has it. A
+    bat whose blocks lie along the inputs keeps them so, as (in/R, 1, R, R).
+
+    Raises:
+        CheckpointError: it holds no adapter, or none that has an effect; a tensor lacks its
+            partner or has an impossible shape; what it does not hold is not given.
+    """
+    tensors = _tensors(path)
+    factors, blocks = _of_modules(_FACTOR, tensors), _of_modules(_BLOCK, tensors)
+    if bool(factors) == bool(blocks):
+        found = "two kinds of adapters" if factors else "no adapter"
+        raise CheckpointError(
+            f"{path} holds {found}, its first tensor is {next(iter(tensors), 'missing')}: give a "
+            "file of lora_A and lora_B, or of disha or bone, or a folder in peft's format"
+        )
+    taken = {name for name in tensors if _FACTOR.fullmatch(name) or _BLOCK.fullmatch(name)}
+    plain = {PREFIX + name: x for name, x in tensors.items() if name not in taken}
+    adapter = (_lora if factors else _miss)(path, factors or blocks, unsaved)
+    if not plain and not _has_effect(factors or blocks, adapter):
+        raise CheckpointError(f"{path} changes nothing in the base: it was never trained")
+    return adapter._replace(tensors={**adapter.tensors, **plain})
+
+
+def with_start(path: str | Path, adapter: SavedAdapter, pissa_init: str | Path) -> SavedAdapter:
+    """An adapter trained on a residual base, with scale 1, as a LoRA on the original base.
+
+    Args:
+        path: of the adapter, for messages.
+        pissa_init: the file of what the residual lacks.
+    Raises:
+        CheckpointError: the two do not belong together.
+    """
+    from peft import LoraConfig
+
+    config = adapter.config
+    if not isinstance(config, LoraConfig) or not _has_scale_1(config):
+        raise CheckpointError(f"{path} is no LoRA with a scale of 1: only PiSSA has a pissa_init")
+    found = _of_modules(_START, _tensors(pissa_init))
+    start = {
+        f"{PREFIX}{module}.lora_{leaf}.weight": x
+        for module, leaves in found.items()
+        for leaf, x in leaves.items()
+    }
+    wanted = {n: tuple(x.shape) for n, x in adapter.tensors.items() if ".lora_" in n}
+    shapes = {n: tuple(x.shape) for n, x in start.items()}
+    if shapes != wanted:
+        name = min(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
+        raise CheckpointError(
+            f"{pissa_init} does not belong to {path}: {name.removeprefix(PREFIX)} is "
+            f"{shapes.get(name, 'missing')} there and {wanted.get(name, 'missing')} in the "
+            "adapter: give the init_pissa.pth of the same run"
+        )
+    values = {n: x.float() for n, x in adapter.tensors.items()}
+    joined = residual.joined(values, start)
+    note = {"init": "pissa"}
+    return SavedAdapter(residual.with_rank(config, 2), joined, note)
+
+
+def start_file(start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an `init_pissa.pth` from first values by the names of peft's files."""
+    return {
+        n.removeprefix(PREFIX).removesuffix(".weight").replace(".lora_", ".init_lora_"): x
+        for n, x in start.items()
+    }
+
+
+def _tensors(path: str | Path) -> dict[str, Tensor]:
+    tensors = {n.removeprefix("model."): x.float() for n, x in read_weights(path).items()}
+    for name, x in tensors.items():
+        if not bool(x.isfinite().all()):
+            raise CheckpointError(f"{path}: {name} holds values that are not finite")
+    return tensors
+
+
+def _of_modules(pattern: re.Pattern[str], tensors: Mapping[str, Tensor]) -> _Modules:
+    found: _Modules = {}
+    for name, x in tensors.items():
+        if match := pattern.fullmatch(name):
+            found.setdefault(match["module"], {})[match["leaf"]] = x
+    return found
+
+
+def _has_scale_1(config: "LoraConfig") -> bool:
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    return config.lora_alpha == config.r and ranks == alphas and not config.use_rslora
+
+
+def _has_effect(modules: _Modules, adapter: SavedAdapter) -> bool:
+    if adapter.note.get("init"):
+        values, start = residual.split(adapter.tensors)
+        return any(not values[n].equal(x) for n, x in start.items())
+    return any(all(bool(x.any()) for x in leaves.values()) for leaves in modules.values())
+
+
+def _lora(path: str | Path, factors: _Modules, unsaved: Unsaved) -> SavedAdapter:
+    from peft import LoraConfig
+
+    rank = _rank(path, factors)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=_alpha(path, rank, unsaved),
+        lora_dropout=unsaved.lora_dropout or 0.0,
+        target_modules=_targets(factors),
+    )
+    tensors = {
+        f"{PREFIX}{module}.lora_{leaf}.weight": x
+        for module, leaves in factors.items()
+        for leaf, x in sorted(leaves.items())
+    }
+    adapter = SavedAdapter(config, tensors, {})
+    return with_start(path, adapter, unsaved.pissa_init) if unsaved.pissa_init else adapter
+
+
+def _rank(path: str | Path, factors: _Modules) -> int:
+    ranks = set()
+    for module, leaves in factors.items():
+        a, b = leaves.get("A"), leaves.get("B")
+        if a is None or b is None:
+            lacks = "lora_A" if a is None else "lora_B"
+            raise CheckpointError(f"{path} is incomplete: {module}.{lacks} is missing")
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise CheckpointError(
+                f"{path}: {module} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, which "
+                "are no (R, in) and (out, R)"
+            )
+        ranks.add(len(a))
+    if len(ranks) != 1:
+        raise CheckpointError(f"{path} holds ranks {sorted(ranks)}: only one for all is read")
+    return ranks.pop()
+
+
+def _alpha(path: str | Path, rank: int, unsaved: Unsaved) -> float:
+    alpha = unsaved.lora_alpha
+    if unsaved.pissa_init:
+        if alpha not in (None, rank):
+            raise CheckpointError(f"--lora_alpha {alpha}: PiSSA has a scale of 1, leave it out")
+        return rank
+    if alpha is None:
+        raise CheckpointError(
+            f"{path} holds a LoRA of rank {rank} and not how it is scaled: give --lora_alpha of "
+            "its training (32 unless it was set), or for PiSSA --pissa_init with its init_pissa.pth"
+        )
+    if alpha <= 0:
+        raise CheckpointError(f"--lora_alpha must be above 0, got {alpha}")
+    return alpha
+
+
+def _miss(path: str | Path, modules: _Modules, unsaved: Unsaved) -> SavedAdapter:
+    from peft import MissConfig
+
+    for name in ("lora_alpha", "pissa_init"):
+        if getattr(unsaved, name):
+            raise CheckpointError(f"{path} holds MiSS, which has no {name}: leave --{name} out")
+    blocks = {module: x for module, leaves in modules.items() for x in leaves.values()}
+    sizes = {(x.ndim, *(x.shape[1:] if x.ndim == 3 else x.shape[:1])) for x in blocks.values()}
+    ndim, *sides = sizes.pop()
+    if sizes or ndim not in (2, 3) or sides[0] != sides[-1]:
+        shapes = sorted({tuple(x.shape) for x in blocks.values()})
+        raise CheckpointError(
+            f"{path} holds blocks of the shapes {shapes[:6]}, which are neither all (R, out) nor "
+            "all (in/R, R, R) of one R"
+        )
+    if ndim == 3 and not _lie_along_outputs(blocks):
+        blocks = {module: x.unsqueeze(1) for module, x in blocks.items()}
+    config = MissConfig(
+        r=sides[0],
+        init_weights="bat" if ndim == 3 else True,
+        miss_dropout=unsaved.lora_dropout or 0.0,
+        target_modules=_targets(blocks),
+    )
+    tensors = {f"{PREFIX}{module}.miss_block": x for module, x in blocks.items()}
+    return SavedAdapter(config, tensors, {})
+
+
+def _lie_along_outputs(blocks: Mapping[str, Tensor]) -> bool:
+    """Whether bat has a block for each R outputs of a matrix, as in peft.
+
+    Older RWKV-PEFT had one for each R inputs from its first release on. ffn.key tells them apart,
+    which has more outputs than inputs; square matrices alone do not.
+    """
+    keys = [len(x) for module, x in blocks.items() if module.endswith("ffn.key")]
+    return any(count > min(map(len, blocks.values())) for count in keys)
+
+
+def _targets(modules: Mapping[str, object]) -> list[str]:
+    """As endings if every layer has the same modules, in full otherwise."""
+    parts = [name.split(".", 2) for name in modules]
+    layers = {p[1] for p in parts if len(p) == 3}
+    endings = {p[2] for p in parts if len(p) == 3}
+    same = {f"blocks.{i}.{ending}" for i in layers for ending in endings}
+    return sorted(endings if same == set(modules) else modules)
