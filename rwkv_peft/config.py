@@ -11,6 +11,8 @@ from typing import Any, Literal
 from rwkv_peft.errors import ConfigError
 
 Switch = Literal[0, 1]
+# what an adapter file of older RWKV-PEFT does not hold; see `checkpoint.older.Unsaved`
+UNSAVED = ("lora_alpha", "pissa_init", "lora_dropout")
 # a user's template, as a run keeps it in its folder
 TEMPLATE_FILE = "template.jinja"
 DataType = Literal[
@@ -123,7 +125,11 @@ class TrainConfig(DataConfig):
     """Parts of the model to train beside the method (with none: alone), by substrings of names:
     emb, head, ln, time, or any other."""
     load_adapter: str = ""
-    """A saved adapter's folder, or a state file, to train further in place of a new one."""
+    """A saved adapter's folder, or a state file, to train further in place of a new one.
+
+    Also an adapter file of older RWKV-PEFT: for LoRA with its {"lora_alpha": 32} as peft_config,
+    for PiSSA with {"pissa_init": "init_pissa.pth"}.
+    """
     force: bool = False
     """Continue an adapter on another base than it was trained on."""
     fused_adapter: Switch = 1
@@ -227,10 +233,10 @@ class TrainConfig(DataConfig):
                 raise ConfigError(f"--{name} {value}: only one device can be used so far: use 1")
         if self.weight_decay_final > 0 and self.weight_decay <= 0:
             raise ConfigError("--weight_decay_final needs --weight_decay above 0 to start from")
-        if self.load_adapter and (self.peft == "none" or self.peft_config):
+        if self.load_adapter and (self.peft == "none" or self.peft_config.keys() - UNSAVED):
             raise ConfigError(
                 "--load_adapter brings its own method and options: leave out --peft none and "
-                "--peft_config"
+                f"--peft_config, but for the {', '.join(UNSAVED)} of an older RWKV-PEFT's file"
             )
         if self.peft in ("none", "state") and self.peft_config:
             raise ConfigError("--peft_config needs a method: give --peft lora, or leave it out")

@@ -1,6 +1,6 @@
 """Adapters in the format of Hugging Face peft: written, read, attached."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -16,9 +16,10 @@ from rwkv_peft.methods.attach import (
     adapter_tensors,
     attach_config,
     load_values,
+    named_parts,
     with_parts,
 )
-from rwkv_peft.methods.bat import lay_along_inputs
+from rwkv_peft.methods.miss import lay_along_inputs
 from rwkv_peft.models.base import RWKV
 
 
@@ -128,12 +129,15 @@ def attach_saved(
     folder: str | Path,
     *,
     unsaved: Unsaved | None = None,
+    train_parts: Sequence[str] = (),
     base_fingerprint: str = "",
     force: bool = False,
     is_fused: bool = True,
 ) -> tuple[Attachment, dict[str, Tensor]]:
     """Attaches an adapter, from where `load_adapter` takes it, for training it further.
 
+    Args:
+        train_parts: trained too, beside those in its file; see `methods.attach`.
     Returns:
         the tensors to train and the values they had, both by name, as the file's float32 may be
         finer than the model's type.
@@ -146,8 +150,10 @@ def attach_saved(
     if init := adapter.note.get("init"):
         values, start = residual.split(adapter.tensors)
         adapter = SavedAdapter(residual.with_rank(adapter.config, 0.5), values, adapter.note)
+    parts = named_parts(model, train_parts)
     attachment = _attach(model, adapter, folder)
     load_values(attachment, adapter.tensors)
+    with_parts(model, attachment, {n: attachment[n] for n in attachment.plain} | parts)
     found = by_parameter(attachment, adapter.tensors)
     if init:
         attachment.start, attachment.init = by_parameter(attachment, start), init
@@ -173,8 +179,9 @@ def _attach(model: RWKV, adapter: SavedAdapter, folder: str | Path) -> Attachmen
         raise CheckpointError(f"{folder} does not fit this model: {error}") from error
     if any(n.endswith("miss_block") and x.ndim == 4 for n, x in adapter.tensors.items()):
         lay_along_inputs(model)
-    plain = [k.removeprefix(PREFIX) for k in adapter.tensors if k.removeprefix(PREFIX) in official]
-    with_parts(model, attachment, {n: official[n] for n in plain})
+    # in the order of the model, not of the file, so that every sum over them is the same
+    plain = {n: p for n, p in official.items() if PREFIX + n in adapter.tensors}
+    with_parts(model, attachment, plain)
     expected = {n: tuple(x.shape) for n, x in adapter_tensors(attachment).items()}
     found = {n: tuple(x.shape) for n, x in adapter.tensors.items()}
     if expected != found:

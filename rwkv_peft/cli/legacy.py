@@ -85,6 +85,8 @@ OPTIONS = {
     "lisa_r": "lisa_r",
     "lisa_k": "lisa_k",
 }
+# options that an adapter file of old does not hold -> their names today
+UNSAVED = {"lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "init": "pissa_init"}
 # what may be trained beside a method, by substring of its name
 PLAIN_PARTS = ("emb", "head", "time", "ln")
 METHOD_FLAGS = {"peft", "peft_config", "load_adapter", "train_parts", "op", "fla", "emb"}
@@ -159,14 +161,14 @@ def _method_flags(old: dict[str, str], notes: list[str]) -> Flags:
             options |= {OPTIONS.get(k, k): v for k, v in _json(name, value).items()}
         elif name in CONFIGS:
             notes.append(f"--{name} has no effect: the method is {method or 'none'}")
-    if options and method in ("", "none", "auto"):
+    load = old.get("load_adapter", "")
+    if options and not load and method in ("", "none", "auto"):
         notes += [f"--{n} has no effect: no method is named" for n in old if n in OPTIONS]
         options = {}
     parts = str(options.pop("parts", "")).replace(",", " ").split()
-    load = old.get("load_adapter") or options.pop("load", "")
+    load = load or options.pop("load", "")
     given = {"peft": method, "load_adapter": load}
-    # a saved adapter brings its options
-    options = {} if load else _peft_options(method, options, parts)
+    options = _unsaved(load, method, options) if load else _peft_options(method, options, parts)
     given["peft_config"] = old.get("peft_config", "")
     if options:
         explicit = _json("peft_config", given["peft_config"] or "{}")
@@ -208,6 +210,18 @@ def _peft_options(method: str, old: dict[str, Any], parts: list[str]) -> dict[st
         if part in parts and other not in parts:
             options["target_modules"] = rf".*\.{part}\.(receptance|key|value|gate|output)"
     return options
+
+
+def _unsaved(load: str, method: str, old: dict[str, Any]) -> dict[str, Any]:
+    """Options of an adapter that its file does not hold; a folder brings its own."""
+    if not load.endswith(".pth"):
+        return {}
+    names = {"pissa": ("init",), "lora": ("lora_alpha", "lora_dropout"), "": (*UNSAVED,)}
+    found = {UNSAVED[n]: old[n] for n in names.get(method, ()) if old.get(n) not in (None, "")}
+    try:
+        return {n: x if n == "pissa_init" else json.loads(str(x)) for n, x in found.items()}
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{', '.join(found)}: got {error.doc}, allowed is a number") from error
 
 
 def _without_exits(flags: Flags, notes: list[str]) -> Flags:

@@ -11,6 +11,7 @@ from rwkv_peft.errors import RwkvPeftError
 COMMANDS = {
     "train": "fine-tune a model on a file of texts",
     "data": "show what training would see of a data file; data prepare tokenises it",
+    "convert": "bring an adapter or a state into another form, or out of an old one",
     "merge": "add an adapter into the model it was trained on",
     "generate": "continue a prompt",
     "chat": "talk with a model",

@@ -38,7 +38,8 @@ def canonical(method: str, options: Mapping[str, Any]) -> tuple[str, dict[str, A
     """A method and its options under the names used today, whatever older name or key came.
 
     `pissa` becomes `lora` with that initialisation. The result may hold `load`, the adapter to
-    train further, and `train_parts`, both for the caller to take out.
+    train further, with the `pissa_init` that belongs to it, and `train_parts`, for the caller to
+    take out.
     """
     given = method.lower().replace("-", "_")
     name = ALIASES.get(given, given)
@@ -48,7 +49,10 @@ def canonical(method: str, options: Mapping[str, Any]) -> tuple[str, dict[str, A
         # 'mode' was the default of the older program's own option, and meant nothing
         mode = str(found.pop("mode"))
         found.setdefault("init_weights", mode if mode in ("bat", "mini") else True)
-    if given == "pissa":
+    if given == "pissa" and found.get("load"):
+        # its scale is 1, whatever lora_alpha says
+        found.pop("lora_alpha", None)
+    elif given == "pissa":
         found.pop("pissa_init", None)
         niter = found.pop("svd_niter", PISSA_NITER)
         found.setdefault("init_lora_weights", f"pissa_niter_{niter}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from secrets import randbelow
 from typing import Any
 
-from rwkv_peft.config import TrainConfig
+from rwkv_peft.config import UNSAVED, TrainConfig
 from rwkv_peft.data.batching import PaddedBatches
 from rwkv_peft.data.prepare import Documents
 from rwkv_peft.device import choose_precision, dtype_of, resolve_device
@@ -60,8 +60,12 @@ def choose_model_settings(config: TrainConfig) -> tuple[TrainConfig, list[Choice
 
 def _with_canonical_method(config: TrainConfig) -> TrainConfig:
     """The method under today's name, the parts of its options where they belong."""
-    method, options = canonical(config.peft, config.peft_config)
-    load = options.pop("load", "") or config.load_adapter
+    given = {"load": config.load_adapter} if config.load_adapter else {}
+    method, options = canonical(config.peft, config.peft_config | given)
+    if load := options.pop("load", ""):
+        # a folder brings its own options, however an old line named it
+        asks = Path(load).is_file() or config.load_adapter
+        options = {k: v for k, v in options.items() if k in UNSAVED and asks}
     parts = [*config.train_parts, *options.pop("train_parts", ())]
     train_type = config.train_type
     if train_type != "none" and method in ("auto", "none"):
@@ -74,7 +78,7 @@ def _with_canonical_method(config: TrainConfig) -> TrainConfig:
     return replace(
         config,
         peft=method,
-        peft_config={} if load else options,
+        peft_config=options,
         load_adapter=load,
         train_parts=parts,
         train_type=train_type,

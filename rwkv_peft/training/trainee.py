@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rwkv_peft.checkpoint.adapter import attach_saved, write_adapter
 from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.merge import merge
+from rwkv_peft.checkpoint.older import Unsaved
 from rwkv_peft.checkpoint.pth import write_like
 from rwkv_peft.checkpoint.state import read_state, write_state
 from rwkv_peft.config import TrainConfig
@@ -85,6 +86,8 @@ class Weights:
             attachment, self.values = attach_saved(
                 model,
                 config.load_adapter,
+                unsaved=Unsaved(**config.peft_config),
+                train_parts=config.train_parts,
                 base_fingerprint=base,
                 force=config.force,
                 is_fused=bool(config.fused_adapter),

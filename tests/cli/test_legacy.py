@@ -40,6 +40,23 @@ TRANSLATIONS = {
     "--lora --lora_load out/rwkv-0.pth --lora_r 8": (
         """--peft lora --load_adapter out/rwkv-0.pth"""
     ),
+    # an old file holds tensors alone, a folder its options too
+    "--lora --lora_load out/rwkv-0.pth --lora_r 8 --lora_alpha 16 --lora_dropout 0.1": (
+        "--peft lora --load_adapter out/rwkv-0.pth "
+        """--peft_config '{"lora_alpha": 16, "lora_dropout": 0.1}'"""
+    ),
+    "--load_adapter out/rwkv-0.pth --lora_alpha 16": (
+        """--load_adapter out/rwkv-0.pth --peft_config '{"lora_alpha": 16}'"""
+    ),
+    "--lora --lora_load out/adapter --lora_r 8 --lora_alpha 16": (
+        "--peft lora --load_adapter out/adapter"
+    ),
+    """--peft pissa --pissa_config '{"pissa_load":"o/0.pth","pissa_init":"o/init.pth"}'""": (
+        """--peft pissa --load_adapter o/0.pth --peft_config '{"pissa_init": "o/init.pth"}'"""
+    ),
+    "--lora --PISSA --lora_alpha 16 --pissa_load 0.pth --pissa_init i.pth": (
+        """--peft pissa --load_adapter 0.pth --peft_config '{"pissa_init": "i.pth"}'"""
+    ),
     "--lora --lora_parts=att": (
         "--peft lora --peft_config "
         r"""'{"target_modules": ".*\\.att\\.(receptance|key|value|gate|output)"}'"""
@@ -139,6 +156,10 @@ def test_the_config_of_another_method_is_noted() -> None:
         (["--quant", "nf4"], "--quant nf4: quantised weights are not built yet: leave it out"),
         (["--lora_config", "{lora_r:8}"], r"--lora_config: got \{lora_r:8\}, allowed is JSON"),
         (["--lora_config"], "--lora_config: got nothing, allowed is JSON"),
+        (
+            ["--lora_load", "a.pth", "--lora_alpha", "x", "--lora"],
+            "lora_alpha: got x, allowed is a number",
+        ),
         (["--lora_config", "[1]"], r"got \[1\], allowed is JSON in quotes"),
         (["--my_exit_tokens", "99"], "--my_exit_tokens needs --ctx_len, --micro_bsz and"),
         (["--my_exit", "soon"], "--my_exit: got soon, allowed is a whole number"),

@@ -1,0 +1,220 @@
+"""Adapters and states from one form of file to another."""
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from rwkv_peft.checkpoint.adapter import attach_values, read_adapter, require_base
+from rwkv_peft.checkpoint.fingerprint import fingerprint
+from rwkv_peft.checkpoint.folder import SavedAdapter, write_folder
+from rwkv_peft.checkpoint.older import Unsaved, start_file
+from rwkv_peft.checkpoint.pth import (
+    STATE_SUFFIX,
+    geometry_of,
+    load_weights,
+    read_weights,
+    write_weights,
+)
+from rwkv_peft.checkpoint.state import is_state_file, read_state, write_state
+from rwkv_peft.checkpoint.stream import Spec, write_tensors
+from rwkv_peft.device import dtype_of
+from rwkv_peft.errors import CheckpointError, ConfigError
+from rwkv_peft.methods import residual
+from rwkv_peft.methods.attach import PREFIX
+from rwkv_peft.methods.miss import as_lora
+from rwkv_peft.models import build
+from rwkv_peft.models.base import RWKV
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+Form = Literal["peft", "pth", "residual"]
+StoredType = Literal["keep", "bf16", "fp16", "fp32"]
+RESIDUAL, ADAPTER_FOLDER, START = "residual.pth", "adapter", "init_pissa.pth"
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    base_model: str | Path,
+    *,
+    to: Form = "peft",
+    unsaved: Unsaved | None = None,
+    dtype: StoredType = "keep",
+    force: bool = False,
+) -> str:
+    """Writes an adapter or a state in another form, and gives a line on what was written.
+
+    Args:
+        source: a folder in peft's format, or an adapter or state file of any RWKV-PEFT.
+        output: what to write, which must not exist; a state becomes a state file.
+        base_model: the file that it was trained on.
+        to: 'peft', a folder with the fingerprint of its base; 'pth', a file of `lora_A` and
+            `lora_B`, which programs that attach LoRA to RWKV read; 'residual', for PiSSA, a folder
+            of the base without what PiSSA took from it (`residual.pth`), the adapter on that
+            (`adapter`) and what was taken (`init_pissa.pth`), as when it was trained.
+        unsaved: what a file of older RWKV-PEFT does not hold.
+        dtype: of the matrices of `residual.pth`.
+        force: take an adapter that was trained on another base.
+    Raises:
+        CheckpointError: the source cannot be read, does not fit the base or has no such form.
+    """
+    output = Path(output)
+    weights = read_weights(base_model)
+    is_state = is_state_file(source)
+    _check(output, to, is_state=is_state)
+    if is_state:
+        state = read_state(source, geometry_of(weights))
+        if not any(bool(x.any()) for x in state.values()):
+            raise CheckpointError(f"{source} changes nothing: all of its state is zero")
+        write_state(output, state)
+        return f"wrote {output}: a state of {len(state)} tensors"
+    adapter = read_adapter(source, unsaved)
+    own = fingerprint(weights)
+    require_base(source, adapter, own, force=force)
+    if to == "residual":
+        return _write_residual(source, output, weights, adapter, dtype)
+    model = _attached(weights, adapter, source)
+    if to == "pth":
+        return _write_pth(source, output, model, adapter)
+    note = {**adapter.note, "base": own}
+    write_folder(output, adapter._replace(note=note), base_model)
+    return f"wrote {output}: {_describe(adapter)}, {len(adapter.tensors)} tensors"
+
+
+def _check(output: Path, to: Form, *, is_state: bool) -> None:
+    if output.exists():
+        raise ConfigError(f"--output {output} exists: choose another name")
+    if is_state and to != "peft":
+        raise ConfigError(f"--to {to} is for adapters: a state has one form, leave it out")
+    is_file = output.suffix in (".pth", ".safetensors")
+    if is_file != (is_state or to == "pth"):
+        wanted = "a folder's name" if is_file else "a file's name that ends in .pth"
+        raise ConfigError(f"--output {output}: {wanted} is needed here")
+
+
+def _describe(adapter: SavedAdapter) -> str:
+    config = adapter.config
+    alpha = f", lora_alpha {config.lora_alpha:g}" if hasattr(config, "lora_alpha") else ""
+    kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    return f"{kind} of rank {getattr(config, 'r', 'unknown')}{alpha}"
+
+
+def _attached(weights: Mapping[str, Tensor], adapter: SavedAdapter, source: str | Path) -> RWKV:
+    """A model of the base's own memory with the adapter attached, which proves that it fits."""
+    model = build(geometry_of(weights), op="reference")
+    official = {name: x for name, x in weights.items() if not name.endswith(STATE_SUFFIX)}
+    load_weights(model, official, dtype=None)
+    attach_values(model, adapter, source, keeps_float32=True)
+    return model
+
+
+def _factors(model: RWKV) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    """Module, A (R, in), B (out, R) and scale of every layer of LoRA or MiSS."""
+    from peft.tuners.miss.layer import MissLinear
+
+    for name, layer in residual.layers(model):
+        (key,) = layer.lora_A
+        a, b = layer.lora_A[key].weight.detach(), layer.lora_B[key].weight.detach()
+        yield name, a, b, float(layer.scaling[key])
+    for name, module in model.named_modules():
+        if isinstance(module, MissLinear) and (factors := as_lora(module)):
+            yield name, *factors, 1.0
+
+
+def _write_pth(source: str | Path, output: Path, model: RWKV, adapter: SavedAdapter) -> str:
+    layers = list(_factors(model))
+    plain = _plain(model, adapter)
+    _require_nothing_else(source, adapter, len(plain))
+    given = float(getattr(adapter.config, "lora_alpha", 0))
+    # one lora_alpha for all ranks, or else one that B makes right for each
+    fits = all(math.isclose(s * len(a), given, rel_tol=1e-6) for _, a, _, s in layers)
+    alpha = given if fits else float(len(layers[0][1]))
+    tensors: dict[str, Tensor] = {}
+    for name, a, b, scale in layers:
+        tensors[f"{name}.lora_A"] = a
+        tensors[f"{name}.lora_B"] = b if fits else b * (scale * len(a) / alpha)
+    write_weights(output, tensors | plain)
+    return f"wrote {output}: a LoRA of {len(layers)} matrices, to be used with lora_alpha {alpha:g}"
+
+
+def _plain(model: RWKV, adapter: SavedAdapter) -> dict[str, Tensor]:
+    """The model's own tensors that an adapter holds."""
+    own = {name for name, _ in model.named_parameters()}
+    names = {key: key.removeprefix(PREFIX) for key in adapter.tensors}
+    return {name: adapter.tensors[key] for key, name in names.items() if name in own}
+
+
+def _require_nothing_else(source: str | Path, adapter: SavedAdapter, num_plain: int) -> None:
+    parts = (".lora_A.", ".lora_B.", ".miss_block")
+    known = [n for n in adapter.tensors if any(p in n for p in parts)]
+    is_bat = getattr(adapter.config, "init_weights", None) == "bat"
+    if is_bat or not known or len(known) + num_plain != len(adapter.tensors):
+        raise CheckpointError(
+            f"{source} is no plain LoRA or MiSS, and no other method has this form: use "
+            "rwkv-peft merge"
+        )
+
+
+def _write_residual(
+    source: str | Path,
+    output: Path,
+    weights: Mapping[str, Tensor],
+    joined: SavedAdapter,
+    dtype: StoredType,
+) -> str:
+    if not joined.note.get("init"):
+        raise CheckpointError(
+            f"{source} took nothing from its base: only an adapter of PiSSA has a residual form"
+        )
+    values, start = residual.split(joined.tensors)
+    config = residual.with_rank(joined.config, 0.5)
+    adapter = SavedAdapter(config, values, {})
+    model = _attached(weights, adapter, source)
+    _require_nothing_else(source, adapter, len(_plain(model, adapter)))
+    taken: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, _, b, scale in _factors(model):
+        a_key, b_key = (f"{PREFIX}{name}.lora_{x}.weight" for x in "AB")
+        # at a scale of 1, the only one that init_pissa.pth knows
+        values[b_key], start[b_key] = b * scale, start[b_key] * scale
+        taken[f"{name}.weight"] = start[b_key], start[a_key]
+    kept = {n: x.dtype for n, x in weights.items()}
+    stored = kept if dtype == "keep" else kept | dict.fromkeys(taken, dtype_of(dtype))
+    specs = {n: Spec(tuple(x.shape), stored[n]) for n, x in weights.items()}
+
+    def tensor(name: str) -> Tensor:
+        if name not in taken:
+            return weights[name]
+        b, a = taken[name]
+        left = torch.addmm(weights[name].float(), b, a, alpha=-1).to(stored[name])
+        if not bool(left.isfinite().all()):
+            raise CheckpointError(f"{name} does not fit into {dtype}: use --dtype bf16 or fp32")
+        return left
+
+    new = output.with_name(f".{output.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        write_tensors(new / RESIDUAL, specs, tensor)
+        note = {"base": fingerprint(read_weights(new / RESIDUAL))}
+        adapter = SavedAdapter(_with_scale_1(config), values, note)
+        write_folder(new / ADAPTER_FOLDER, adapter, output / RESIDUAL)
+        write_weights(new / START, start_file(start))
+        new.rename(output)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    kinds = sorted({str(stored[n]).removeprefix("torch.") for n in taken})
+    line = f"wrote {output}: {RESIDUAL}, {ADAPTER_FOLDER} of rank {config.r} on it, {START}"
+    if kinds != ["float32"]:
+        line += f"; {RESIDUAL} is rounded to {' and '.join(kinds)}, --dtype fp32 rounds nothing"
+    return line
+
+
+def _with_scale_1(config: "LoraConfig") -> "LoraConfig":
+    ranks = dict(config.rank_pattern or {})
+    return replace(config, lora_alpha=config.r, alpha_pattern=ranks, use_rslora=False)

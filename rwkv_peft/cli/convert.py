@@ -1,0 +1,59 @@
+"""`rwkv-peft convert FILE --base_model B --output O`"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rwkv_peft.cli.parse import parse
+from rwkv_peft.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """What to bring into which form."""
+
+    source: str = ""
+    """A folder in peft's format, or an adapter or state file of any RWKV-PEFT."""
+    base_model: str = ""
+    """The official weights that it was trained on."""
+    output: str = ""
+    """The folder or file to write, which must not exist."""
+    to: Literal["peft", "pth", "residual"] = "peft"
+    """peft: a folder in peft's format. pth: a file of lora_A and lora_B, from LoRA and MiSS.
+
+    residual, for PiSSA: a folder of the base that it was trained on, the adapter on that base, and
+    the init_pissa.pth that leads back.
+    """
+    lora_alpha: float | None = None
+    """Of the training of an old LoRA file, which does not hold it."""
+    pissa_init: str = ""
+    """For PiSSA, the init_pissa.pth of the run."""
+    dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
+    """Number type of the residual's changed matrices; that of the base if keep."""
+    force: bool = False
+    """Take an adapter that was trained on another base."""
+
+
+def run(args: Sequence[str]) -> int:
+    """Writes an adapter or a state in another form."""
+    options = parse(ConvertOptions, args, command="convert", positional=("source",))
+    for name in ("source", "base_model", "output"):
+        if not getattr(options, name):
+            raise ConfigError(
+                f"--{name} is missing: rwkv-peft convert FILE --base_model model.pth --output O"
+            )
+
+    from rwkv_peft.checkpoint.convert import convert
+    from rwkv_peft.checkpoint.older import Unsaved
+
+    line = convert(
+        options.source,
+        options.output,
+        options.base_model,
+        to=options.to,
+        unsaved=Unsaved(options.lora_alpha, options.pissa_init),
+        dtype=options.dtype,
+        force=options.force,
+    )
+    print(line)
+    return 0
