@@ -1,29 +1,38 @@
-"""Merging: an official file with adapters and learned states added, and what rounding lost."""
+"""Merging: an official file with adapters and learned states added, and what was lost by it."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from rwkv_peft.checkpoint.adapter import attach_values, read_adapter, require_base
+from rwkv_peft.checkpoint.compare import Comparison, compare, sample
 from rwkv_peft.checkpoint.files import atomic_write
 from rwkv_peft.checkpoint.fingerprint import fingerprint
+from rwkv_peft.checkpoint.mapped import mapped
 from rwkv_peft.checkpoint.pth import STATE_SUFFIX, geometry_of, load_weights, read_weights
 from rwkv_peft.checkpoint.state import is_state_file, read_state
 from rwkv_peft.checkpoint.stream import Spec, write_tensors
 from rwkv_peft.device import dtype_of
 from rwkv_peft.errors import CheckpointError, ConfigError
-from rwkv_peft.methods.merge import Addition, MergedWeights
+from rwkv_peft.methods.merge import Addition, MergedWeights, split
+from rwkv_peft.methods.state import state_from
 from rwkv_peft.models import build
+from rwkv_peft.models.base import RWKV
 
 StoredType = Literal["keep", "bf16", "fp16", "fp32"]
 # a change of which rounding takes more than this is worth another type
 TOLERABLE = 0.05
+# tokens on which a merged file is compared with the adapter model
+COMPARED_TOKENS = 64
+
+# an adapter or a state, and the weight of its change
+Source: TypeAlias = tuple[str | Path, float]
 
 
 @dataclass(slots=True)
@@ -36,6 +45,7 @@ class MergeReport:
         relative_error_fp16: the same if the changed tensors were stored as fp16.
         changed: names of the tensors with a change, and the relative error of each.
         states: how many tensors of learned states were added.
+        comparison: of the merged file's answers with the adapter model's; None if none was made.
     """
 
     base_model: str
@@ -43,35 +53,46 @@ class MergeReport:
     weights: list[float]
     output: str
     dtype: str
+    version: str
     relative_error: float = 0.0
     relative_error_fp16: float = 0.0
     changed: dict[str, float] = field(default_factory=dict)
     states: int = 0
+    comparison: Comparison | None = None
 
     @property
     def is_lossy(self) -> bool:
         """Whether rounding took more of the learned change than is tolerable."""
         return self.relative_error > TOLERABLE
 
-    def lines(self) -> tuple[str, str]:
-        """Rounding and recommendation, for a person."""
+    def lines(self) -> tuple[str, str, str]:
+        """Rounding, comparison and recommendation, for a person."""
         first = f"rounding: {len(self.changed)} tensors changed"
         if self.changed:
             first += f"; storing them as {self.dtype} loses {self.relative_error:.2%} of the change"
         if self.states:
             first += f"; {self.states} tensors of a learned state added"
-        return first, "recommendation: " + self.recommendation()
+        second = "not made" if self.comparison is None else self.comparison.describe()
+        return first, f"comparison: {second}", f"recommendation: {self.recommendation()}"
 
     def recommendation(self) -> str:
-        """What to do where rounding took too much, or that there is nothing to do."""
-        if not self.is_lossy:
-            return "use the merged file; it holds what was learned"
+        """What to do where too much was lost, or that there is nothing to do."""
+        is_far = self.comparison is not None and self.comparison.is_far
+        if not self.is_lossy and not is_far:
+            advice = "use the merged file; it holds what was learned"
+            if self.states and self.version == "x070":
+                advice += ". Programs that read no state from an RWKV-7 file need the state's own"
+            return advice
         if self.relative_error_fp16 < self.relative_error / 2:
-            return (
+            advice = (
                 f"merge again with --dtype fp16, which loses {self.relative_error_fp16:.2%}, or "
                 "use the adapter unmerged"
             )
-        return "use the adapter unmerged, or merge with --dtype fp32"
+        else:
+            advice = "use the adapter unmerged, or merge with --dtype fp32"
+        if self.comparison is not None and not is_far:
+            advice += "; on the text compared, the answers are still close"
+        return advice
 
     def write(self) -> Path:
         """Writes merge_report.json beside the output."""
@@ -89,17 +110,23 @@ def merge(
     weights: Sequence[float] = (),
     dtype: StoredType = "keep",
     force: bool = False,
+    compared_tokens: int = COMPARED_TOKENS,
+    data_file: str = "",
 ) -> MergeReport:
     """Writes `output`: the official file `base_model` with adapters or learned states added.
 
     The sums are float32 and rounded once; tensors without a change keep their bits, if they keep
-    their type, and the file its order. One tensor is in memory at a time.
+    their type, and the file its order. Of LoRA and MiSS a few rows are in memory at a time, of
+    other methods one matrix. `merge_report.json` is written beside the output.
 
     Args:
         adapter: a folder in peft's format or a state file, or several of them.
         weights: with which the change of each is added; 1 if left out.
         dtype: of the file's tensors; 'keep' leaves each as in the base.
         force: add an adapter that was trained on another base.
+        compared_tokens: on so many the file is compared with the adapter model; 0 for none.
+        data_file: held-out rows for that, in any form that training reads; a built-in text if
+            empty.
     Raises:
         CheckpointError: a file cannot be read or written, an adapter does not fit the base or
             changes nothing, or fp16 cannot hold a value.
@@ -109,32 +136,62 @@ def merge(
     if len(factors) != len(sources):
         raise ConfigError(f"{len(sources)} adapters came with {len(factors)} weights")
     base = read_weights(base_model)
-    states = _states(base, [(s, f) for s, f in zip(sources, factors, strict=True)])
-    merged = _adapters(base, [(s, f) for s, f in zip(sources, factors, strict=True)], force)
+    geometry = geometry_of(base)
+    text = sample(geometry.vocab_size, compared_tokens, data_file)
+    pairs = list(zip(sources, factors, strict=True))
+    states = _states(base, [pair for pair in pairs if is_state_file(pair[0])])
+    additions = _adapters(base, [pair for pair in pairs if not is_state_file(pair[0])], force)
+    merged = MergedWeights(base, additions)
+    _require_change(base, merged, states, sources)
+    names = [str(s) for s in sources]
+    report = MergeReport(str(base_model), names, factors, str(output), "", geometry.version)
+    report.states = len(states)
+    _write(base, merged, states, dtype, report)
+    if text.rows:
+        adapted = _adapted(base, merged, additions, states)
+        report.comparison = compare(adapted, mapped(_plain_model(read_weights(output))), text)
+    report.write()
+    return report
+
+
+def _write(
+    base: Mapping[str, Tensor],
+    merged: MergedWeights,
+    states: Mapping[str, Tensor],
+    dtype: StoredType,
+    report: MergeReport,
+) -> None:
+    """Writes the merged file and notes in the report what rounding took."""
+    names = merged.names
     stored = {n: x.dtype if dtype == "keep" else dtype_of(dtype) for n, x in base.items()}
     specs = {n: Spec(tuple(x.shape), stored[n]) for n, x in base.items()}
     specs |= {n: Spec(tuple(x.shape), torch.float32) for n, x in states.items()}
-    _require_change(base, merged, states, sources)
-    kinds = sorted({str(stored[n]).removeprefix("torch.") for n in merged.names})
-    names = [str(s) for s in sources]
-    report = MergeReport(str(base_model), names, factors, str(output), " and ".join(kinds))
-    report.states = len(states)
-    sums = _Sums()
+    report.dtype = " and ".join(sorted({str(stored[n]).removeprefix("torch.") for n in names}))
+    total = _Losses()
 
-    def tensor(name: str) -> Tensor:
+    def pieces(name: str) -> Iterator[Tensor]:
         if name in states:
-            return states[name]
-        if name not in merged.names:
-            return _stored(name, base[name], stored[name])
-        value = merged.tensor(name)
-        result = _stored(name, value, stored[name])
-        if error := sums.add(base[name], value, result):
-            report.changed[name] = error[0]
-        return result
+            yield states[name]
+        elif name not in names:
+            for x in split(base[name]):
+                yield _stored(name, x, stored[name])
+        else:
+            own = _Losses()
+            for x, value in zip(split(base[name]), merged.pieces(name), strict=True):
+                result = _stored(name, value, stored[name])
+                own.add(x, value, result)
+                yield result
+            if not math.isfinite(own.change):
+                raise CheckpointError(
+                    f"{name} is not finite once it is merged: the adapter, or the base, holds NaN "
+                    "or infinity; take an earlier one"
+                )
+            if own.change:
+                report.changed[name] = own.relative
+                total.join(own)
 
-    write_tensors(output, specs, tensor)
-    report.relative_error, report.relative_error_fp16 = sums.relative()
-    return report
+    write_tensors(report.output, specs, pieces)
+    report.relative_error, report.relative_error_fp16 = total.relative, total.relative_fp16
 
 
 def _stored(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -144,33 +201,53 @@ def _stored(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def _adapters(
-    base: Mapping[str, Tensor], sources: Sequence[tuple[str | Path, float]], force: bool
-) -> MergedWeights:
+def _plain_model(weights: Mapping[str, Tensor]) -> RWKV:
+    model = build(geometry_of(weights), op="torch")
+    # the parameters are the file's own memory, so that a model costs none
+    load_weights(model, weights, dtype=None)
+    return model
+
+
+def _without_states(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x for name, x in weights.items() if not name.endswith(STATE_SUFFIX)}
+
+
+def _adapters(base: Mapping[str, Tensor], sources: Sequence[Source], force: bool) -> list[Addition]:
     additions, own = [], fingerprint(base)
-    official = {name: x for name, x in base.items() if not name.endswith(STATE_SUFFIX)}
     for folder, factor in sources:
-        if is_state_file(folder):
-            continue
         adapter = read_adapter(folder)
         require_base(folder, adapter, own, force=force)
-        model = build(geometry_of(base), op="reference")
-        # the parameters are the file's own memory, so that a model costs none
-        load_weights(model, official, dtype=None)
+        model = _plain_model(_without_states(base))
         attachment = attach_values(model, adapter, folder, keeps_float32=True)
         additions.append(Addition(model, attachment, factor))
-    return MergedWeights(base, additions)
+    return additions
 
 
-def _states(
-    base: Mapping[str, Tensor], sources: Sequence[tuple[str | Path, float]]
-) -> dict[str, Tensor]:
+def _states(base: Mapping[str, Tensor], sources: Sequence[Source]) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for path, factor in sources:
-        if is_state_file(path):
-            for name, x in read_state(path, geometry_of(base)).items():
-                total[name] = total.get(name, torch.zeros_like(x)) + factor * x
+        for name, x in read_state(path, geometry_of(base)).items():
+            total[name] = total.get(name, torch.zeros_like(x)) + factor * x
     return total
+
+
+def _adapted(
+    base: Mapping[str, Tensor],
+    merged: MergedWeights,
+    additions: Sequence[Addition],
+    states: Mapping[str, Tensor],
+) -> RWKV:
+    """The model that the merged file stands for: that of the one adapter, by peft's own forward.
+
+    Of several adapters, or one with a weight, peft has none: it is the base with the merged
+    tensors before they are rounded.
+    """
+    is_one = [addition.weight for addition in additions] == [1]
+    model = additions[0].model if is_one else _plain_model(_without_states(base))
+    given = {n: x.float() for n, x in base.items() if n.endswith(STATE_SUFFIX)} | dict(states)
+    if given:
+        model.initial_state = state_from(given, model.geometry)
+    return mapped(model) if is_one else mapped(model, merged)
 
 
 def _require_change(
@@ -182,38 +259,43 @@ def _require_change(
     if any(bool(x.any()) for x in states.values()):
         return
     # an adapter that was trained has changed the first tensor that it may
-    if any(not torch.equal(merged.tensor(n), base[n].float()) for n in base if n in merged.names):
-        return
+    for name in (n for n in base if n in merged.names):
+        for x, value in zip(split(base[name]), merged.pieces(name), strict=True):
+            if not torch.equal(value, x.float()):
+                return
     names = ", ".join(map(str, sources))
     raise CheckpointError(f"{names} changes nothing in the base: it was never trained")
 
 
-class _Sums:
-    """Squares of the learned change and of what rounding takes from it."""
+class _Losses:
+    """Squares of a learned change and of what rounding takes from it."""
 
     def __init__(self) -> None:
-        self._change = self._lost = self._lost_fp16 = 0.0
+        self.change = self._lost = self._lost_fp16 = 0.0
 
-    def add(self, base: Tensor, value: Tensor, stored: Tensor) -> list[float]:
-        """The tensor's own relative error, or nothing if it has no change."""
-        change = _square(value, base)
-        if not change:
-            return []
-        lost = _square(stored, value)
-        self._change += change
-        self._lost += lost
+    def add(self, base: Tensor, value: Tensor, stored: Tensor) -> None:
+        """Counts a piece of a tensor: as it was, merged in float32, and as stored."""
+        self.change += _square(value, base)
+        self._lost += _square(stored, value)
         self._lost_fp16 += _square(value.half(), value)
-        return [math.sqrt(lost / change)]
 
-    def relative(self) -> tuple[float, float]:
-        """Of all tensors together, as stored and as fp16."""
-        if not self._change:
-            return 0.0, 0.0
-        return math.sqrt(self._lost / self._change), math.sqrt(self._lost_fp16 / self._change)
+    def join(self, other: "_Losses") -> None:
+        """Counts what another has counted."""
+        self.change += other.change
+        self._lost += other._lost
+        self._lost_fp16 += other._lost_fp16
+
+    @property
+    def relative(self) -> float:
+        """Norm of what rounding took over that of the change."""
+        return math.sqrt(self._lost / self.change) if self.change else 0.0
+
+    @property
+    def relative_fp16(self) -> float:
+        """The same if the pieces were stored as fp16."""
+        return math.sqrt(self._lost_fp16 / self.change) if self.change else 0.0
 
 
 def _square(x: Tensor, y: Tensor) -> float:
-    """Squared norm of x - y with a million differences in memory at a time."""
-    pairs = zip(x.reshape(-1).split(1 << 20), y.reshape(-1).split(1 << 20), strict=True)
-    squares = [(a.float() - b.float()).square().sum(dtype=torch.float64).item() for a, b in pairs]
-    return math.fsum(squares)
+    difference = (x.float() - y.float()).flatten()
+    return torch.dot(difference, difference).item()

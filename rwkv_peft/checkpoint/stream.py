@@ -5,7 +5,7 @@ import json
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -48,12 +48,13 @@ class Spec(NamedTuple):
 
 
 def write_tensors(
-    path: str | Path, specs: Mapping[str, Spec], tensor: Callable[[str], Tensor]
+    path: str | Path, specs: Mapping[str, Spec], tensor: Callable[[str], Tensor | Iterable[Tensor]]
 ) -> None:
     """Writes a `.pth` (or `.safetensors`, by its name) atomically, in the order of `specs`.
 
     Args:
-        tensor: makes a tensor by its name; only one exists at a time.
+        tensor: gives a tensor by its name, whole or as pieces that follow one another; of
+            all that it makes, only one exists at a time.
     Raises:
         CheckpointError: it cannot be written, and a file of that name stays as it was; or a type
             has no place in the format.
@@ -67,16 +68,22 @@ def write_tensors(
         write(file, specs, lambda name: _bytes(name, specs[name], tensor(name)))
 
 
-def _bytes(name: str, spec: Spec, x: Tensor) -> memoryview:
-    if x.shape != spec.shape or x.dtype != spec.dtype:
-        raise CheckpointError(f"{name} is {tuple(x.shape)} {x.dtype}, announced as {spec}")
-    # a view as bytes needs one dimension at least, and numpy knows no bf16
-    data: Any = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return memoryview(data)
+def _bytes(name: str, spec: Spec, content: Tensor | Iterable[Tensor]) -> Iterator[memoryview]:
+    """The bytes of a tensor; its shape counts where it comes whole, its size in any case."""
+    is_whole, count = isinstance(content, Tensor), 0
+    for x in [content] if isinstance(content, Tensor) else content:
+        if x.dtype != spec.dtype or (is_whole and x.shape != spec.shape):
+            raise CheckpointError(f"{name} is {tuple(x.shape)} {x.dtype}, announced as {spec}")
+        count += x.numel()
+        # a view as bytes needs one dimension at least, and numpy knows no bf16
+        data: Any = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        yield memoryview(data)
+    if count != spec.numel:
+        raise CheckpointError(f"{name} has {count} elements, announced as {spec}")
 
 
 def _write_safetensors(
-    file: IO[bytes], specs: Mapping[str, Spec], content: Callable[[str], memoryview]
+    file: IO[bytes], specs: Mapping[str, Spec], content: Callable[[str], Iterator[memoryview]]
 ) -> None:
     header, end = {}, 0
     for name, spec in specs.items():
@@ -87,7 +94,7 @@ def _write_safetensors(
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for name in specs:
-        file.write(content(name))
+        file.writelines(content(name))
 
 
 def map_safetensors(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
@@ -110,25 +117,30 @@ def map_safetensors(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]
 
 
 def _write_pth(
-    file: IO[bytes], specs: Mapping[str, Spec], content: Callable[[str], memoryview]
+    file: IO[bytes], specs: Mapping[str, Spec], content: Callable[[str], Iterator[memoryview]]
 ) -> None:
     """The zip format of torch.save: the pickled table first, then a record for each storage."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        _record(archive, file, "archive/data.pkl", memoryview(_pickled(specs)))
-        _record(archive, file, "archive/byteorder", memoryview(b"little"))
+        _record(archive, file, "archive/data.pkl", [_pickled(specs)])
+        _record(archive, file, "archive/byteorder", [b"little"])
         for number, name in enumerate(specs):
             _record(archive, file, f"archive/data/{number}", content(name))
-        _record(archive, file, "archive/version", memoryview(b"3\n"))
+        _record(archive, file, "archive/version", [b"3\n"])
 
 
-def _record(archive: zipfile.ZipFile, file: IO[bytes], name: str, content: memoryview) -> None:
+def _record(
+    archive: zipfile.ZipFile,
+    file: IO[bytes],
+    name: str,
+    content: Iterable[memoryview | bytes],
+) -> None:
     info = zipfile.ZipInfo(name)
     start = file.tell() + _HEADER + len(name) + _ZIP64
     # an extra field of four bytes and as many more as bring the content to its place
     fill = -(start + 4) % ALIGNMENT
     info.extra = b"FB" + fill.to_bytes(2, "little") + b"Z" * fill
     with archive.open(info, "w", force_zip64=True) as record:
-        record.write(content)
+        record.writelines(content)
 
 
 class _Storage(NamedTuple):

@@ -22,6 +22,10 @@ class MergeOptions:
     """Number type of the file; that of each tensor in the base if keep."""
     force: bool = False
     """Merge into another base than the adapter was trained on."""
+    compare: int = 64
+    """Tokens on which the merged file is compared with the adapter model; 0 compares nothing."""
+    data_file: str = ""
+    """Held-out rows to compare on, in any form that training reads; a built-in text if empty."""
     output: str = ""
     """The file to write, .pth or .safetensors."""
 
@@ -35,6 +39,9 @@ def run(args: Sequence[str]) -> int:
                 f"--{name} is missing: rwkv-peft merge --base_model B --adapter DIR --output O"
             )
 
+    if options.compare < 0 or (options.data_file and not options.compare):
+        raise ConfigError("--compare is the number of tokens, above 0 where --data_file is given")
+
     from rwkv_peft.checkpoint.merge import merge
 
     report = merge(
@@ -44,7 +51,8 @@ def run(args: Sequence[str]) -> int:
         weights=options.weights or (),
         dtype=options.dtype,
         force=options.force,
+        compared_tokens=options.compare,
+        data_file=options.data_file,
     )
-    report.write()
     print(f"wrote {options.output}", *report.lines(), sep="\n")
     return 0

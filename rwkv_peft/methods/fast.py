@@ -6,8 +6,9 @@ arithmetic. So there are no sums or scalings over (T, out), and nothing is kept 
 what a gradient needs: x and x A for LoRA, the folded x alone for MiSS.
 """
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +21,38 @@ def fuse(model: nn.Module) -> int:
     They stay peft's own layers in all but their forward, so that saving and merging do not change.
     A layer that no fast form serves (DoRA, a bias, MiSS's 'bat', an embedding) is left alone.
     """
+    count = 0
+    for module in model.modules():
+        if form := form_of(module):
+            layer: Any = type(module)
+            module.__class__ = _fast_class(layer, form.forward)
+            count += 1
+    return count
+
+
+class Form(NamedTuple):
+    """The arithmetic of one kind of layer.
+
+    Attributes:
+        forward: y (T, out) of a layer and x (T, in).
+        add: adds the change of a layer's rows to these rows of its weight (rows, in), in place;
+            called with the layer, the rows as a slice, and the weight.
+    """
+
+    forward: Callable[[Any, Tensor], Tensor]
+    add: Callable[[Any, slice, Tensor], None]
+
+
+def form_of(module: nn.Module) -> Form | None:
+    """The fast form that serves a layer of peft's, if there is one."""
     from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.miss.layer import MissLinear
 
-    forms: dict[type, Any] = {LoraLinear: (_serves_lora, _lora), MissLinear: (_serves_miss, _miss)}
-    count = 0
-    for module in model.modules():
-        serves, forward = forms.get(type(module), (None, None))
-        if serves and _is_plain(module) and serves(module):
-            layer: Any = type(module)
-            module.__class__ = _fast_class(layer, forward)
-            count += 1
-    return count
+    if type(module) is LoraLinear and _is_plain(module) and _serves_lora(module):
+        return Form(_lora, _add_lora)
+    if type(module) is MissLinear and _is_plain(module) and _serves_miss(module):
+        return Form(_miss, _add_miss)
+    return None
 
 
 @cache
@@ -71,18 +92,37 @@ def _lora(layer: Any, x: Tensor) -> Tensor:
     return y
 
 
+def _add_lora(layer: Any, rows: slice, weight: Tensor) -> None:
+    (name,) = layer.lora_A
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    weight.addmm_(b[rows], a, alpha=layer.scaling[name])
+
+
 def _serves_miss(layer: Any) -> bool:
     return len(layer.miss_block) == 1 and layer.miss_fn != "bat"
 
 
 def _miss(layer: Any, x: Tensor) -> Tensor:
     (name,) = layer.miss_block
-    block = layer.miss_block[name]
+    rate = _dropout(layer.miss_dropout[name])
+    y: Tensor = _Miss.apply(x, _weight(layer.base_layer), _miss_block(layer), rate)
+    return y
+
+
+def _miss_block(layer: Any) -> Tensor:
+    """What every shard of r columns is multiplied with, (r, out)."""
+    (name,) = layer.miss_block
+    block: Tensor = layer.miss_block[name]
     if layer.miss_fn == "mini":
         block = block.repeat(1, layer.out_features // layer.miss_mini_r[name])
-    rate = _dropout(layer.miss_dropout[name])
-    y: Tensor = _Miss.apply(x, _weight(layer.base_layer), block, rate)
-    return y
+    return block
+
+
+def _add_miss(layer: Any, rows: slice, weight: Tensor) -> None:
+    shard = _miss_block(layer)[:, rows].t()
+    whole = weight.shape[1] // shard.shape[1] * shard.shape[1]
+    weight[:, :whole].unflatten(1, (-1, shard.shape[1])).add_(shard.unsqueeze(1))
+    weight[:, whole:].add_(shard[:, : weight.shape[1] - whole])
 
 
 def _dropout(module: nn.Module) -> float:

@@ -1,27 +1,33 @@
-"""Weights with adapters added into them, one tensor at a time, in float32."""
+"""Weights with adapters added into them, a piece at a time, in float32."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from rwkv_peft.methods import fast
 from rwkv_peft.methods.attach import ADAPTER, Attachment
+from rwkv_peft.models.base import RWKV
+
+# elements that are float32 at a time: few enough for a processor's cache
+PIECE = 1 << 20
 
 
 class Addition(NamedTuple):
     """An adapted model and the weight with which its change is added."""
 
-    model: nn.Module
+    model: RWKV
     attachment: Attachment
     weight: float = 1.0
 
 
 class MergedWeights:
-    """Merged tensors by official name, made when they are asked for.
+    """Merged tensors by official name, made when they are asked for, a few rows at a time.
 
-    The base weights of the adapted models may be mapped from disk in any type; only those of the
-    module at hand are brought to float32. The arithmetic is peft's own, for any of its methods.
+    The base weights of the adapted models may be mapped from disk in any type; only those at hand
+    are brought to float32. The arithmetic is peft's own, for any of its methods, on the weights
+    of one module; of LoRA and MiSS it is that of `methods.fast`, on the rows at hand.
     """
 
     def __init__(self, base: Mapping[str, Tensor], additions: Sequence[Addition]) -> None:
@@ -33,41 +39,73 @@ class MergedWeights:
         """The tensors that an adapter may change."""
         return {name for owners in self._owners for name in owners}
 
-    def tensor(self, name: str) -> Tensor:
-        """The merged float32 tensor."""
-        if len(self._additions) == 1 and self._additions[0].weight == 1:
-            return self._merged(0, name)
-        base = self._base[name].float()
-        total = base.clone()
-        for i, (owners, addition) in enumerate(zip(self._owners, self._additions, strict=True)):
-            if name in owners:
-                total.add_(self._merged(i, name).sub_(base), alpha=addition.weight)
-        return total
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The merged float32 tensor, as pieces along its first dimension.
+
+        base + sum of weight x (merged with one adapter - base).
+        """
+        changed = [i for i, owners in enumerate(self._owners) if name in owners]
+        values = [self._merged(i, name) for i in changed]
+        weights = [self._additions[i].weight for i in changed]
+        if weights == [1]:
+            yield from values[0]
+            return
+        for base, *parts in zip(split(self._base[name]), *values, strict=True):
+            base = base.float()
+            total = base.clone()
+            for weight, part in zip(weights, parts, strict=True):
+                total.add_(part.sub_(base), alpha=weight)
+            yield total
 
     @torch.no_grad()
-    def _merged(self, index: int, name: str) -> Tensor:
+    def _merged(self, index: int, name: str) -> Iterator[Tensor]:
+        """The tensor with one adapter merged, as pieces of its own memory."""
         owner = self._owners[index][name]
         leaf = name.rpartition(".")[2]
         if isinstance(owner, Tensor):
-            return owner.detach().float().clone()
+            return (x.float().clone() for x in split(owner.detach()))
         if not hasattr(owner, "merge"):
             saved: Tensor = getattr(owner.modules_to_save[ADAPTER], leaf).detach()
-            return saved.float().clone()
-        base = owner.get_base_layer()
-        stored = dict(base.named_parameters(recurse=False))
-        data = {key: parameter.data for key, parameter in stored.items()}
-        for key, parameter in stored.items():
-            parameter.data = data[key].to(torch.float32, copy=True)
-        owner.merge()
-        merged: Tensor = getattr(owner.get_base_layer(), leaf).detach()
-        # put back as it was, not by peft's own way back, which would compute and round
-        if owner.get_base_layer() is not base:
-            owner.unmerge()
-        owner.merged_adapters.clear()
-        for key, parameter in stored.items():
-            parameter.data = data[key]
-            setattr(base, key, parameter)
-        return merged
+            return (x.float().clone() for x in split(saved))
+        if form := fast.form_of(owner):
+            return _added(owner, form, getattr(owner.get_base_layer(), leaf).detach())
+        return iter(split(_merged_by_peft(owner, leaf)))
+
+
+def split(x: Tensor) -> tuple[Tensor, ...]:
+    """A tensor as views of about `PIECE` elements along its first dimension."""
+    if x.ndim == 0:
+        return (x,)
+    pieces: tuple[Tensor, ...] = x.split(max(1, PIECE * len(x) // max(1, x.numel())))
+    return pieces
+
+
+@torch.no_grad()
+def _added(owner: Any, form: fast.Form, weight: Tensor) -> Iterator[Tensor]:
+    start = 0
+    for rows in split(weight):
+        merged = rows.to(torch.float32, copy=True)
+        form.add(owner, slice(start, start + len(rows)), merged)
+        start += len(rows)
+        yield merged
+
+
+def _merged_by_peft(owner: Any, leaf: str) -> Tensor:
+    base = owner.get_base_layer()
+    stored = dict(base.named_parameters(recurse=False))
+    data = {key: parameter.data for key, parameter in stored.items()}
+    for key, parameter in stored.items():
+        parameter.data = data[key].to(torch.float32, copy=True)
+    owner.merge()
+    merged: Tensor = getattr(owner.get_base_layer(), leaf).detach()
+    # put back as it was, not by peft's own way back, which would compute and round
+    if owner.get_base_layer() is not base:
+        owner.unmerge()
+    owner.merged_adapters.clear()
+    for key, parameter in stored.items():
+        parameter.data = data[key]
+        setattr(base, key, parameter)
+    return merged
 
 
 def _owners(model: nn.Module, attachment: Attachment) -> dict[str, Any]:

@@ -79,9 +79,10 @@ def test_a_method_is_neutral_trains_what_it_declares_reloads_and_merges(
     _, values = attach_saved(again, tmp_path / "adapter")
     torch.testing.assert_close(again.eval()(TOKENS)[0], adapted, rtol=0, atol=1e-4)
     assert all(torch.equal(values[key], trained[key]) for key in values)
-    rwkv_peft.merge(base, tmp_path / "adapter", tmp_path / "merged.pth")
+    report = rwkv_peft.merge(base, tmp_path / "adapter", tmp_path / "merged.pth")
     merged = rwkv_peft.load_model(tmp_path / "merged.pth")
     torch.testing.assert_close(merged(TOKENS)[0], adapted, rtol=0, atol=1e-4)
+    assert report.comparison is not None and report.comparison.max_difference < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore")

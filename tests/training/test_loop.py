@@ -62,7 +62,7 @@ def adapter_of(result: Any) -> dict[str, torch.Tensor]:
 def test_training_lowers_the_loss_and_writes_the_run_folder(run: Run, tmp_path: Path) -> None:
     result = run(epoch_count=6)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
-        ["config.yaml", "loss_data.jsonl", "train_log.txt"]
+        ["config.yaml", "loss_data.jsonl", "merge_report.json", "train_log.txt"]
         + [f"rwkv-{k}{end}" for k in range(6) for end in (".pth", "-adapter")]
     )
     values = losses(tmp_path / "out")

@@ -1,0 +1,123 @@
+"""How far the answers of a merged file are from those of the adapter model."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rwkv_peft.config import DataConfig
+from rwkv_peft.data.prepare import read_documents
+from rwkv_peft.data.tokenizer import Tokenizer
+from rwkv_peft.models.base import RWKV
+
+TEXTS = (
+    "User: Why does the moon keep one face to the earth?\n\nAssistant: Over ages the tides slowed "
+    "its turning, until one turn took as long as one round of its orbit.",
+    "User: 为什么天空是蓝色的？\n\nAssistant: 阳光穿过大气时，蓝光比红光更容易被空气分子散射，"
+    "所以我们抬头看到的天空是蓝色的。",
+)
+# a divergence of k nats costs k nats of loss a token on the adapter model's own text
+TOLERABLE_KL = 0.01
+TOLERABLE_AGREEMENT = 0.95
+# tokens of one document, so that several are met; positions whose logits exist at a time
+LONGEST, POSITIONS = 64, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Answers of the merged file against those of the adapter model, both computed in float32.
+
+    Attributes:
+        text: where the tokens come from.
+        tokens: how many positions were compared.
+        max_difference, mean_difference: of logits, absolute.
+        kl: divergence of the merged file's distribution from the adapter model's, nats a token.
+        top1_agreement: share of positions at which both find the same token likeliest.
+    """
+
+    text: str
+    tokens: int
+    max_difference: float
+    mean_difference: float
+    kl: float
+    top1_agreement: float
+
+    @property
+    def is_far(self) -> bool:
+        """Whether a user would notice."""
+        # so written, a divergence that is no number is far too
+        return not (self.kl <= TOLERABLE_KL and self.top1_agreement >= TOLERABLE_AGREEMENT)
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return (
+            f"on {self.tokens} tokens of {self.text}, logits differ by {self.mean_difference:.2g} "
+            f"(at most {self.max_difference:.2g}), KL {self.kl:.2g} nats a token, the likeliest "
+            f"token is the same at {self.top1_agreement:.1%}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Rows of tokens, and where they come from."""
+
+    text: str
+    rows: list[list[int]]
+
+
+def sample(vocab_size: int, count: int, data_file: str = "") -> Sample:
+    """At most `count` tokens of the built-in text, or of documents drawn from a file.
+
+    Raises:
+        ConfigError, DataError: the file cannot be read, or the vocabulary is none of RWKV's.
+    """
+    if count <= 0:
+        return Sample("", [])
+    tokenizer = Tokenizer(vocab_size)
+    if not data_file:
+        rows = [tokenizer.encode(text) for text in TEXTS]
+        return Sample("a built-in text", [row[: max(1, count // len(rows))] for row in rows])
+    documents = read_documents(DataConfig(data_file=data_file), tokenizer)
+    rows = []
+    for i in np.random.default_rng(0).permutation(len(documents)):
+        start, end = documents.starts[i], documents.starts[i + 1]
+        wanted = min(end - start, LONGEST, count)
+        rows.append(documents.tokens[start : start + wanted].tolist())
+        count -= wanted
+        if not count:
+            break
+    return Sample(data_file, rows)
+
+
+@torch.no_grad()
+def compare(adapted: RWKV, merged: RWKV, given: Sample) -> Comparison:
+    """Runs both models, which may be `mapped`, over a sample."""
+    hidden = zip(
+        _hidden(adapted, given.rows).split(POSITIONS),
+        _hidden(merged, given.rows).split(POSITIONS),
+        strict=True,
+    )
+    largest, total, kl, same, count = 0.0, 0.0, 0.0, 0, 0
+    for one, other in hidden:
+        wanted, found = adapted.head(one).double(), merged.head(other).double()
+        difference = (wanted - found).abs_()
+        largest = max(largest, difference.max().item())
+        total += difference.mean().item() * len(wanted)
+        del difference
+        same += int((wanted.argmax(-1) == found.argmax(-1)).sum())
+        wanted, found = wanted.log_softmax(-1), found.log_softmax(-1)
+        kl += (wanted.exp() * (wanted - found)).sum().item()
+        count += len(wanted)
+    return Comparison(given.text, count, largest, total / count, kl / count, same / count)
+
+
+def _hidden(model: RWKV, rows: list[list[int]]) -> Tensor:
+    """The last hidden states (positions, D) of all rows, one behind the other."""
+    model.eval()
+    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    is_given = torch.zeros_like(tokens, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+        is_given[i, : len(row)] = True
+    return model.hidden(tokens)[0][is_given]

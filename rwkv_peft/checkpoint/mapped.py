@@ -1,0 +1,87 @@
+"""Models that compute in float32 while their weights stay in a file, mapped, in any type."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv_peft.methods import fast
+from rwkv_peft.methods.merge import MergedWeights, split
+from rwkv_peft.models.base import RWKV
+
+# a tensor by its name in the model, as float32 pieces along its first dimension
+Pieces = Callable[[], Iterable[Tensor]]
+
+
+def mapped(model: RWKV, merged: MergedWeights | None = None) -> RWKV:
+    """The model itself, changed so that weights are float32 only while they are used.
+
+    Of a plain linear layer these are a few rows at a time, of any other the tensors of the one
+    layer. An adapted layer computes by peft's own forward.
+
+    Args:
+        merged: tensors that take the place of the model's own, which must then be a plain one.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def pieces(name: str, x: Tensor) -> Pieces:
+        if merged is not None and name in merged.names:
+            return lambda: merged.pieces(name)
+        return lambda: (piece.float() for piece in split(x.detach()))
+
+    whole: list[str] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{outer}.") for outer in whole):
+            continue
+        is_whole = isinstance(module, BaseTunerLayer) and fast.form_of(module) is None
+        if is_whole:
+            # its forward may read the weight of the layer within, not only call it
+            whole.append(path)
+        tensors = {
+            parameter: pieces(f"{path}.{name}", parameter)
+            for name, parameter in module.named_parameters(recurse=is_whole)
+        }
+        if type(module) is nn.Linear:
+            _compute_by(module, _linear(module, tensors[module.weight]))
+        elif type(module) is nn.Embedding:
+            _compute_by(module, _embedding(module))
+        elif tensors:
+            _bring_in(module, tensors)
+    return model
+
+
+def _compute_by(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+    vars(module)["forward"] = forward
+
+
+def _linear(module: nn.Linear, rows: Pieces) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        y = torch.cat([F.linear(x, w) for w in rows()], -1)
+        return y if module.bias is None else y + module.bias.float()
+
+    return forward
+
+
+def _embedding(module: nn.Embedding) -> Callable[[Tensor], Tensor]:
+    def forward(tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, module.weight).float()
+
+    return forward
+
+
+def _bring_in(module: nn.Module, tensors: dict[nn.Parameter, Pieces]) -> None:
+    stored: dict[nn.Parameter, Tensor] = {}
+
+    def before(*_: Any) -> None:
+        for parameter, pieces in tensors.items():
+            stored[parameter] = parameter.data
+            parameter.data = torch.cat(list(pieces()))
+
+    def after(*_: Any) -> None:
+        for parameter, data in stored.items():
+            parameter.data = data
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
