@@ -15,6 +15,7 @@ from rwkv_peft.checkpoint.compare import Comparison, compare, sample
 from rwkv_peft.checkpoint.files import atomic_write
 from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.mapped import mapped
+from rwkv_peft.checkpoint.older import Unsaved
 from rwkv_peft.checkpoint.pth import STATE_SUFFIX, geometry_of, load_weights, read_weights
 from rwkv_peft.checkpoint.state import is_state_file, read_state
 from rwkv_peft.checkpoint.stream import Spec, write_tensors
@@ -109,6 +110,8 @@ def merge(
     *,
     weights: Sequence[float] = (),
     dtype: StoredType = "keep",
+    lora_alpha: float | None = None,
+    pissa_init: str | Path = "",
     force: bool = False,
     compared_tokens: int = COMPARED_TOKENS,
     data_file: str = "",
@@ -120,9 +123,12 @@ def merge(
     other methods one matrix. `merge_report.json` is written beside the output.
 
     Args:
-        adapter: a folder in peft's format or a state file, or several of them.
+        adapter: a folder in peft's format, a state file or an adapter file of older RWKV-PEFT, or
+            several of them.
         weights: with which the change of each is added; 1 if left out.
         dtype: of the file's tensors; 'keep' leaves each as in the base.
+        lora_alpha: of the training of an older LoRA file, which does not hold it.
+        pissa_init: for PiSSA in its place, the run's init_pissa.pth.
         force: add an adapter that was trained on another base.
         compared_tokens: on so many the file is compared with the adapter model; 0 for none.
         data_file: held-out rows for that, in any form that training reads; a built-in text if
@@ -140,7 +146,8 @@ def merge(
     text = sample(geometry.vocab_size, compared_tokens, data_file)
     pairs = list(zip(sources, factors, strict=True))
     states = _states(base, [pair for pair in pairs if is_state_file(pair[0])])
-    additions = _adapters(base, [pair for pair in pairs if not is_state_file(pair[0])], force)
+    adapters = [pair for pair in pairs if not is_state_file(pair[0])]
+    additions = _adapters(base, adapters, Unsaved(lora_alpha, pissa_init), force)
     merged = MergedWeights(base, additions)
     _require_change(base, merged, states, sources)
     names = [str(s) for s in sources]
@@ -212,10 +219,14 @@ def _without_states(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: x for name, x in weights.items() if not name.endswith(STATE_SUFFIX)}
 
 
-def _adapters(base: Mapping[str, Tensor], sources: Sequence[Source], force: bool) -> list[Addition]:
+def _adapters(
+    base: Mapping[str, Tensor], sources: Sequence[Source], unsaved: Unsaved, force: bool
+) -> list[Addition]:
     additions, own = [], fingerprint(base)
     for folder, factor in sources:
-        adapter = read_adapter(folder)
+        # among several, only a file of old lacks it
+        lacks_it = len(sources) == 1 or Path(folder).is_file()
+        adapter = read_adapter(folder, unsaved if lacks_it else None)
         require_base(folder, adapter, own, force=force)
         model = _plain_model(_without_states(base))
         attachment = attach_values(model, adapter, folder, keeps_float32=True)

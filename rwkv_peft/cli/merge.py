@@ -15,7 +15,12 @@ class MergeOptions:
     base_model: str = ""
     """The official weights that the adapter was trained on."""
     adapter: str = ""
-    """Folder of the adapter in peft's format, or a state file; several with commas between."""
+    """Folder of the adapter in peft's format, a state file, or an adapter file of older RWKV-PEFT;
+    several with commas between."""
+    lora_alpha: float | None = None
+    """Of the training of an older LoRA file, which does not hold it."""
+    pissa_init: str = ""
+    """For PiSSA in its place, the run's init_pissa.pth."""
     weights: list[float] | None = None
     """With which the change of each adapter is added, as a JSON list; 1 each if left out."""
     dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
@@ -50,6 +55,8 @@ def run(args: Sequence[str]) -> int:
         options.output,
         weights=options.weights or (),
         dtype=options.dtype,
+        lora_alpha=options.lora_alpha,
+        pissa_init=options.pissa_init,
         force=options.force,
         compared_tokens=options.compare,
         data_file=options.data_file,
