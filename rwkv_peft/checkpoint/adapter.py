@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 from rwkv_peft.checkpoint.folder import SavedAdapter, read_folder, write_folder
-from rwkv_peft.checkpoint.older import Unsaved, is_old_adapter, read_old_adapter, with_start
+from rwkv_peft.checkpoint.older import Unsaved, old_method, read_old_adapter, with_start
+from rwkv_peft.checkpoint.state import is_state_file
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.methods import fast, residual
 from rwkv_peft.methods.attach import (
@@ -62,7 +63,7 @@ def read_adapter(path: str | Path, unsaved: Unsaved | None = None) -> SavedAdapt
         CheckpointError: a file is missing, damaged or no adapter, or lacks what must be given.
     """
     unsaved = unsaved or Unsaved()
-    if is_old_adapter(path):
+    if old_method(path):
         return read_old_adapter(path, unsaved)
     if Path(path).is_file():
         raise CheckpointError(
@@ -74,6 +75,17 @@ def read_adapter(path: str | Path, unsaved: Unsaved | None = None) -> SavedAdapt
         if getattr(unsaved, name) is not None:
             raise CheckpointError(f"{path} brings its own {name}: leave it out")
     return with_start(path, adapter, unsaved.pissa_init) if unsaved.pissa_init else adapter
+
+
+def saved_method(path: str | Path) -> str:
+    """The method of a saved adapter or state, by its name for --peft.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if is_state_file(path):
+        return "state"
+    return old_method(path) or str(read_folder(path).config.peft_type.value).lower()
 
 
 def load_adapter(

@@ -9,6 +9,7 @@ were trained beside stand under their own names. Any name may begin with `model.
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
@@ -43,11 +44,12 @@ class Unsaved(NamedTuple):
     lora_dropout: float | None = None
 
 
-def is_old_adapter(path: str | Path) -> bool:
-    """Whether a path is a file with an adapter of older RWKV-PEFT in it."""
-    return Path(path).is_file() and any(
-        _FACTOR.fullmatch(name) or _BLOCK.fullmatch(name) for name in read_weights(path)
-    )
+def old_method(path: str | Path) -> str:
+    """The method of an adapter file of older RWKV-PEFT, 'lora' or 'miss'; empty for all else."""
+    names = read_weights(path) if Path(path).is_file() else ()
+    if any(_FACTOR.fullmatch(name) for name in names):
+        return "lora"
+    return "miss" if any(_BLOCK.fullmatch(name) for name in names) else ""
 
 
 def read_old_adapter(path: str | Path, unsaved: Unsaved) -> SavedAdapter:
@@ -60,6 +62,9 @@ def read_old_adapter(path: str | Path, unsaved: Unsaved) -> SavedAdapter:
         CheckpointError: it holds no adapter, or none that has an effect; a tensor lacks its
             partner or has an impossible shape; what it does not hold is not given.
     """
+    for name in ("lora_alpha", "lora_dropout"):
+        if not isinstance(value := getattr(unsaved, name), (int, float, NoneType)):
+            raise CheckpointError(f"{name}: got {value!r}, allowed is a number")
     tensors = _tensors(path)
     factors, blocks = _of_modules(_FACTOR, tensors), _of_modules(_BLOCK, tensors)
     if bool(factors) == bool(blocks):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_peft.checkpoint.older import is_old_adapter
+from rwkv_peft.checkpoint.older import old_method
 from rwkv_peft.checkpoint.pth import STATE_SUFFIX, read_weights
 from rwkv_peft.checkpoint.stream import Spec, write_tensors
 from rwkv_peft.errors import CheckpointError
@@ -17,7 +17,7 @@ from rwkv_peft.models.geometry import Geometry
 
 def is_state_file(path: str | Path) -> bool:
     """Whether a path is a file, and not an adapter."""
-    return Path(path).is_file() and not is_old_adapter(path)
+    return Path(path).is_file() and not old_method(path)
 
 
 def write_state(path: str | Path, tensors: Mapping[str, Tensor]) -> None:

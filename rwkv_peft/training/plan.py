@@ -7,6 +7,7 @@ from pathlib import Path
 from secrets import randbelow
 from typing import Any
 
+from rwkv_peft.checkpoint.adapter import saved_method
 from rwkv_peft.config import UNSAVED, TrainConfig
 from rwkv_peft.data.batching import PaddedBatches
 from rwkv_peft.data.prepare import Documents
@@ -36,7 +37,7 @@ class Choice:
 
 def choose_model_settings(config: TrainConfig) -> tuple[TrainConfig, list[Choice]]:
     """Fills in what must be known to load the model: folder, device, precision, method, seed."""
-    config, choices = _with_canonical_method(config), []
+    given, config, choices = config, _with_canonical_method(config), []
     if not config.proj_dir:
         choices.append(Choice("proj_dir", free_folder("out"), "the first free name"))
     device = resolve_device(config.accelerator)
@@ -48,9 +49,11 @@ def choose_model_settings(config: TrainConfig) -> tuple[TrainConfig, list[Choice
         name = config.template_name
         reason = "RWKV's own dialogues" if name == "chat" else "as sft data always was"
         choices.append(Choice("template", name, reason))
-    if config.peft == "auto":
+    if given.peft == "auto" and config.load_adapter:
+        choices.append(Choice("peft", config.peft, "the method of load_adapter"))
+    elif config.peft == "auto":
         choices.append(Choice("peft", "lora", "needs little memory and gives small files"))
-        if not config.peft_config and not config.load_adapter:
+        if not config.peft_config:
             reason = "a rank that suits most tasks, at a scale of 1"
             choices.append(Choice("peft_config", dict(LORA_DEFAULTS), reason))
     if config.random_seed < 0:
@@ -67,13 +70,18 @@ def _with_canonical_method(config: TrainConfig) -> TrainConfig:
         asks = Path(load).is_file() or config.load_adapter
         options = {k: v for k, v in options.items() if k in UNSAVED and asks}
     parts = [*config.train_parts, *options.pop("train_parts", ())]
+    if load:
+        saved = saved_method(load)
+        if method not in ("auto", saved):
+            raise ConfigError(f"--peft {config.peft}: {load} holds {saved}; leave --peft out")
+        method = saved
     train_type = config.train_type
     if train_type != "none" and method in ("auto", "none"):
         method = "state"
     if method == "state" and train_type == "none":
         train_type = "state"
     if train_type != "none" and (method != "state" or parts):
-        what = f"--peft {config.peft}" if method != "state" else "--train_parts"
+        what = f"--peft {method}" if method != "state" else "--train_parts"
         raise ConfigError(f"--train_type {train_type} trains the state alone: leave out {what}")
     return replace(
         config,

@@ -285,6 +285,42 @@ def first_loss(folder: Path) -> float:
     return float(json.loads(line)["loss"])
 
 
+def test_the_method_is_that_of_the_file(
+    make_model_file: MakeModel, data_file: Path, tmp_path: Path
+) -> None:
+    base = make_model_file()
+    old, _ = old_run(tmp_path, base, "disha")
+    state = {f"blocks.{i}.att.time_state": torch.ones(2, 64, 64) for i in range(2)}
+    torch.save(state, tmp_path / "state.pth")
+    for name, source in (("miss", old), ("state", tmp_path / "state.pth")):
+        out = tmp_path / name
+        config = {"load_model": str(base), "data_file": str(data_file), "accelerator": "cpu"}
+        config |= {"load_adapter": str(source), "proj_dir": str(out)}
+        rwkv_peft.train(TrainConfig(**config, epoch_count=1, ctx_len=32, epoch_steps=1))
+        log = (out / "train_log.txt").read_text()
+        assert f"chosen: peft = {name} (the method of load_adapter)" in log
+        with pytest.raises(ConfigError, match=f"--peft oft: .* holds {name}; leave --peft out"):
+            rwkv_peft.train(TrainConfig(**config, peft="oft"))
+    assert list(read_weights(tmp_path / "state" / "rwkv-0.pth")) == list(state)
+
+
+def test_a_folder_that_peft_wrote_for_an_older_run_is_read(
+    make_model_file: MakeModel, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, PeftModel
+
+    base = make_model_file(dtype=torch.float32)
+    names = ["receptance", "key", "value", "output"]
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=names, init_lora_weights=False)
+    model: Any = rwkv_peft.load_model(base)
+    model.config = {"model_type": "rwkv", "tie_word_embeddings": False}
+    PeftModel(model, config).save_pretrained(str(tmp_path / "run-adapter"))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            logits_of(base, adapter=tmp_path / "run-adapter"), model(TOKENS)[0], rtol=0, atol=1e-5
+        )
+
+
 def test_the_command_converts_and_generates_from_old_files(
     cli: Cli, make_model_file: MakeModel, tmp_path: Path
 ) -> None:

@@ -139,6 +139,8 @@ def test_what_a_file_does_not_hold_is_asked_for_and_not_guessed(
     old, _ = old_run(tmp_path, base, "lora")
     with pytest.raises(CheckpointError, match="rank 4 and not how it is scaled: give --lora_alpha"):
         rwkv_peft.load_model(base, adapter=old)
+    with pytest.raises(CheckpointError, match="lora_alpha: got '8', allowed is a number"):
+        rwkv_peft.load_model(base, adapter=old, lora_alpha="8")  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="must be above 0, got 0"):
         rwkv_peft.load_model(base, adapter=old, lora_alpha=0)
     pissa, init, _ = old_pissa(tmp_path, base)
