@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from rwkv_peft.checkpoint.adapter import load_adapter
+from rwkv_peft.checkpoint.convert import convert
 from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.merge import merge
 from rwkv_peft.checkpoint.older import Unsaved
@@ -15,7 +16,7 @@ from rwkv_peft.generation.engine import generate
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.training.loop import train
 
-__all__ = ["generate", "load_model", "merge", "train"]
+__all__ = ["convert", "generate", "load_model", "merge", "train"]
 
 
 def load_model(

@@ -45,7 +45,8 @@ def convert(
     base_model: str | Path,
     *,
     to: Form = "peft",
-    unsaved: Unsaved | None = None,
+    lora_alpha: float | None = None,
+    pissa_init: str | Path = "",
     dtype: StoredType = "keep",
     force: bool = False,
 ) -> str:
@@ -59,7 +60,9 @@ def convert(
             `lora_B`, which programs that attach LoRA to RWKV read; 'residual', for PiSSA, a folder
             of the base without what PiSSA took from it (`residual.pth`), the adapter on that
             (`adapter`) and what was taken (`init_pissa.pth`), as when it was trained.
-        unsaved: what a file of older RWKV-PEFT does not hold.
+        lora_alpha: of the training of an older LoRA file, which does not hold it.
+        pissa_init: for PiSSA, the run's init_pissa.pth; with it the `adapter` of a residual form
+            becomes one on the original base again.
         dtype: of the matrices of `residual.pth`.
         force: take an adapter that was trained on another base.
     Raises:
@@ -75,7 +78,7 @@ def convert(
             raise CheckpointError(f"{source} changes nothing: all of its state is zero")
         write_state(output, state)
         return f"wrote {output}: a state of {len(state)} tensors"
-    adapter = read_adapter(source, unsaved)
+    adapter = read_adapter(source, Unsaved(lora_alpha, pissa_init))
     own = fingerprint(weights)
     require_base(source, adapter, own, force=force)
     if to == "residual":

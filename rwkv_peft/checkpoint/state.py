@@ -20,6 +20,12 @@ def is_state_file(path: str | Path) -> bool:
     return Path(path).is_file() and not old_method(path)
 
 
+def holds_state_alone(path: str | Path) -> bool:
+    """Whether every tensor of a file is one of a state."""
+    names = read_weights(path)
+    return bool(names) and all(name.endswith(STATE_SUFFIX) for name in names)
+
+
 def write_state(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes `blocks.{i}.att.time_state` (H, N, N) of every layer, in float32.
 

@@ -44,14 +44,14 @@ def run(args: Sequence[str]) -> int:
             )
 
     from rwkv_peft.checkpoint.convert import convert
-    from rwkv_peft.checkpoint.older import Unsaved
 
     line = convert(
         options.source,
         options.output,
         options.base_model,
         to=options.to,
-        unsaved=Unsaved(options.lora_alpha, options.pissa_init),
+        lora_alpha=options.lora_alpha,
+        pissa_init=options.pissa_init,
         dtype=options.dtype,
         force=options.force,
     )

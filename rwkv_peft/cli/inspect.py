@@ -16,7 +16,7 @@ class InspectOptions:
     """What to look at."""
 
     file: str = ""
-    """A .pth or .safetensors file."""
+    """A .pth or .safetensors file of a model, an adapter or a state, or an adapter's folder."""
     json: bool = False
     """Print one JSON object."""
 
@@ -43,11 +43,49 @@ def run(args: Sequence[str]) -> int:
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """The facts of a file, ready for JSON.
+    """The facts of a model's file, an adapter or a state, ready for JSON.
 
     Raises:
-        CheckpointError: it cannot be read or is no RWKV model.
+        CheckpointError: it cannot be read or is none of them.
     """
+    from rwkv_peft.checkpoint.older import old_method
+    from rwkv_peft.checkpoint.state import holds_state_alone
+
+    if Path(path).is_dir():
+        return _describe_folder(path)
+    if method := old_method(path) or ("state" if holds_state_alone(path) else ""):
+        return {"file": str(path), "method": method, **_totals(path)}
+    return _describe_model(path)
+
+
+def _describe_folder(path: str | Path) -> dict[str, Any]:
+    from rwkv_peft.checkpoint.adapter import read_adapter, saved_method
+
+    adapter = read_adapter(path)
+    config = adapter.config.to_dict()
+    shown = ("r", "lora_alpha", "init_weights", "target_modules", "base_model_name_or_path")
+    facts: dict[str, Any] = {"folder": str(path), "method": saved_method(path)}
+    facts |= {name: config[name] for name in shown if config.get(name) is not None}
+    if isinstance(targets := facts.get("target_modules"), set):
+        facts["target_modules"] = sorted(targets)
+    facts["base"] = adapter.note.get("base") or "not noted"
+    facts["parameters"] = sum(x.numel() for x in adapter.tensors.values())
+    return facts
+
+
+def _totals(path: str | Path) -> dict[str, Any]:
+    from rwkv_peft.checkpoint.pth import read_weights
+
+    weights = read_weights(path)
+    dtypes = Counter(str(x.dtype).removeprefix("torch.") for x in weights.values())
+    return {
+        "dtype": dict(dtypes),
+        "parameters": sum(x.numel() for x in weights.values()),
+        "bytes": Path(path).stat().st_size,
+    }
+
+
+def _describe_model(path: str | Path) -> dict[str, Any]:
     from rwkv_peft.checkpoint.pth import geometry_of, load_weights, read_weights
     from rwkv_peft.models import build
 
@@ -58,8 +96,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         load_weights(build(geometry, op="reference"), weights, device="meta")
     except RwkvPeftError as error:
         odd.append(str(error))
-    dtypes = Counter(str(x.dtype).removeprefix("torch.") for x in weights.values())
-    if len(dtypes) > 1:
+    totals = _totals(path)
+    if len(totals["dtype"]) > 1:
         odd.append("tensors of several types")
     if not geometry.has_first_value_mix:
         odd.append("no blocks.0.att.v0, v1, v2 (nothing reads them; some releases lack them)")
@@ -67,10 +105,5 @@ def describe(path: str | Path) -> dict[str, Any]:
     odd += [f"{name} holds values that are not finite" for name in broken]
     if geometry.vocab_size != 65536:
         odd.append(f"vocabulary {geometry.vocab_size}, official files have 65536")
-    facts = {"file": str(path), **asdict(geometry)}
-    facts["n_head"] = geometry.n_head
-    facts["dtype"] = dict(dtypes)
-    facts["parameters"] = sum(x.numel() for x in weights.values())
-    facts["bytes"] = Path(path).stat().st_size
-    facts["odd"] = odd
-    return facts
+    facts = {"file": str(path), **asdict(geometry), "n_head": geometry.n_head}
+    return {**facts, **totals, "odd": odd}

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 import rwkv_peft
+from rwkv_peft import convert
 from rwkv_peft.checkpoint.adapter import read_adapter, write_adapter
-from rwkv_peft.checkpoint.convert import convert
-from rwkv_peft.checkpoint.older import Unsaved
 from rwkv_peft.checkpoint.pth import read_weights, write_weights
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import CheckpointError, ConfigError
@@ -50,7 +49,7 @@ def test_an_old_file_becomes_a_folder_of_its_base(
 ) -> None:
     base, folder = make_model_file(), tmp_path / "folder"
     old, _ = old_run(tmp_path, base, form)
-    line = convert(old, folder, base, unsaved=Unsaved(**scale(form)))
+    line = convert(old, folder, base, **scale(form))
     assert line.endswith(f" {len(torch.load(old))} tensors")
     direct = logits_of(base, adapter=old, **scale(form))
     assert torch.equal(logits_of(base, adapter=folder), direct)
@@ -69,7 +68,7 @@ def test_the_folder_of_a_plain_old_lora_opens_in_peft_itself(
 
     base = make_model_file(dtype=torch.float32)
     old, _ = old_run(tmp_path, base, "lora")
-    convert(old, tmp_path / "folder", base, unsaved=Unsaved(ALPHA))
+    convert(old, tmp_path / "folder", base, lora_alpha=ALPHA)
     model: Any = PeftModel.from_pretrained(rwkv_peft.load_model(base), str(tmp_path / "folder"))
     found = model.base_model.model(TOKENS)[0]
     expected = logits_of(base, adapter=old, lora_alpha=ALPHA)
@@ -107,8 +106,7 @@ def test_pissa_goes_to_residual_and_adapter_and_back(
     torch.testing.assert_close(official, logits[0], rtol=0, atol=1e-4)
     with pytest.raises(CheckpointError, match="was trained on another base"):
         rwkv_peft.load_model(base, adapter=out / "adapter")
-    unsaved = Unsaved(pissa_init=out / "init_pissa.pth")
-    convert(out / "adapter", tmp_path / "back", base, unsaved=unsaved)
+    convert(out / "adapter", tmp_path / "back", base, pissa_init=out / "init_pissa.pth")
     torch.testing.assert_close(
         logits_of(base, adapter=tmp_path / "back"), logits, rtol=0, atol=1e-5
     )
@@ -121,7 +119,7 @@ def test_pissa_goes_to_residual_and_adapter_and_back(
 def test_an_old_pissa_pair_comes_back_as_it_was(make_model_file: MakeModel, tmp_path: Path) -> None:
     base = make_model_file(dtype=torch.float32)
     old, init, _ = old_pissa(tmp_path, base)
-    convert(old, tmp_path / "out", base, to="residual", unsaved=Unsaved(pissa_init=init))
+    convert(old, tmp_path / "out", base, to="residual", pissa_init=init)
     start, again = torch.load(init), torch.load(tmp_path / "out" / "init_pissa.pth")
     assert {f"model.{n}" for n in again} == set(start)
     assert all(torch.equal(x, start[f"model.{n}"]) for n, x in again.items())
@@ -130,7 +128,7 @@ def test_an_old_pissa_pair_comes_back_as_it_was(make_model_file: MakeModel, tmp_
         tmp_path / "half",
         make_model_file("half.pth"),
         to="residual",
-        unsaved=Unsaved(pissa_init=init),
+        pissa_init=init,
     )
     assert "rounded to bfloat16, --dtype fp32 rounds nothing" in line
     weights = read_weights(tmp_path / "half" / "residual.pth")
@@ -179,7 +177,7 @@ def test_parts_trained_beside_go_into_the_file_of_factors_and_back(
 ) -> None:
     base, again = make_model_file(**VERSIONS["x060"]), tmp_path / "again.pth"
     old, _ = old_run(tmp_path, base, "lora with parts")
-    convert(old, tmp_path / "folder", base, unsaved=Unsaved(ALPHA))
+    convert(old, tmp_path / "folder", base, lora_alpha=ALPHA)
     convert(tmp_path / "folder", again, base, to="pth")
     before = {n.removeprefix("model."): x for n, x in read_weights(old).items()}
     after = read_weights(again)
@@ -209,11 +207,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "vera": ("vera", {}, {"to": "pth"}, "is no plain LoRA or MiSS"),
     "bat": ("miss", {"r": 8, "init_weights": "bat"}, {"to": "pth"}, "is no plain LoRA or MiSS"),
     "no pissa": ("lora", {"r": 4}, {"to": "residual"}, "only an adapter of PiSSA has a residual"),
-    "alpha": ("lora", {"r": 4}, {"unsaved": Unsaved(8)}, "brings its own lora_alpha: leave it out"),
+    "alpha": ("lora", {"r": 4}, {"lora_alpha": 8}, "brings its own lora_alpha: leave it out"),
     "init of another": (
         "miss",
         {"r": 4},
-        {"unsaved": Unsaved(pissa_init="i.pth")},
+        {"pissa_init": "i.pth"},
         "no LoRA with a scale of 1",
     ),
 }
@@ -253,31 +251,49 @@ def run(base: Path, data: Path, folder: Path, **changes: Any) -> Path:
     return adapter
 
 
-@pytest.mark.parametrize("form", ["lora with parts", "bat", "pissa"])
+# the method and the options of an old line, without those that name files
+OLD_OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "lora with parts": ("lora", "lora_load", {"lora_r": 4, "lora_alpha": ALPHA}),
+    "bat": ("bone", "bone_load", {"bone_r": 16, "bone_mode": "bat"}),
+    "pissa": ("pissa", "pissa_load", {"pissa_r": 4, "svd_niter": 4}),
+}
+
+
+@pytest.mark.parametrize("form", OLD_OPTIONS)
 def test_training_an_old_file_further_is_training_its_folder_further(
-    form: str, make_model_file: MakeModel, data_file: Path, tmp_path: Path
+    form: str, make_model_file: MakeModel, data_file: Path, tmp_path: Path, cli: Cli
 ) -> None:
     base = make_model_file()
+    given: dict[str, Any] = scale(form)
     if form == "pissa":
         old, init, hand = old_pissa(tmp_path, base)
-        given: dict[str, Any] = {"pissa_init": str(init)}
+        given = {"pissa_init": str(init)}
     else:
         old, hand = old_run(tmp_path, base, form)
-        given = scale(form)
-    convert(old, tmp_path / "folder", base, unsaved=Unsaved(**given))
-    old_way = {"load_adapter": str(old), "peft_config": given}
+    convert(old, tmp_path / "folder", base, **given)
+    method, key, options = OLD_OPTIONS[form]
+    options = {key: str(old), **options, **given}
     results = [
-        run(base, data_file, tmp_path / "a", **old_way),
-        run(base, data_file, tmp_path / "b", load_adapter=str(tmp_path / "folder")),
+        run(base, data_file, tmp_path / "folders", load_adapter=str(tmp_path / "folder")),
+        run(base, data_file, tmp_path / "file", load_adapter=str(old), peft_config=given),
+        run(base, data_file, tmp_path / "keys", peft=method, peft_config=options),
     ]
-    one, other = (read_adapter(r).tensors for r in results)
+    line = ["train", "--config", tmp_path / "folders" / "config.yaml", "--proj_dir"]
+    line += [tmp_path / "line", "--load_adapter", "", "--peft", method]
+    done = cli(*line, f"--{method}_config", json.dumps(options))
+    assert done.code == 0, done.err
+    results.append(tmp_path / "line" / "rwkv-0-adapter")
     begin = read_adapter(tmp_path / "folder").tensors
-    assert one.keys() == other.keys() == begin.keys()
-    assert all(torch.equal(x, other[n]) for n, x in one.items())
+    one, *others = (read_adapter(r).tensors for r in results)
     assert not any(torch.equal(x, begin[n]) for n, x in one.items() if "lora_" not in n)
+    assert one.keys() == begin.keys()
+    for other in others:
+        assert one.keys() == other.keys()
+        assert all(torch.equal(x, other[n]) for n, x in one.items())
     # it begins where a new adapter on the base merged by hand does
     run(hand, data_file, tmp_path / "hand", peft="lora")
-    assert first_loss(tmp_path / "a") == pytest.approx(first_loss(tmp_path / "hand"), rel=1e-5)
+    loss = first_loss(tmp_path / "folders")
+    assert loss == pytest.approx(first_loss(tmp_path / "hand"), rel=1e-5)
 
 
 def first_loss(folder: Path) -> float:
@@ -336,6 +352,12 @@ def test_the_command_converts_and_generates_from_old_files(
     assert again.code == 2 and "exists: choose another name" in again.err
     wrong = cli(*line[:-1], tmp_path / "new.pth", "--lora_alpha", ALPHA)
     assert wrong.code == 2 and "a folder's name is needed here" in wrong.err
+    assert cli("inspect", old).out.splitlines()[1].split() == ["method", "lora"]
+    facts = json.loads(cli("inspect", output, "--json").out)
+    assert (facts["method"], facts["r"], facts["lora_alpha"]) == ("lora", 4, 24)
+    assert "att.receptance" in facts["target_modules"] and len(facts["base"]) == 32
+    torch.save({"blocks.0.att.time_state": torch.ones(2, 64, 64)}, tmp_path / "state.pth")
+    assert json.loads(cli("inspect", tmp_path / "state.pth", "--json").out)["method"] == "state"
     prompt = ["generate", "--load_model", base, "--prompt", "row", "--max_tokens", 8]
     prompt += ["--temperature", 0, "--accelerator", "cpu"]
     texts = [
