@@ -70,10 +70,9 @@ def convert(
     """
     output = Path(output)
     weights = read_weights(base_model)
-    is_state = is_state_file(source)
-    _check(output, to, is_state=is_state)
-    if is_state:
-        state = read_state(source, geometry_of(weights))
+    state = read_state(source, geometry_of(weights)) if is_state_file(source) else None
+    _check(output, to, is_state=state is not None)
+    if state is not None:
         if not any(bool(x.any()) for x in state.values()):
             raise CheckpointError(f"{source} changes nothing: all of its state is zero")
         write_state(output, state)

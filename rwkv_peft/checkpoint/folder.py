@@ -71,6 +71,8 @@ def read_folder(folder: str | Path) -> SavedAdapter:
     from safetensors.torch import load_file
 
     folder = Path(folder)
+    if not folder.exists():
+        raise CheckpointError(f"there is no adapter {folder}: give a folder or a file that exists")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is no adapter: it has no {name}")

@@ -44,6 +44,11 @@ def read_state(path: str | Path, geometry: Geometry) -> dict[str, Tensor]:
     """
     tensors = {n.removeprefix("model."): x.float() for n, x in read_weights(path).items()}
     states = {n: x for n, x in tensors.items() if n.endswith(STATE_SUFFIX)}
+    if not states:
+        raise CheckpointError(
+            f"{path} holds no learned state and no adapter, its first tensor is "
+            f"{next(iter(tensors), 'missing')}: give a file that --peft state wrote"
+        )
     found = {n: tuple(x.shape) for n, x in states.items()}
     for is_full in (False, True):
         if found == shapes(geometry, is_full=is_full):

@@ -78,7 +78,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = 
     "two devices": (lambda m, d, t: [m, d, "--devices", 2], "only one device"),
     "missing adapter": (
         lambda m, d, t: [m, d, "--load_adapter", t / "no"],
-        "is no adapter: it has no adapter_config.json",
+        "there is no adapter",
     ),
     "adapter with options": (
         lambda m, d, t: [m, d, "--load_adapter", t, "--peft_config", '{"r": 4}'],
