@@ -146,14 +146,19 @@ class TrainConfig(DataConfig):
     """Rows of one forward pass."""
     accumulate_grad_batches: int = 1
     """Forward passes of one optimizer step."""
-    dataload: Literal["pad"] = "pad"
-    """How documents become rows: pad lays one document in a row."""
+    dataload: Literal["auto", "pack", "pad", "only", "get"] = "auto"
+    """How documents become rows: pack lays them end to end, each with a state of its own; pad lays
+    one in a row; only is pad with one row and no padding; get cuts windows wherever they fall, the
+    state running on over the borders; pack if auto and possible."""
     data_shuffle: Switch = 1
     """1 draws a new order each epoch, 0 keeps the order of the file."""
     epoch_count: int | None = None
     """Epochs to train."""
     epoch_steps: int = 0
     """At most so many micro-batches an epoch; the next goes on where it stopped. 0: all."""
+    epoch_unit: Literal["steps", "samples"] = "steps"
+    """What epoch_steps counts: steps are micro-batches; samples are the documents that are used at
+    all, from the first, and an epoch is a pass over them."""
     epoch_begin: int = 0
     """Number of the first epoch in the names of files."""
     epoch_save: int = 1
@@ -210,6 +215,8 @@ class TrainConfig(DataConfig):
     """How devices share the work; one device has nothing to share, so that all are the same."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Number type of weights and activations; trained tensors keep float32 masters."""
+    num_workers: int = 0
+    """Threads that prepare micro-batches ahead; 0 makes each when it is needed."""
     grad_cp: Switch | None = None
     """1 recomputes each block in backward: less memory, more time."""
     random_seed: int = -1
@@ -220,6 +227,7 @@ class TrainConfig(DataConfig):
         _require_positive(self, "ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count")
         _require_positive(self, "epoch_save", "lr_init")
         _require_not_negative(self, "epoch_steps", "epoch_begin", "lr_final", "warmup_steps")
+        _require_not_negative(self, "num_workers")
         _require_not_negative(self, "weight_decay", "grad_clip", "l2wrap", "adam_eps")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -231,6 +239,13 @@ class TrainConfig(DataConfig):
         for name in ("devices", "num_nodes"):
             if (value := getattr(self, name)) != 1:
                 raise ConfigError(f"--{name} {value}: only one device can be used so far: use 1")
+        if self.epoch_unit == "samples" and not self.epoch_steps:
+            raise ConfigError("--epoch_unit samples needs --epoch_steps: how many documents to use")
+        if self.dataload == "only" and self.micro_bsz not in (None, 1):
+            raise ConfigError(
+                f"--dataload only has one row a micro-batch, got --micro_bsz {self.micro_bsz}: use "
+                "--micro_bsz 1 with a larger --accumulate_grad_batches, or --dataload pad"
+            )
         if self.weight_decay_final > 0 and self.weight_decay <= 0:
             raise ConfigError("--weight_decay_final needs --weight_decay above 0 to start from")
         if self.load_adapter and (self.peft == "none" or self.peft_config.keys() - UNSAVED):

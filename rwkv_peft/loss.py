@@ -23,7 +23,14 @@ class LossSums(NamedTuple):
     cross_entropy: Tensor
 
 
-def head_loss(head: nn.Module, rows: Tensor, targets: Tensor, *, l2wrap: float = 0.0) -> LossSums:
+def head_loss(
+    head: nn.Module,
+    rows: Tensor,
+    targets: Tensor,
+    *,
+    weights: Tensor | None = None,
+    l2wrap: float = 0.0,
+) -> LossSums:
     """Summed loss of predicting `targets` (R,) from hidden states `rows` (R, D).
 
     The logits of all rows never exist together: forward makes them in chunks and keeps their
@@ -31,18 +38,19 @@ def head_loss(head: nn.Module, rows: Tensor, targets: Tensor, *, l2wrap: float =
 
     Args:
         head: any module from (R, D) to logits (R, V), adapted or not.
+        weights: (R,) factors of each row's loss and penalty; None: all 1.
         l2wrap: c of the penalty 0.5 c max(logits)^2 a row, RWKV's pull against large logits. Its
             official form adds the gradient c max(logits) beside the loss; as a penalty it follows
             the scale of the loss, whatever the accumulation.
     """
     parameters = [p for p in head.parameters() if p.requires_grad]
-    return LossSums(*_HeadLoss.apply(rows, targets, head, l2wrap, *parameters))
+    return LossSums(*_HeadLoss.apply(rows, targets, weights, head, l2wrap, *parameters))
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows, targets, head, l2wrap, *parameters):  # type: ignore[no-untyped-def]
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+    def forward(ctx: Any, rows, targets, weights, head, l2wrap, *parameters):  # type: ignore[no-untyped-def]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
         sums = torch.zeros(
             2, device=rows.device, dtype=torch.promote_types(rows.dtype, torch.float)
         )
@@ -54,10 +62,12 @@ class _HeadLoss(torch.autograd.Function):
             with torch.set_grad_enabled(any(needs)):
                 x = rows[chunk].detach().requires_grad_(needs[0])
                 logits = head(x).to(sums.dtype)
-                cross_entropy = F.cross_entropy(logits, targets[chunk], reduction="sum")
-                objective = cross_entropy
+                losses = F.cross_entropy(logits, targets[chunk], reduction="none")
+                factors = torch.ones_like(losses) if weights is None else weights[chunk]
+                cross_entropy = objective = losses @ factors.to(losses.dtype)
                 if l2wrap:
-                    objective = objective + 0.5 * l2wrap * logits.amax(-1).square().sum()
+                    penalty = logits.amax(-1).square() @ factors.to(losses.dtype)
+                    objective = objective + 0.5 * l2wrap * penalty
             sums += torch.stack((objective.detach(), cross_entropy.detach()))
             if any(needs):
                 wanted = ([x] if needs[0] else []) + list(parameters)
@@ -77,4 +87,4 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad, _):  # type: ignore[no-untyped-def]
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         rows, *parameters = [None if x is None else (x * grad).to(dtype) for x, dtype in pairs]
-        return rows, None, None, None, *parameters
+        return rows, None, None, None, None, *parameters

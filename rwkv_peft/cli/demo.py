@@ -55,7 +55,7 @@ def run(args: Sequence[str]) -> int:
         peft="lora",
         peft_config={"r": 32, "lora_alpha": 64},
         epoch_count=options.epoch_count,
-        micro_bsz=8,
+        ctx_len=512,
         lr_init=3e-3,
         lr_final=3e-4,
         accelerator=options.accelerator,
@@ -83,7 +83,7 @@ def run(args: Sequence[str]) -> int:
 
 def held_out_loss(model: "RWKV") -> float:
     """Mean loss per token on the dialogues kept aside, in nats."""
-    from rwkv_peft.data.batching import PaddedBatches
+    from rwkv_peft.data.batching import Batches
     from rwkv_peft.data.prepare import read_documents
     from rwkv_peft.data.tokenizer import Tokenizer
     from rwkv_peft.training.step import evaluate_loss
@@ -91,10 +91,15 @@ def held_out_loss(model: "RWKV") -> float:
     documents = read_documents(
         DataConfig(data_file=str(HELD_OUT)), Tokenizer(model.geometry.vocab_size)
     )
-    batches = PaddedBatches(
-        documents, ctx_len=documents.longest, micro_bsz=8, seed=0, is_shuffled=False
+    batches = Batches(
+        documents,
+        dataload="pad",
+        ctx_len=documents.longest,
+        micro_bsz=8,
+        seed=0,
+        is_shuffled=False,
     )
-    loss, num_tokens = evaluate_loss(model, [batches[i] for i in range(len(batches))])
+    loss, num_tokens = evaluate_loss(model, map(batches.__getitem__, range(len(batches))))
     return loss / num_tokens
 
 

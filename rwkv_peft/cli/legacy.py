@@ -32,6 +32,7 @@ DEAD = {
     "kernel": "--op names the backend of the recurrence",
     "fused_kernel": "fused code is used wherever it is exact",
     "persistent_workers": "the workers of --num_workers always live as long as the run",
+    "prefetch_factor": "each thread of --num_workers prepares two batches ahead",
     "enable_progress_bar": "progress is a bar on a terminal and plain lines elsewhere",
     "enable_checkpointing": "a run always saves",
     "chunk_ctx": "--train_type infctx is not built yet",

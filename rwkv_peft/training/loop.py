@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from rwkv_peft.checkpoint.pth import geometry_of, load_weights, read_weights
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.data.batching import PaddedBatches
+from rwkv_peft.data.batching import Batch, Batches, load
 from rwkv_peft.data.prepare import read_documents
+from rwkv_peft.data.rows import first_documents
 from rwkv_peft.data.sources import find_sources
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.device import dtype_of, resolve_device
@@ -60,7 +62,7 @@ class _Run:
     model: RWKV
     trainee: Trainee
     optimizer: Optimizer
-    batches: PaddedBatches
+    batches: Batches
     plan: planning.Plan
     step: Step
     folder: RunFolder
@@ -85,20 +87,16 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
     check_flags(geometry, {name: getattr(config, name) for name in FLAGS}, config.load_model)
     config, choices = planning.choose_model_settings(config)
     documents = read_documents(config, Tokenizer(geometry.vocab_size))
+    if config.epoch_unit == "samples":
+        documents = first_documents(documents, config.epoch_steps)
     config, more = planning.choose_training_settings(config, geometry, documents)
-    batches = PaddedBatches(
-        documents,
-        ctx_len=config.ctx_len or 1,
-        micro_bsz=config.micro_bsz or 1,
-        seed=config.random_seed,
-        is_shuffled=bool(config.data_shuffle),
-    )
+    batches = planning.make_batches(config, documents)
     plan = planning.make_plan(config, batches)
     config, last = planning.choose_warmup(config, plan.steps)
 
     torch.manual_seed(config.random_seed)
     model, num_weights = _load_model(config, geometry, weights), _count(weights)
-    checked = require_right(model.op, _request(config, geometry))
+    checked = require_right(model.op, _request(config, geometry), packed=config.dataload == "pack")
     names = set() if documents.states is None else set(documents.states.tolist())
     trainee = make_trainee(config, model, weights, names, plan.steps)
     del weights
@@ -163,20 +161,23 @@ def _run_epochs(run: _Run) -> Result:
     result = Result(run.folder.path, None, None, math.nan, 0)
     run.model.train()
     with Interrupt() as interrupt:
+        end = run.plan.micro_batches * config.epoch_count
+        batches = load(run.batches, range(end), config.num_workers)
         for epoch in range(config.epoch_count):
             end = position + run.plan.micro_batches
-            loss_sum, num_tokens = 0.0, 0
+            loss_sum, weight = 0.0, 0.0
             while position < end:
                 stop = min(position + config.accumulate_grad_batches, end)
-                record = _optimizer_step(run, range(position, stop), done, epoch)
+                micro_batches = list(islice(batches, stop - position))
+                record = _optimizer_step(run, micro_batches, done, epoch)
                 position, done = stop, done + 1
-                loss_sum += record.loss * record.trained_tokens
-                num_tokens += record.trained_tokens
+                of_step = sum(batch.weight for batch in micro_batches)
+                loss_sum, weight = loss_sum + record.loss * of_step, weight + of_step
                 run.folder.record(record)
                 run.display.update(record)
                 if interrupt.signal:
-                    return _save_interrupted(run, done, loss_sum / num_tokens, interrupt.signal)
-            loss = loss_sum / num_tokens
+                    return _save_interrupted(run, done, loss_sum / weight, interrupt.signal)
+            loss = loss_sum / (weight or 1.0)
             number = config.epoch_begin + epoch
             line = f"epoch {number}: loss {loss:.4f}"
             is_last = epoch == config.epoch_count - 1
@@ -188,13 +189,13 @@ def _run_epochs(run: _Run) -> Result:
     return result
 
 
-def _optimizer_step(run: _Run, positions: range, done: int, epoch: int) -> StepRecord:
+def _optimizer_step(run: _Run, micro_batches: list[Batch], done: int, epoch: int) -> StepRecord:
     config, started = run.config, time.perf_counter()
     assert config.lr_init is not None and config.lr_final is not None
     assert config.warmup_steps is not None
-    micro_batches = [run.batches[position] for position in positions]
-    # counted first, so that every token weighs the same however the step is split
-    num_trained = sum(batch.num_trained for batch in micro_batches)
+    # counted first, so that a token weighs the same however the step is split; a step of windows
+    # that are all masked has nothing to divide
+    weight = sum(batch.weight for batch in micro_batches) or 1.0
     loss_sum = 0.0
     for batch in micro_batches:
         try:
@@ -203,7 +204,7 @@ def _optimizer_step(run: _Run, positions: range, done: int, epoch: int) -> StepR
             value = output.loss_sum.item()
             if not math.isfinite(value):
                 raise _not_finite(f"the loss is {value}", done, batch.lines, config)
-            run.optimizer.backward(output.objective_sum / num_trained)
+            run.optimizer.backward(output.objective_sum / weight)
         except torch.OutOfMemoryError as error:
             rows, width = batch.tokens.shape
             raise TrainingError(
@@ -232,16 +233,17 @@ def _optimizer_step(run: _Run, positions: range, done: int, epoch: int) -> StepR
         lines = [line for batch in micro_batches for line in batch.lines]
         raise _not_finite(f"the gradient is {grad_norm}", done, lines, config)
     seconds = time.perf_counter() - started
+    num_tokens = sum(batch.num_tokens for batch in micro_batches)
     return StepRecord(
         step=done + 1,
         epoch=config.epoch_begin + epoch,
-        loss=loss_sum / num_trained,
+        loss=loss_sum / weight,
         lr=lr,
         grad_norm=grad_norm,
-        tokens=num_trained,
-        trained_tokens=num_trained,
+        tokens=num_tokens,
+        trained_tokens=sum(batch.num_trained for batch in micro_batches),
         t_cost=seconds,
-        kt_s=num_trained / seconds / 1000,
+        kt_s=num_tokens / seconds / 1000,
         peak_memory=peak_memory(run.model.emb.weight.device),
     )
 

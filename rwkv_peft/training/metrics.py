@@ -22,11 +22,11 @@ class StepRecord:
     """One optimizer step, as a line of loss_data.jsonl.
 
     Attributes:
-        loss: cross-entropy in nats, the mean over the step's trained tokens.
+        loss: cross-entropy in nats, the mean over the step's trained tokens by their weights.
         tokens: positions of all micro-batches, without padding.
-        trained_tokens: those with a loss; all of them as long as there are no masks.
+        trained_tokens: those with a loss.
         t_cost: seconds.
-        kt_s: thousands of tokens a second.
+        kt_s: thousands of `tokens` a second.
         peak_memory: most bytes allocated on the device so far; 0 on a CPU.
     """
 

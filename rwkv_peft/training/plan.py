@@ -7,9 +7,11 @@ from pathlib import Path
 from secrets import randbelow
 from typing import Any
 
+import numpy as np
+
 from rwkv_peft.checkpoint.adapter import saved_method
 from rwkv_peft.config import UNSAVED, TrainConfig
-from rwkv_peft.data.batching import PaddedBatches
+from rwkv_peft.data.batching import Batches
 from rwkv_peft.data.prepare import Documents
 from rwkv_peft.device import choose_precision, dtype_of, resolve_device
 from rwkv_peft.errors import ConfigError
@@ -20,6 +22,7 @@ from rwkv_peft.models.geometry import Geometry
 MAX_CHOSEN_CTX = 4096
 # tokens of a micro-batch aimed at; more keeps a GPU busier but costs memory
 TOKENS_PER_MICRO_BATCH = 1024
+PACKED = "documents share rows, each with a state of its own, so that next to nothing is padding"
 # below so many documents one pass is seldom enough
 SMALL_SET = 1000
 LORA_DEFAULTS = {"r": 32, "lora_alpha": 32}
@@ -97,17 +100,13 @@ def choose_training_settings(
     config: TrainConfig, geometry: Geometry, documents: Documents
 ) -> tuple[TrainConfig, list[Choice]]:
     """Fills in what depends on the model and the data."""
-    choices = []
+    config, choices = _choose_rows(config, documents)
 
     def choose(name: str, value: object, reason: str) -> None:
         if getattr(config, name) is None:
             choices.append(Choice(name, value, reason))
 
-    ctx_len = config.ctx_len or min(MAX_CHOSEN_CTX, max(16, math.ceil(documents.longest / 16) * 16))
-    choose("ctx_len", ctx_len, f"the longest document has {documents.longest} tokens")
-    typical = max(1, min(ctx_len, documents.num_trained // len(documents)))
-    micro_bsz = max(1, min(8, TOKENS_PER_MICRO_BATCH // typical))
-    choose("micro_bsz", micro_bsz, f"a document has {typical} tokens on average")
+    assert config.ctx_len is not None and config.micro_bsz is not None
     few = len(documents) < SMALL_SET
     reason = f"{len(documents)} documents are {'few' if few else 'enough'}"
     choose("epoch_count", 3 if few else 1, reason)
@@ -120,9 +119,55 @@ def choose_training_settings(
     lr = config.lr_init or float(f"{lr:.1g}")
     choose("lr_init", lr, reason)
     choose("lr_final", lr / 10, "a tenth of lr_init")
-    is_deep = ctx_len * (config.micro_bsz or micro_bsz) * geometry.n_layer * geometry.n_embd > 2**24
+    is_deep = config.ctx_len * config.micro_bsz * geometry.n_layer * geometry.n_embd > 2**24
     choose("grad_cp", int(is_deep), "saves memory" if is_deep else "the batch is small")
     return replace(config, **{c.name: c.value for c in choices}), choices
+
+
+def _choose_rows(config: TrainConfig, documents: Documents) -> tuple[TrainConfig, list[Choice]]:
+    """Fills in how documents become rows, and the size of a micro-batch."""
+    choices = []
+    dataload: str = config.dataload
+    if dataload == "auto":
+        dataload, reason = "pack", PACKED
+        if config.peft == "state":
+            dataload, reason = "pad", "the first document of a row alone begins with its state"
+        choices.append(Choice("dataload", dataload, reason))
+    elif dataload in ("pack", "get") and config.peft == "state":
+        raise ConfigError(
+            f"--dataload {dataload} cannot train states: only the first document of a row would "
+            "begin with its state; use --dataload pad"
+        )
+    longest, is_static = documents.longest, dataload in ("pack", "get")
+    # short documents fill a row of many better than one of few
+    wanted = max(longest, min(TOKENS_PER_MICRO_BATCH, documents.num_targets) if is_static else 0)
+    ctx_len = config.ctx_len or min(MAX_CHOSEN_CTX, max(16, math.ceil(wanted / 16) * 16))
+    if config.ctx_len is None:
+        choices.append(Choice("ctx_len", ctx_len, f"the longest document has {longest} tokens"))
+    typical = max(1, min(ctx_len, documents.num_targets // len(documents)))
+    micro_bsz, reason = TOKENS_PER_MICRO_BATCH // typical, f"a document has {typical} tokens"
+    if is_static:
+        micro_bsz, reason = TOKENS_PER_MICRO_BATCH // ctx_len, f"rows are full, of {ctx_len} tokens"
+    if dataload == "only":
+        micro_bsz, reason = 1, "--dataload only has one row a micro-batch"
+    if config.micro_bsz is None:
+        choices.append(Choice("micro_bsz", max(1, min(8, micro_bsz)), reason))
+    return replace(config, **{c.name: c.value for c in choices}), choices
+
+
+def make_batches(config: TrainConfig, documents: Documents) -> Batches:
+    """The micro-batches of a run whose settings are all chosen."""
+    assert config.dataload != "auto"
+    assert config.ctx_len is not None and config.micro_bsz is not None
+    return Batches(
+        documents,
+        dataload=config.dataload,
+        ctx_len=config.ctx_len,
+        micro_bsz=config.micro_bsz,
+        seed=config.random_seed,
+        is_shuffled=bool(config.data_shuffle),
+        accumulate=config.accumulate_grad_batches,
+    )
 
 
 def choose_warmup(config: TrainConfig, steps: int) -> tuple[TrainConfig, list[Choice]]:
@@ -146,11 +191,11 @@ class Plan:
     steps: int
 
 
-def make_plan(config: TrainConfig, batches: PaddedBatches) -> Plan:
+def make_plan(config: TrainConfig, batches: Batches) -> Plan:
     """Counts the work of a run whose settings are all chosen."""
     assert config.epoch_count is not None
     micro_batches = len(batches)
-    if config.epoch_steps:
+    if config.epoch_steps and config.epoch_unit == "steps":
         micro_batches = min(micro_batches, config.epoch_steps)
     per_epoch = -(-micro_batches // config.accumulate_grad_batches)
     return Plan(micro_batches, per_epoch * config.epoch_count)
@@ -170,26 +215,49 @@ def describe_model(
         yield f"strategy: {config.strategy} has nothing to share on one device, and changes nothing"
 
 
-def describe_plan(config: TrainConfig, plan: Plan, batches: PaddedBatches) -> Iterable[str]:
+def describe_plan(config: TrainConfig, plan: Plan, batches: Batches) -> Iterable[str]:
     """Data and work in lines for a person."""
     documents = batches.documents
     assert config.epoch_count is not None and config.ctx_len is not None
-    split = batches.num_rows - len(documents)
+    split = int((np.diff(documents.starts) - 1 > config.ctx_len).sum())
     yield (
         f"data: {len(documents):,} documents, {len(documents.tokens):,} tokens, "
         f"{documents.num_trained:,} of them trained in each pass"
-        + (f"; long documents give {split:,} more rows of ctx_len" if split else "")
+        + (
+            f"; {split:,} longer than ctx_len are split"
+            if split and config.dataload != "get"
+            else ""
+        )
     )
     yield from documents.report.describe(documents.paths)
+    if config.epoch_unit == "samples":
+        yield f"data: --epoch_unit samples: no document after the first {len(documents):,} is used"
+    yield (
+        f"rows: {batches.num_rows:,} in a pass, {100 * batches.share_of_tokens():.1f} % of their "
+        f"positions hold a token (--dataload {config.dataload})"
+    )
+    yield from _describe_shares(batches)
     yield (
         f"plan: {config.epoch_count} epochs of {plan.micro_batches:,} micro-batches of "
-        f"{config.micro_bsz} rows, {plan.steps:,} optimizer steps"
+        f"{batches.micro_bsz} rows, {plan.steps:,} optimizer steps"
     )
     if plan.micro_batches < len(batches):
         seen = plan.micro_batches * config.epoch_count / len(batches)
         yield (
             f"plan: epoch_steps {config.epoch_steps} stops each epoch early and the next goes on "
             f"there: the run makes {seen:.2f} passes over the data"
+        )
+
+
+def _describe_shares(batches: Batches) -> Iterable[str]:
+    """How much of each file of a mixture a pass takes."""
+    if batches.documents.shares is None:
+        return
+    names, counts = batches.documents.paths, batches.rows_of_pass
+    for path, layout, count in zip(names, batches.layouts, counts, strict=True):
+        yield (
+            f"mixture: {path} gives {count:,} rows of a pass ({100 * count / batches.num_rows:.1f} "
+            f"%), {count / layout.num_rows:.2f} times what it holds"
         )
 
 

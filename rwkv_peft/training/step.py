@@ -1,6 +1,6 @@
 """One micro-batch through a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -13,10 +13,10 @@ from rwkv_peft.state import LayerState, RWKVState
 
 
 class StepOutput(NamedTuple):
-    """Sums over the trained tokens of one micro-batch.
+    """Sums over the trained tokens of one micro-batch, each by its weight.
 
     Attributes:
-        objective_sum: what is minimised; divided by the tokens of the whole optimizer step.
+        objective_sum: what is minimised; divided by the weights of the whole optimizer step.
         loss_sum: cross-entropy in nats, for the log.
         num_tokens: trained tokens.
         state: the layers' states after the last token.
@@ -39,21 +39,22 @@ def full_step(
     # picked on the host: positions without a loss never meet the head
     trained = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)
     targets = batch.targets.flatten()[trained].to(device)
-    hidden, layers = model.hidden(batch.tokens.to(device), state)
+    weights = None if batch.weights is None else batch.weights.flatten()[trained].to(device)
+    segment_ids = None if batch.segment_ids is None else batch.segment_ids.to(device)
+    hidden, layers = model.hidden(batch.tokens.to(device), state, segment_ids=segment_ids)
     rows = hidden.flatten(0, 1)[trained.to(device)]
-    objective, cross_entropy = head_loss(model.head, rows, targets, l2wrap=l2wrap)
+    objective, cross_entropy = head_loss(model.head, rows, targets, weights=weights, l2wrap=l2wrap)
     return StepOutput(objective, cross_entropy, len(trained), layers)
 
 
 @torch.no_grad()
-def evaluate_loss(model: RWKV, batches: list[Batch]) -> tuple[float, int]:
-    """Summed cross-entropy in nats over batches, and the number of tokens predicted."""
+def evaluate_loss(model: RWKV, batches: Iterable[Batch]) -> tuple[float, float]:
+    """Summed cross-entropy in nats over batches, and the tokens predicted, each by its weight."""
     was_training = model.training
     model.eval()
-    total, num_tokens = 0.0, 0
+    total, weight = 0.0, 0.0
     for batch in batches:
-        output = full_step(model, batch)
-        total += output.loss_sum.item()
-        num_tokens += output.num_tokens
+        total += full_step(model, batch).loss_sum.item()
+        weight += batch.weight
     model.train(was_training)
-    return total, num_tokens
+    return total, weight

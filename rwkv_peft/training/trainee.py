@@ -164,12 +164,9 @@ class States:
 
     def state(self, batch: Batch) -> RWKVState | None:
         """Where the rows of a micro-batch begin."""
-        names, weights = getattr(batch, "states", None), getattr(batch, "weights", None)
-        if names is None:
-            if len(self.parameters.names) > 1:
-                raise ConfigError("the batches do not say which row trains which state")
-            names = [self.parameters.names[0]] * len(batch.tokens)
-        counts = (batch.targets != IGNORE).sum(1) if weights is None else weights.sum(1)
+        names = batch.states or [self.parameters.names[0]] * len(batch.tokens)
+        weights = (batch.targets != IGNORE) if batch.weights is None else batch.weights
+        counts = weights.sum(1)
         for name, count in zip(names, counts.tolist(), strict=True):
             self._tokens[name] = self._tokens.get(name, 0.0) + count
         return self.parameters.rows(names)

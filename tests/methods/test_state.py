@@ -1,5 +1,6 @@
 """Learned initial states."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,50 @@ def test_a_run_of_state_tuning_lowers_the_loss_and_saves_the_state_alone(
     begin = ["generate", "--load_model", model_file, "--prompt", "row 1", "--max_tokens", 8]
     texts = [cli(*begin, *more) for more in ([], ["--state", result.weights])]
     assert [done.code for done in texts] == [0, 0]
+
+
+def test_states_trained_together_are_what_each_is_alone(model_file: Path, tmp_path: Path) -> None:
+    # a step of three rows of a mixed file holds one of each state, of unequal lengths
+    texts = {
+        "poet": ["the moon", "a rose is a rose is a rose", "oh", "no more, no more"],
+        "clerk": ["row 1, column 2: 17.50", "paid", "see the letter of 3 May", "filed"],
+        "": ["just a text", "and another that is a little longer", "a third", "the end"],
+    }
+    rows = {name: [{"text": t, "state": name} for t in own] for name, own in texts.items()}
+    together = [row for step in zip(*rows.values(), strict=True) for row in step]
+
+    def states_of(name: str, own: list[dict[str, str]], micro_bsz: int) -> dict[str, Any]:
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")
+        result = train(
+            TrainConfig(
+                load_model=str(model_file),
+                data_file=str(data),
+                proj_dir=str(tmp_path / name),
+                peft="state",
+                data_shuffle=0,
+                micro_bsz=micro_bsz,
+                epoch_count=5,
+                lr_init=1e-2,
+                grad_clip=0.3,
+                precision="fp32",
+                accelerator="cpu",
+                random_seed=0,
+            )
+        )
+        assert result.steps == 20 and result.weights is not None
+        return {p.stem: read_weights(p) for p in result.weights.parent.glob("rwkv-4*.pth")}
+
+    found = states_of("together", together, 3)
+    assert set(found) == {"rwkv-4", "rwkv-4-poet", "rwkv-4-clerk"}
+    for name, own in rows.items():
+        stem = "rwkv-4" + "-" * bool(name) + name
+        alone = states_of(f"alone{name}", own, 1)[stem]
+        for key, value in alone.items():
+            assert value.abs().max() > 1e-2
+            torch.testing.assert_close(found[stem][key], value, rtol=0, atol=1e-5)
+    assert not torch.allclose(
+        found["rwkv-4"]["blocks.0.att.time_state"],
+        found["rwkv-4-poet"]["blocks.0.att.time_state"],
+        atol=1e-2,
+    )

@@ -33,6 +33,7 @@ def run(model_file: Path, data_file: Path, tmp_path: Path) -> Run:
         proj_dir=str(tmp_path / "out"),
         peft="lora",
         peft_config={"r": 4},
+        dataload="pad",
         epoch_count=2,
         micro_bsz=4,
         ctx_len=32,
@@ -94,16 +95,18 @@ def test_the_merged_file_gives_the_official_runtime_the_adapter_models_logits(
     assert touched == {n for n in before if n.split(".")[-2] in suffixes}
 
 
+@pytest.mark.parametrize("dataload", ["pad", "pack", "get"])
 @pytest.mark.parametrize(("micro_bsz", "accumulate"), [(2, 4), (1, 8)])
 def test_splitting_a_step_into_micro_batches_does_not_change_it(
-    micro_bsz: int, accumulate: int, run: Run, tmp_path: Path
+    micro_bsz: int, accumulate: int, dataload: str, run: Run, tmp_path: Path
 ) -> None:
-    whole = run(micro_bsz=8, ctx_len=1000, proj_dir=str(tmp_path / "whole"))
+    settings = {"dataload": dataload, "ctx_len": 1000 if dataload == "pad" else 48}
+    whole = run(micro_bsz=8, proj_dir=str(tmp_path / "whole"), **settings)
     split = run(
         micro_bsz=micro_bsz,
         accumulate_grad_batches=accumulate,
-        ctx_len=1000,
         proj_dir=str(tmp_path / "split"),
+        **settings,
     )
     assert split.steps == whole.steps == 4
     assert losses(split.proj_dir) == pytest.approx(losses(whole.proj_dir), rel=1e-6)
@@ -111,17 +114,25 @@ def test_splitting_a_step_into_micro_batches_does_not_change_it(
         torch.testing.assert_close(adapter_of(split)[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_split_and_whole_gradients_agree_to_a_millionth(model_file: Path, data_file: Path) -> None:
+@pytest.mark.parametrize("dataload", ["pad", "pack"])
+def test_split_and_whole_gradients_agree_to_a_millionth(
+    dataload: Any, model_file: Path, data_file: Path
+) -> None:
     from rwkv_peft.config import DataConfig
-    from rwkv_peft.data.batching import PaddedBatches
+    from rwkv_peft.data.batching import Batches
     from rwkv_peft.data.prepare import read_documents
     from rwkv_peft.methods.attach import attach
 
     documents = read_documents(DataConfig(data_file=str(data_file)), rwkv_peft.Tokenizer(320))
     gradients = []
     for micro_bsz in (8, 4, 1):
-        batches = PaddedBatches(
-            documents, ctx_len=1000, micro_bsz=micro_bsz, seed=0, is_shuffled=False
+        batches = Batches(
+            documents,
+            dataload=dataload,
+            ctx_len=1000 if dataload == "pad" else 90,
+            micro_bsz=micro_bsz,
+            seed=0,
+            is_shuffled=False,
         )
         torch.manual_seed(0)
         model = rwkv_peft.load_model(model_file)

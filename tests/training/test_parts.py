@@ -1,64 +1,9 @@
-from itertools import pairwise
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
-from rwkv_peft.config import DataConfig
-from rwkv_peft.data.batching import IGNORE, PaddedBatches
-from rwkv_peft.data.prepare import read_documents
-from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.schedule import learning_rate, weight_decay
-
-
-def batches_of(path: Path, *, ctx_len: int = 8, micro_bsz: int = 3, seed: int = 0) -> PaddedBatches:
-    documents = read_documents(DataConfig(data_file=str(path)), Tokenizer(320))
-    return PaddedBatches(
-        documents, ctx_len=ctx_len, micro_bsz=micro_bsz, seed=seed, is_shuffled=True
-    )
-
-
-@pytest.mark.parametrize("ctx_len", [1, 7, 8, 1000])
-def test_every_token_but_the_first_is_a_target_exactly_once_in_a_pass(
-    ctx_len: int, data_file: Path
-) -> None:
-    batches = batches_of(data_file, ctx_len=ctx_len)
-    documents = batches.documents
-    pairs = []
-    for position in range(len(batches)):
-        batch = batches[position]
-        trained = batch.targets != IGNORE
-        assert batch.tokens.shape[1] <= ctx_len
-        assert trained.any(1).all()
-        for row, line in enumerate(batch.lines):
-            kept = trained[row]
-            pairs += [
-                (line, x, y)
-                for x, y in zip(
-                    batch.tokens[row][kept].tolist(), batch.targets[row][kept].tolist(), strict=True
-                )
-            ]
-    expected = []
-    for i, line in enumerate(documents.lines.tolist()):
-        tokens = documents.tokens[documents.starts[i] : documents.starts[i + 1]].tolist()
-        assert tokens[-1] == 0
-        expected += [(line, x, y) for x, y in pairwise(tokens)]
-    assert sorted(pairs) == sorted(expected)
-    assert len(pairs) == documents.num_trained
-
-
-def test_the_order_depends_on_seed_and_pass_alone(data_file: Path) -> None:
-    one, again = batches_of(data_file, seed=1), batches_of(data_file, seed=1)
-    per_pass = len(one)
-    for position in (0, per_pass - 1, per_pass, 3 * per_pass + 1):
-        assert torch.equal(one[position].tokens, again[position].tokens)
-    orders = [[one[p * per_pass + i].lines for i in range(per_pass)] for p in range(2)]
-    other = [batches_of(data_file, seed=2)[i].lines for i in range(per_pass)]
-    assert orders[0] != orders[1] and orders[0] != other
-    flat = [sorted(line for lines in order for line in lines) for order in (*orders, other)]
-    assert flat[0] == flat[1] == flat[2]
 
 
 def test_cos_falls_from_the_first_rate_to_the_last() -> None:
