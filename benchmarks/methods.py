@@ -1,0 +1,100 @@
+"""Time and memory of training steps with an adapter: our fused layers against peft's own.
+
+    python benchmarks/methods.py [--size 1.5b] [--methods lora miss] [--ctx_len 1024 4096]
+
+Random bf16 weights, one row of random tokens, rank 32 on the default targets, with and without
+recomputing blocks in backward: forward, backward, clip, AdamW on float32 masters. Both kinds of
+layers exist at once and take turns; medians. Memory is the peak of allocated tensors with one
+alone. A pair is timed only if its losses agree to 1 %.
+"""
+
+import argparse
+import gc
+import statistics
+from pathlib import Path
+
+import torch
+from gpu_step import SIZES, device_name, make_model, make_optimizer, random_batch, timed_step
+
+from rwkv_peft.data.batching import Batch
+from rwkv_peft.methods import Method
+from rwkv_peft.models.base import RWKV
+from rwkv_peft.training.optim import Optimizer
+
+WARM_UP = 3
+
+
+def prepare(size: str, method: Method, *, is_fused: bool, grad_cp: bool) -> tuple[RWKV, Optimizer]:
+    """A model with an adapter, and its optimizer."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = make_model(size, "auto", device)
+    model.grad_cp = grad_cp
+    return model, make_optimizer(model, method, is_fused=is_fused)
+
+
+def peak_of(size: str, method: Method, batch: Batch, *, is_fused: bool, grad_cp: bool) -> float:
+    """GiB of allocated tensors at the peak of a step; nan on a CPU, which does not count them."""
+    if not torch.accelerator.is_available():
+        return float("nan")
+    gc.collect()
+    torch.accelerator.empty_cache()
+    model, optimizer = prepare(size, method, is_fused=is_fused, grad_cp=grad_cp)
+    timed_step(model, optimizer, batch)
+    torch.accelerator.reset_peak_memory_stats()
+    timed_step(model, optimizer, batch)
+    return torch.accelerator.max_memory_allocated() / 2**30
+
+
+def row(size: str, method: Method, ctx_len: int, rounds: int, *, grad_cp: bool) -> str:
+    """A table row."""
+    batch = random_batch(1, ctx_len, SIZES[size][-1])
+    peaks = [
+        peak_of(size, method, batch, is_fused=is_fused, grad_cp=grad_cp)
+        for is_fused in (False, True)
+    ]
+    kinds = [prepare(size, method, is_fused=f, grad_cp=grad_cp) for f in (False, True)]
+    start = f"| {method} | {ctx_len} | {int(grad_cp)} | "
+    losses: list[list[float]] = [[], []]
+    seconds: list[list[float]] = [[], []]
+    for _ in range(rounds + WARM_UP):
+        for i, (model, optimizer) in enumerate(kinds):
+            loss, time = timed_step(model, optimizer, batch)
+            losses[i].append(loss)
+            seconds[i].append(time)
+    if abs(losses[0][-1] - losses[1][-1]) > 0.01 * losses[0][-1]:
+        return start + f"not timed: losses {losses[0][-1]:.4f} and {losses[1][-1]:.4f} | | | | |"
+    plain, fused = (statistics.median(s[WARM_UP:]) for s in seconds)
+    return (
+        start + f"{plain * 1e3:.1f} | {fused * 1e3:.1f} | {plain / fused:.2f} | "
+        f"{peaks[0]:.2f} | {peaks[1]:.2f} |"
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    """Prints the table, and writes it to a file if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", default="1.5b", choices=list(SIZES))
+    parser.add_argument("--methods", nargs="+", default=["lora", "miss"])
+    parser.add_argument("--ctx_len", nargs="+", type=int, default=[1024, 4096])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args(args)
+    lines = [
+        f"{device_name()}, torch {torch.__version__}, model {options.size}, 1 row",
+        "",
+        "| method | ctx_len | grad_cp | peft ms | fused ms | times faster | peft GiB | fused GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for method in options.methods:
+        for ctx_len in options.ctx_len:
+            for grad_cp in (False, True):
+                lines.append(row(options.size, method, ctx_len, options.rounds, grad_cp=grad_cp))
+                print(lines[-1], flush=True)
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if options.output:
+        options.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
