@@ -1,8 +1,12 @@
-"""The benchmark of the operators runs on any machine, and times nothing that is wrong."""
+"""The benchmarks run on any machine, and measure nothing that is wrong."""
 
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -56,3 +60,32 @@ def test_a_backend_over_the_error_budget_is_not_timed(
     out = capsys.readouterr().out
     assert "| 1, 40, 1 | wrong | not timed: y: error" in out
     assert "| wrong | 0" not in out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads RssAnon of Linux")
+def test_merging_takes_less_memory_than_a_layer_and_a_third() -> None:
+    sizes = ["--n_layer", "8", "--n_embd", "1024", "--vocab_size", "4096"]
+    given = ["--methods", "lora", "--compared", "0", "--json"]
+    (found,) = measured_merges(*sizes, *given)
+    assert found["is_right"]
+    assert 0 < found["peak"] < 1.3 * found["layer"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads RssAnon of Linux")
+@pytest.mark.parametrize("method", ["lora", "miss"])
+def test_a_file_of_seven_billion_parameters_is_merged_in_two_minutes(method: str) -> None:
+    alone, compared = measured_merges("--methods", method, "--json")
+    for found in (alone, compared):
+        assert found["is_right"]
+        assert 0 < found["peak"] < 1.3 * found["layer"]
+    assert alone["seconds"] < 120
+
+
+def measured_merges(*arguments: str) -> list[dict[str, Any]]:
+    script = Path(__file__).parents[1] / "benchmarks" / "merge.py"
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], check=True, capture_output=True, text=True
+    )
+    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return rows

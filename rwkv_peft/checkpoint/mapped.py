@@ -19,7 +19,8 @@ def mapped(model: RWKV, merged: MergedWeights | None = None) -> RWKV:
     """The model itself, changed so that weights are float32 only while they are used.
 
     Of a plain linear layer these are a few rows at a time, of any other the tensors of the one
-    layer. An adapted layer computes by peft's own forward.
+    layer. An adapted layer computes by peft's own forward. The states that blocks leave are
+    dropped.
 
     Args:
         merged: tensors that take the place of the model's own, which must then be a plain one.
@@ -49,6 +50,9 @@ def mapped(model: RWKV, merged: MergedWeights | None = None) -> RWKV:
             _compute_by(module, _embedding(module))
         elif tensors:
             _bring_in(module, tensors)
+    for block in model.blocks:
+        # states that nobody goes on from, kept over all layers, would be the largest part
+        block.register_forward_hook(lambda block, given, made: (*made[:2], None))
     return model
 
 
@@ -58,7 +62,12 @@ def _compute_by(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
 
 def _linear(module: nn.Linear, rows: Pieces) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        y = torch.cat([F.linear(x, w) for w in rows()], -1)
+        columns = x.flatten(0, -2).t()
+        y, start = x.new_empty(module.out_features, columns.shape[1]), 0
+        for w in rows():
+            torch.mm(w, columns, out=y[start : start + len(w)])
+            start += len(w)
+        y = y.t().contiguous().view(*x.shape[:-1], -1)
         return y if module.bias is None else y + module.bias.float()
 
     return forward

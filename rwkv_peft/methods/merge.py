@@ -11,7 +11,7 @@ from rwkv_peft.methods.attach import ADAPTER, Attachment
 from rwkv_peft.models.base import RWKV
 
 # elements that are float32 at a time: few enough for a processor's cache
-PIECE = 1 << 20
+PIECE = 1 << 18
 
 
 class Addition(NamedTuple):
