@@ -34,7 +34,7 @@ class Form(NamedTuple):
     """The arithmetic of one kind of layer.
 
     Attributes:
-        forward: y (T, out) of a layer and x (T, in).
+        forward: y (..., out) of a layer and x (..., in).
         add: adds the change of a layer's rows to these rows of its weight (rows, in), in place;
             called with the layer, the rows as a slice, and the weight.
     """
@@ -63,7 +63,7 @@ def _fast_class(layer: Any, form: Any) -> type[nn.Module]:
         if self.disable_adapters or self.merged or x.dtype != self.base_layer.weight.dtype:
             plain: Tensor = layer.forward(self, x)
             return plain
-        y: Tensor = form(self, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        y: Tensor = form(self, x)
         return y
 
     return type(f"Fast{layer.__name__}", (layer,), {"forward": forward})
@@ -143,21 +143,24 @@ def _product(x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
 
 
 class _Lora(torch.autograd.Function):
-    """y = x W^T + s drop(x) A^T B^T for x (T, in), W (out, in) frozen, A (r, in), B (out, r)."""
+    """y = x W^T + s drop(x) A^T B^T for x (..., in), W (out, in) frozen, A (r, in), B (out, r)."""
 
     @staticmethod
     def forward(ctx: Any, x, w, a, b, scale, rate):  # type: ignore[no-untyped-def]
-        dropped, mask = _drop(x, rate)
+        # rows are made here, where no view is an operation to differentiate
+        rows = x.reshape(-1, x.shape[-1])
+        dropped, mask = _drop(rows, rate)
         u = dropped @ a.t()
-        y = _product(u, b.t(), scale).addmm_(x, w.t())
+        y = _product(u, b.t(), scale).addmm_(rows, w.t())
         ctx.scale, ctx.keep = scale, 1 - rate
         ctx.save_for_backward(x, w, a, b, u, mask)
-        return y
+        return y.view(*x.shape[:-1], len(w))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         x, w, a, b, u, mask = ctx.saved_tensors
+        shape, x, dy = x.shape, x.reshape(-1, x.shape[-1]), dy.reshape(-1, len(w))
         dx = da = db = None
         g = _product(dy, b, ctx.scale)
         if ctx.needs_input_grad[3]:
@@ -168,43 +171,46 @@ class _Lora(torch.autograd.Function):
             dx = g @ a
             if mask is not None:
                 dx.mul_(mask).div_(ctx.keep)
-            dx.addmm_(dy, w)
+            dx = dx.addmm_(dy, w).view(shape)
         return dx, None, da, db, None, None
 
 
 class _Miss(torch.autograd.Function):
-    """y = x W^T + fold(drop(x)) D for x (T, in), W (out, in) frozen, D (r, out).
+    """y = x W^T + fold(drop(x)) D for x (..., in), W (out, in) frozen, D (r, out).
 
     fold sums the shards of r columns, the last of which may be short.
     """
 
     @staticmethod
     def forward(ctx: Any, x, w, d, rate):  # type: ignore[no-untyped-def]
-        dropped, mask = _drop(x, rate)
+        rows = x.reshape(-1, x.shape[-1])
+        dropped, mask = _drop(rows, rate)
         u = _fold(dropped, len(d))
-        y = (u @ d).addmm_(x, w.t())
-        ctx.keep, ctx.width = 1 - rate, x.shape[1]
+        y = (u @ d).addmm_(rows, w.t())
+        ctx.keep, ctx.shape = 1 - rate, x.shape
         ctx.save_for_backward(w, d, u, mask)
-        return y
+        return y.view(*x.shape[:-1], len(w))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         w, d, u, mask = ctx.saved_tensors
+        dy = dy.reshape(-1, len(w))
         dd = u.t() @ dy if ctx.needs_input_grad[2] else None
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _unfold(dy @ d.t(), ctx.width)
+            dx = _unfold(dy @ d.t(), ctx.shape[-1])
             if mask is not None:
                 dx.mul_(mask).div_(ctx.keep)
-            dx.addmm_(dy, w)
+            dx = dx.addmm_(dy, w).view(ctx.shape)
         return dx, None, dd, None
 
 
 def _fold(x: Tensor, r: int) -> Tensor:
     whole = x.shape[1] // r * r
     u: Tensor = x[:, :whole].unflatten(1, (-1, r)).sum(1)
-    u[:, : x.shape[1] - whole] += x[:, whole:]
+    if rest := x.shape[1] - whole:
+        u[:, :rest] += x[:, whole:]
     return u
 
 
