@@ -38,6 +38,10 @@ NOT_NEUTRAL = ("c3a", "fourierft", "unilora", "vblora")
 # needs scikit-learn
 OPTIONAL = ("adamss",)
 NAMES = [n for n in method_names() if n not in ("none", "state", "bone", "disha", *OPTIONAL)]
+CASES = {name: (name, OPTIONS.get(name, {})) for name in NAMES} | {
+    "miss bat": ("miss", {"init_weights": "bat", "r": 32}),
+    "miss mini": ("miss", {"init_weights": "mini", "r": 32, "mini_r": 8}),
+}
 
 
 def moved(trained: Attachment) -> None:
@@ -47,27 +51,32 @@ def moved(trained: Attachment) -> None:
             p += torch.randn(p.shape, generator=generator) * 0.02
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("name", NAMES)
-def test_a_method_is_neutral_trains_what_it_declares_reloads_and_merges(
-    name: str, version: str, make_model_file: Callable[..., Path], tmp_path: Path
-) -> None:
-    base = make_model_file(dtype=torch.float32, n_layer=2, **VERSIONS[version])
-    model = rwkv_peft.load_model(base)
-    before = model(TOKENS)[0].detach()
-    official = dict(model.named_parameters())
-    torch.manual_seed(1)
-    trained = attach(model, name, OPTIONS.get(name, {}))
-    change = (model.eval()(TOKENS)[0] - before).abs().max()
-    assert (change < 1e-4) != (name in NOT_NEUTRAL), change
-    # once the first zeros have moved, all that is declared and nothing else has a gradient
-    moved(trained)
+def assert_trains(model: torch.nn.Module, trained: Attachment) -> None:
+    """All that is declared has a gradient, and nothing else."""
     model.train()(TOKENS)[0].square().sum().backward()
     for key, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (key in trained), key
         if parameter.grad is not None:
             assert parameter.grad.abs().max() > 0, key
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_method_is_neutral_trains_what_it_declares_reloads_and_merges(
+    case: str, version: str, make_model_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    name, options = CASES[case]
+    base = make_model_file(dtype=torch.float32, n_layer=2, **VERSIONS[version])
+    model = rwkv_peft.load_model(base)
+    before = model(TOKENS)[0].detach()
+    official = dict(model.named_parameters())
+    torch.manual_seed(1)
+    trained = attach(model, name, options)
+    change = (model.eval()(TOKENS)[0] - before).abs().max()
+    assert (change < 1e-4) != (name in NOT_NEUTRAL), change
+    moved(trained)  # where factors begin at zero, so does the gradient of the others
+    assert_trains(model, trained)
     assert not any(p is q for p in trained.values() for q in official.values())
     adapted = model.eval()(TOKENS)[0].detach()
     assert (adapted - before).abs().max() > 1e-4
@@ -75,8 +84,9 @@ def test_a_method_is_neutral_trains_what_it_declares_reloads_and_merges(
     torch.manual_seed(2)
     reloaded = rwkv_peft.load_model(base, adapter=tmp_path / "adapter")
     torch.testing.assert_close(reloaded(TOKENS)[0], adapted, rtol=0, atol=1e-4)
-    again = rwkv_peft.load_model(base)
-    _, values = attach_saved(again, tmp_path / "adapter")
+    again = rwkv_peft.load_model(base, op="reference")
+    attachment, values = attach_saved(again, tmp_path / "adapter")
+    assert_trains(again, attachment)
     torch.testing.assert_close(again.eval()(TOKENS)[0], adapted, rtol=0, atol=1e-4)
     assert all(torch.equal(values[key], trained[key]) for key in values)
     report = rwkv_peft.merge(base, tmp_path / "adapter", tmp_path / "merged.pth")
@@ -92,13 +102,13 @@ def test_merged_files_open_in_the_official_runtime_with_the_adapters_logits(
 ) -> None:
     base = make_model_file(dtype=torch.float32, **VERSIONS[version])
     wanted = {}
-    for name in ("lora", "pissa", "miss", "vera", "oft", "ln_tuning", "ia3"):
+    for case, (name, options) in CASES.items():
         model = rwkv_peft.load_model(base)
-        trained = attach(model, name, OPTIONS.get(name, {}))
+        trained = attach(model, name, options)
         moved(trained)
-        wanted[name] = model(TOKENS)[0][0].detach()
-        write_adapter(tmp_path / name, trained, trained, base=base)
-        rwkv_peft.merge(base, tmp_path / name, tmp_path / f"{name}.pth")
+        wanted[case] = model.eval()(TOKENS)[0][0].detach()
+        write_adapter(tmp_path / case, trained, trained, base=base)
+        rwkv_peft.merge(base, tmp_path / case, tmp_path / f"{case}.pth", compared_tokens=0)
     code = (
         "import sys, json, torch\n"
         "from rwkv.model import RWKV\n"
