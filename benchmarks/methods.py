@@ -1,8 +1,8 @@
 """Time and memory of training steps with an adapter: our fused layers against peft's own.
 
-    python benchmarks/methods.py [--size 1.5b] [--methods lora miss] [--ctx_len 1024 4096]
+    python benchmarks/methods.py [--size 1.5b] [--methods lora miss] [--ctx_len 1024 4096] [--rows 1]
 
-Random bf16 weights, one row of random tokens, rank 32 on the default targets, with and without
+Random bf16 weights, rows of random tokens, rank 32 on the default targets, with and without
 recomputing blocks in backward: forward, backward, clip, AdamW on float32 masters. Both kinds of
 layers exist at once and take turns; medians. Memory is the peak of allocated tensors with one
 alone. A pair is timed only if its losses agree to 1 %.
@@ -45,15 +45,15 @@ def peak_of(size: str, method: Method, batch: Batch, *, is_fused: bool, grad_cp:
     return torch.accelerator.max_memory_allocated() / 2**30
 
 
-def row(size: str, method: Method, ctx_len: int, rounds: int, *, grad_cp: bool) -> str:
+def row(size: str, method: Method, rows: int, ctx_len: int, rounds: int, *, grad_cp: bool) -> str:
     """A table row."""
-    batch = random_batch(1, ctx_len, SIZES[size][-1])
+    batch = random_batch(rows, ctx_len, SIZES[size][-1])
     peaks = [
         peak_of(size, method, batch, is_fused=is_fused, grad_cp=grad_cp)
         for is_fused in (False, True)
     ]
     kinds = [prepare(size, method, is_fused=f, grad_cp=grad_cp) for f in (False, True)]
-    start = f"| {method} | {ctx_len} | {int(grad_cp)} | "
+    start = f"| {method} | {rows} × {ctx_len} | {int(grad_cp)} | "
     losses: list[list[float]] = [[], []]
     seconds: list[list[float]] = [[], []]
     for _ in range(rounds + WARM_UP):
@@ -76,19 +76,21 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--size", default="1.5b", choices=list(SIZES))
     parser.add_argument("--methods", nargs="+", default=["lora", "miss"])
     parser.add_argument("--ctx_len", nargs="+", type=int, default=[1024, 4096])
+    parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(args)
     lines = [
-        f"{device_name()}, torch {torch.__version__}, model {options.size}, 1 row",
+        f"{device_name()}, torch {torch.__version__}, model {options.size}",
         "",
-        "| method | ctx_len | grad_cp | peft ms | fused ms | times faster | peft GiB | fused GiB |",
+        "| method | rows × ctx_len | grad_cp | peft ms | fused ms | times faster | peft GiB | fused GiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for method in options.methods:
         for ctx_len in options.ctx_len:
             for grad_cp in (False, True):
-                lines.append(row(options.size, method, ctx_len, options.rounds, grad_cp=grad_cp))
+                setting = (options.size, method, options.rows, ctx_len, options.rounds)
+                lines.append(row(*setting, grad_cp=grad_cp))
                 print(lines[-1], flush=True)
     text = "\n".join(lines) + "\n"
     print(text)
