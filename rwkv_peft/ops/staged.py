@@ -1,6 +1,6 @@
 """Operators made of stages over chunks of time: memory between stages, and what PyTorch knows."""
 
-import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,47 +27,59 @@ class Part(NamedTuple):
     fake: Callable[..., Any]
 
 
-class Layout:
-    """The tensors between the stages of one call, for inputs like `r` (B, T, H, N) in chunks of C.
+class Memory(NamedTuple):
+    """What a call allocates for one thing."""
 
-    With M chunks, all are (B, H, M, ...), but single states (B, H, N, N). Matrices are bfloat16
-    beside bfloat16 inputs and at least float32 beside others, as float16 has not the range for
-    them; vectors and single states are float32 or wider.
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def beside(self, x: Tensor) -> Tensor:
+        """The memory, uninitialised, on the device of x."""
+        return x.new_empty(self.shape, dtype=self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Layout(NamedTuple):
+    """Memory between the stages of one call, with M chunks of C tokens: (B, H, M, ...).
+
+    Matrices are bfloat16 beside bfloat16 inputs and at least float32 beside others, as float16 has
+    not the range for them; vectors and single states are float32 or wider.
+
+    Attributes:
+        matrices: (N, N) a chunk.
+        readout: (C, N) a chunk.
+        inverse: (C, C) a chunk.
+        vectors: (N,) a chunk.
+        state: a single state, (B, H, N, N).
+        nothing: in place of matrices that are not kept.
     """
 
-    def __init__(self, r: Tensor, C: int) -> None:
-        B, T, H, N = r.shape
-        self._like, self._N, self._C = r, N, C
-        self._chunks, self._state = (B, H, (T + C - 1) // C), (B, H, N, N)
-        self._wide = torch.promote_types(r.dtype, torch.float32)
-        self._narrow = r.dtype if r.dtype == torch.bfloat16 else self._wide
+    matrices: Memory
+    readout: Memory
+    inverse: Memory
+    vectors: Memory
+    state: Memory
+    nothing: Memory
 
-    def matrices(self) -> Tensor:
-        """(N, N) a chunk."""
-        return self._scratch(self._N, self._N)
 
-    def readout(self) -> Tensor:
-        """(C, N) a chunk."""
-        return self._scratch(self._C, self._N)
-
-    def inverse(self) -> Tensor:
-        """(C, C) a chunk."""
-        return self._scratch(self._C, self._C)
-
-    def vectors(self) -> Tensor:
-        """(N,) a chunk."""
-        return self._like.new_empty((*self._chunks, self._N), dtype=self._wide)
-
-    def state(self) -> Tensor:
-        """A single state."""
-        return self._like.new_empty(self._state, dtype=self._wide)
-
-    def nothing(self) -> Tensor:
-        """In place of matrices that are not kept."""
-        return self._like.new_empty(0, dtype=self._narrow)
-
-    def _scratch(self, rows: int, columns: int) -> Tensor:
-        return self._like.new_empty((*self._chunks, rows, columns), dtype=self._narrow)
+def layout(shape: torch.Size, dtype: torch.dtype, C: int) -> Layout:
+    """Of inputs (B, T, H, N) of a type in chunks of C."""
+    B, T, H, N = shape
+    chunks = (B, H, (T + C - 1) // C)
+    wide = torch.promote_types(dtype, torch.float32)
+    narrow = dtype if dtype == torch.bfloat16 else wide
+    return Layout(
+        matrices=Memory((*chunks, N, N), narrow),
+        readout=Memory((*chunks, C, N), narrow),
+        inverse=Memory((*chunks, C, C), narrow),
+        vectors=Memory((*chunks, N), wide),
+        state=Memory((B, H, N, N), wide),
+        nothing=Memory((0,), narrow),
+    )
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
@@ -89,37 +101,71 @@ def register(name: str, forward: Part, backward: Part, kept: tuple[int, ...]) ->
     """
     registered = _define(f"{name}_backward", backward)
     called = _define(name, forward)
+    direct = _direct(forward.function, backward.function, kept)
 
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        *tensors, initial_state, segment_ids, _ = inputs
-        ctx.save_for_backward(*tensors, segment_ids, *(output[i] for i in kept))
-        ctx.has_initial_state = initial_state is not None
+        _save(ctx, inputs[:-1], output, kept)
         ctx.mark_non_differentiable(*output[2:])
-        ctx.set_materialize_grads(False)
-
-    def through(ctx, dy, dlast_state, *_, backward=backward.function):  # type: ignore[no-untyped-def]
-        saved = ctx.saved_tensors
-        if dy is None:
-            dy = torch.zeros_like(saved[0])
-        *grads, dinitial_state = backward(*saved, dy, dlast_state)
-        return *grads, dinitial_state if ctx.has_initial_state else None, None, None
 
     torch.library.register_autograd(
         f"rwkv_peft::{name}",
-        functools.partial(through, backward=registered),
+        lambda ctx, dy, dlast_state, *_: (*_gradients(ctx, registered, dy, dlast_state), None),
         setup_context=setup_context,
         lib=_library,
     )
-    call = _shortcut(called, forward.function, setup_context, through)
 
     def operator(*arguments: Tensor | None) -> tuple[Tensor, Tensor]:
-        *tensors, _ = arguments
-        keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-        y, last_state, *_ = call(*arguments, keep)
+        grads = torch.is_grad_enabled()
+        keep = grads and any(x is not None and x.requires_grad for x in arguments)
+        # a compiler traces the operator, and tensors of other kinds have their own way with it
+        if torch.compiler.is_compiling() or type(arguments[0]) is not Tensor:
+            y, last_state, *_ = called(*arguments, keep)
+        elif keep:
+            y, last_state = direct(*arguments)
+        else:
+            y, last_state, *_ = forward.function(*arguments, False)
         return y, last_state
 
     operator.__name__ = name
     return operator
+
+
+def _direct(
+    forward: Callable[..., Any], backward: Callable[..., Any], kept: tuple[int, ...]
+) -> Callable[..., Any]:
+    """The operator without PyTorch's dispatcher, which can outlast the kernels."""
+
+    class Direct(torch.autograd.Function):
+        # beside a setup_context PyTorch would look at forward's signature at every call
+        @staticmethod
+        def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+            results = forward(*inputs, True)
+            _save(ctx, inputs, results, kept)
+            return results[:2]
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, dy, dlast_state):  # type: ignore[no-untyped-def]
+            return _gradients(ctx, backward, dy, dlast_state)
+
+    apply: Callable[..., Any] = Direct.apply
+    return apply
+
+
+def _save(ctx, inputs, results, kept):  # type: ignore[no-untyped-def]
+    *tensors, initial_state, segment_ids = inputs
+    ctx.save_for_backward(*tensors, segment_ids, *[results[i] for i in kept])
+    ctx.has_initial_state = initial_state is not None
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, backward, dy, dlast_state):  # type: ignore[no-untyped-def]
+    """Of the tensors, the initial state and the segments."""
+    saved = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(saved[0])
+    *grads, dinitial_state = backward(*saved, dy, dlast_state)
+    return *grads, dinitial_state if ctx.has_initial_state else None, None
 
 
 def _define(name: str, part: Part) -> Callable[..., Any]:
@@ -128,29 +174,3 @@ def _define(name: str, part: Part) -> Callable[..., Any]:
     torch.library.register_fake(f"rwkv_peft::{name}", part.fake, lib=_library)
     found: Callable[..., Any] = getattr(torch.ops.rwkv_peft, name).default
     return found
-
-
-def _shortcut(
-    operator: Callable[..., Any],
-    forward: Callable[..., Any],
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
-) -> Callable[..., Any]:
-    """What `operator` computes without PyTorch's dispatcher, which can outlast the kernels.
-
-    Where something else must see the call, it is the operator itself.
-    """
-    members = {
-        "forward": staticmethod(forward),
-        "setup_context": staticmethod(setup_context),
-        "backward": staticmethod(once_differentiable(backward)),
-    }
-    direct: Any = type("Direct", (torch.autograd.Function,), members)
-
-    def call(*arguments: Any) -> Any:
-        # a compiler traces the operator, and tensors of other kinds have their own way with it
-        if torch.compiler.is_compiling() or type(arguments[0]) is not Tensor:
-            return operator(*arguments)
-        return direct.apply(*arguments) if arguments[-1] else forward(*arguments)
-
-    return call

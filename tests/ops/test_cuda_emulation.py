@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.ops.cuda import launch
+from rwkv_peft.ops.cuda.launch import Launch
 from rwkv_peft.ops.dispatch import Request
 from rwkv_peft.ops.testing import OPERATORS, assert_within_budget, run
 from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
-from rwkv_peft.ops.wkv6 import stages as wkv6_stages
 from rwkv_peft.ops.wkv7 import cuda as wkv7_cuda
-from rwkv_peft.ops.wkv7 import stages as wkv7_stages
 from tests.ops.emulation import emulator
 
 pytestmark = emulator.needs_compiler
@@ -30,7 +29,7 @@ class Form(NamedTuple):
         return f"{self.op}-{str(self.dtype).removeprefix('torch.')}-{self.C}"
 
 
-MODULES = {"wkv6": (wkv6_cuda, wkv6_stages), "wkv7": (wkv7_cuda, wkv7_stages)}
+MODULES = {"wkv6": wkv6_cuda, "wkv7": wkv7_cuda}
 FORMS = tuple(
     Form(op, dtype, C)
     for op in MODULES
@@ -44,15 +43,14 @@ FORMS = tuple(
 
 
 def _function(form: Form) -> Callable[..., tuple[Tensor, Tensor]]:
-    module, stages = MODULES[form.op]
+    module = MODULES[form.op]
 
-    def load(name: str, dtype: torch.dtype, C: int, device: torch.device) -> Callable[..., None]:
-        source, signature = module.KERNELS[name]
-        shared_bytes = module.shared_bytes(name, dtype, C)
-        return emulator.load(source, name, signature, shared_bytes, launch.options(dtype, C))
+    def load(name: str, dtype: torch.dtype, C: int, device: torch.device) -> Callable[..., Launch]:
+        source, signature, shared_bytes, options = module.KERNELS.recipe(name, dtype, C)
+        return emulator.load(source, name, signature, shared_bytes, options)
 
-    made = module.stages(load, lambda dtype, device: form.C)
-    return stages.register(f"emulated_{form.C}_{str(form.dtype)[6:]}", made)
+    name = f"emulated_{form.C}_{str(form.dtype)[6:]}"
+    return module.operator(name, load, lambda dtype, device: form.C)
 
 
 FUNCTIONS = {form: _function(form) for form in FORMS}
@@ -126,12 +124,11 @@ def test_wkv6_without_gradients_keeps_nothing() -> None:
 
 @pytest.mark.parametrize("op", MODULES)
 def test_chunks_are_taken_that_fit_the_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    device, module = torch.device("cuda"), MODULES[op][0]
-    monkeypatch.setattr(module.availability, "objection", lambda request: None)
+    device, kernels = torch.device("cuda"), MODULES[op].KERNELS
+    monkeypatch.setattr(launch.availability, "objection", lambda request: None)
     for found, bf16_chunk, fp32 in ((232_448, 64, None), (101_376, 32, "bytes of shared memory")):
-        monkeypatch.setattr(module, "device_bytes", lambda device, found=found: found)
         monkeypatch.setattr(launch, "device_bytes", lambda device, found=found: found)
-        assert module.chunk_length(torch.bfloat16, device) == bf16_chunk
-        assert module.objection(Request(device, torch.bfloat16, 64)) is None
-        said = module.objection(Request(device, torch.float32, 64))
+        assert kernels.chunk_length(torch.bfloat16, device) == bf16_chunk
+        assert kernels.objection(Request(device, torch.bfloat16, 64)) is None
+        said = kernels.objection(Request(device, torch.float32, 64))
         assert said is None if fp32 is None else said is not None and fp32 in said

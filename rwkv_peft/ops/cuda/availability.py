@@ -3,7 +3,7 @@
 import torch
 
 from rwkv_peft.errors import BackendUnavailableError
-from rwkv_peft.ops.cuda import driver, launch, nvrtc
+from rwkv_peft.ops.cuda import driver, nvrtc
 from rwkv_peft.ops.dispatch import Request
 
 # Ampere, the first with bf16 matrix units and asynchronous copies
@@ -32,15 +32,6 @@ def objection(request: Request, *, oldest: tuple[int, int] = OLDEST) -> str | No
         wanted, got = (".".join(map(str, c)) for c in (oldest, found))
         return f"needs compute capability {wanted}, and this GPU has {got}"
     return None
-
-
-def memory_objection(request: Request, wanted: int) -> str | None:
-    """Why a GPU has too little shared memory for kernels that want so many bytes a block."""
-    found = launch.device_bytes(request.device)
-    if found >= wanted:
-        return None
-    name = str(request.dtype).removeprefix("torch.")
-    return f"needs {wanted} bytes of shared memory for {name}, and this GPU has {found}"
 
 
 def versions() -> dict[str, str]:

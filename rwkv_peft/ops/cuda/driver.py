@@ -5,9 +5,9 @@ import functools
 import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,58 +23,76 @@ INVALID_CONTEXT = 201
 SHARED_BYTES = 48 * 1024
 
 
+@dataclass(frozen=True, eq=False)
 class Kernel:
-    """A function on one GPU; `kernel(grid, block, *args)` queues it on PyTorch's current stream.
+    """A function on one GPU; `kernel(grid, block, *numbers)` prepares launches of it.
 
-    Args are numbers in the order of the signature, a tensor as its `data_ptr()`, and 0 for none.
-    It may be called from any thread, and costs about 2 µs.
+    Attributes:
+        handle: the driver's.
+        signature: see `load_kernel`.
+        shared_bytes: dynamic shared memory of a block.
+    """
+
+    name: str
+    handle: int
+    device_index: int
+    signature: str
+    shared_bytes: int
+
+    def __call__(self, grid: tuple[int, int, int], block: int, *numbers: float) -> "Launch":
+        return Launch(self, grid, block, numbers)
+
+
+class Launch:
+    """A kernel with its grid and numbers; `launch(*addresses)` queues it on the current stream.
+
+    An address is a tensor's `data_ptr()`, or 0 for none. It may be called from any thread, and
+    costs about 2 µs.
     """
 
     def __init__(
-        self, name: str, handle: int, device_index: int, signature: str, shared_bytes: int
+        self, kernel: Kernel, grid: tuple[int, int, int], block: int, numbers: Sequence[float]
     ) -> None:
-        self.name = name
-        self.device_index = device_index
-        self._layout = struct.Struct("@" + signature)
-        self._shared_bytes = shared_bytes
+        self._kernel, self._device_index = kernel, kernel.device_index
+        whole = struct.Struct("@" + kernel.signature)
+        pointers = struct.Struct("@" + kernel.signature[: kernel.signature.rfind("P") + 1])
+        self._packed = ctypes.create_string_buffer(max(whole.size, 1))
+        whole.pack_into(self._packed, 0, *pointers.unpack_from(self._packed), *numbers)
+        self._pack_into = pointers.pack_into
+        # the array points to the size, which is kept alive with it
+        self._size = ctypes.c_size_t(whole.size)
+        address, length = ctypes.addressof(self._packed), ctypes.addressof(self._size)
+        given = (PARAM_BUFFER_POINTER, address, PARAM_BUFFER_SIZE, length, PARAM_END)
+        extra = (ctypes.c_void_p * 5)(*given)
         # ready-made C values: ctypes then has nothing to convert, which halves the cost of a call
-        self._handle, self._null = ctypes.c_void_p(handle), ctypes.c_void_p()
-        self._launch = driver().cuLaunchKernel
-        self._stream, self._current_device = _queries()
+        self._stream = ctypes.c_void_p()
+        shape = (*grid, block, 1, 1, kernel.shared_bytes)
+        null = ctypes.c_void_p()
+        self._arguments = (ctypes.c_void_p(kernel.handle), *shape, self._stream, null, extra)
+        self._start = driver().cuLaunchKernel
+        self._current_stream, self._current_device = _queries()
         # autograd's backward runs in threads of its own
-        self._threads = threading.local()
+        self._lock = threading.Lock()
 
-    def __call__(self, grid: tuple[int, int, int], block: int, *args: float) -> None:
-        if self._current_device() != self.device_index:
-            with torch.cuda.device(self.device_index):
-                return self(grid, block, *args)
-        try:
-            packed, extra, _ = self._threads.buffers
-        except AttributeError:
-            packed, extra, _ = self._new_buffers()
-        self._layout.pack_into(packed, 0, *args)
-        x, y, z = grid
-        given = (self._handle, x, y, z, block, 1, 1, self._shared_bytes)
-        stream = ctypes.c_void_p(self._stream(self.device_index))
-        code = self._launch(*given, stream, self._null, extra)
-        if code == INVALID_CONTEXT:
-            # a thread in which nothing has used the GPU yet
-            _enter_context(self.device_index)
-            code = self._launch(*given, stream, self._null, extra)
+    def __call__(self, *addresses: float) -> None:
+        index = self._device_index
+        if self._current_device() != index:
+            with torch.cuda.device(index):
+                return self(*addresses)
+        with self._lock:
+            self._pack_into(self._packed, 0, *addresses)
+            self._stream.value = self._current_stream(index)
+            code = self._start(*self._arguments)
+            if code == INVALID_CONTEXT:
+                # a thread in which nothing has used the GPU yet
+                _enter_context(index)
+                code = self._start(*self._arguments)
         if code:
+            _, *grid, block, _, _, shared_bytes, _, _, _ = self._arguments
             raise BackendUnavailableError(
-                f"kernel {self.name} was not started: {error_name(code)} (grid {grid}, block "
-                f"{block}, {self._shared_bytes} bytes of shared memory)"
+                f"kernel {self._kernel.name} was not started: {error_name(code)} (grid "
+                f"{tuple(grid)}, block {block}, {shared_bytes} bytes of shared memory)"
             )
-
-    def _new_buffers(self) -> tuple[Any, ...]:
-        packed = ctypes.create_string_buffer(max(self._layout.size, 1))
-        size = ctypes.c_size_t(self._layout.size)
-        pointer, length = ctypes.addressof(packed), ctypes.addressof(size)
-        given = (PARAM_BUFFER_POINTER, pointer, PARAM_BUFFER_SIZE, length, PARAM_END)
-        # the size is kept alive with the array that points to it
-        self._threads.buffers = buffers = packed, (ctypes.c_void_p * 5)(*given), size
-        return buffers
 
 
 @functools.cache
@@ -92,7 +110,7 @@ def load_kernel(
     Args:
         files: compiled as one source; see `build`.
         signature: the kernel's parameters in the letters of Python's `struct`: P a pointer, i an
-            int, q a long long, f a float.
+            int, q a long long, f a float. Up to the last pointer they change with each launch.
         shared_bytes: dynamic shared memory of a block.
         options: of NVRTC, such as '-DC=64'.
     Raises:

@@ -1,24 +1,160 @@
 """What the CUDA backends of the recurrences share: how kernels are built, loaded and started."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rwkv_peft.ops.cuda.driver import load_kernel
+from rwkv_peft.ops.cuda import availability
+from rwkv_peft.ops.cuda.driver import Kernel, load_kernel
+from rwkv_peft.ops.dispatch import Request
+from rwkv_peft.ops.staged import Memory, layout
 
 Launch = Callable[..., None]
-Load = Callable[[str, torch.dtype, int, torch.device], Launch]
+# gives a kernel by its name, the type of inputs, chunk length and GPU
+Load = Callable[[str, torch.dtype, int, torch.device], Callable[..., Launch]]
+Length = Callable[[torch.dtype, torch.device], int]
 
 N = 64  # head size
 IO = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 SCAN = Path(__file__).with_name("scan.cu")
-SCAN_SIGNATURE = "6P3i"
-# chunks that the scan may fetch ahead; it takes the C of its build for this
+# chunks that the scan may fetch ahead
 SCAN_DEPTHS = (6, 4, 3, 2)
+# shapes of inputs whose launches are kept ready
+SHAPES = 64
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of an operator, and of the scan over its chunks.
+
+    Attributes:
+        sources: of each kernel the source and the signature, as `driver.load_kernel` wants them.
+        shared_bytes: (name, dtype, C) -> shared memory of a block.
+        largest: name of the kernel that needs most of it.
+    """
+
+    sources: Mapping[str, tuple[Path, str]]
+    shared_bytes: Callable[[str, torch.dtype, int], int]
+    largest: str
+
+    def builds(self) -> list[tuple[tuple[Path], tuple[str, ...]]]:
+        """Files and options of every build, for `BUILDS`."""
+        lengths = [(torch.bfloat16, 64), *((dtype, 32) for dtype in IO)]
+        files = dict.fromkeys(file for file, _ in self.sources.values())
+        return [
+            *(((file,), options(dtype, C)) for file in files for dtype, C in lengths),
+            *(((SCAN,), scan_options(dtype)) for dtype in (torch.bfloat16, torch.float32)),
+        ]
+
+    def chunk_length(self, dtype: torch.dtype, device: torch.device) -> int:
+        """64 tokens in bf16 where the GPU has the shared memory for it, else 32."""
+        if dtype != torch.bfloat16:
+            return 32
+        return 64 if device_bytes(device) >= self.shared_bytes(self.largest, dtype, 64) else 32
+
+    def objection(self, request: Request) -> str | None:
+        """Why the kernels cannot serve a request; None if they can."""
+        if (why := availability.objection(request)) is not None:
+            return why
+        wanted, found = (
+            self.shared_bytes(self.largest, request.dtype, 32),
+            device_bytes(request.device),
+        )
+        if found >= wanted:
+            return None
+        name = str(request.dtype).removeprefix("torch.")
+        return f"needs {wanted} bytes of shared memory for {name}, and this GPU has {found}"
+
+    def load(self, name: str, dtype: torch.dtype, C: int, device: torch.device) -> Kernel:
+        """A kernel for inputs of a type in chunks of C tokens; the scan's C is its depth."""
+        file, signature, size, flags = self.recipe(name, dtype, C)
+        return load_kernel(
+            (file,),
+            name,
+            device_index=torch.cuda.current_device() if device.index is None else device.index,
+            signature=signature,
+            shared_bytes=size,
+            options=flags,
+        )
+
+    def recipe(self, name: str, dtype: torch.dtype, C: int) -> tuple[Path, str, int, Sequence[str]]:
+        """Source, signature, shared memory and options of what `load` gives."""
+        if name == "scan":
+            return SCAN, "6P3i", scan_bytes(dtype, C), scan_options(dtype)
+        return *self.sources[name], self.shared_bytes(name, dtype, C), options(dtype, C)
+
+
+class Starts:
+    """Launches of an operator's kernels for inputs (B, T, H, N) of one shape, type and GPU.
+
+    Attributes:
+        layout: of the memory between them.
+    """
+
+    def __init__(
+        self,
+        load: Load,
+        length: Length,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        B, T, H, _ = shape
+        self._C = C = length(dtype, device)
+        self._load, self._dtype, self._device = load, dtype, device
+        self._rows, self._numbers = B * H, (T, H, (T + C - 1) // C)
+        self.layout = layout(shape, dtype, C)
+
+    def over_chunks(self, name: str, threads: int, *numbers: int) -> Launch:
+        """A kernel with a block a chunk, of so many threads a token; given T, H, M and numbers."""
+        kernel = self._load(name, self._dtype, self._C, self._device)
+        grid = (self._numbers[-1], self._rows, 1)
+        return kernel(grid, threads * self._C, *self._numbers, *numbers)
+
+    def over_states(self, *, reverse: bool) -> Launch:
+        """The pass over the chunks, see scan.cu: (transition, added, decay, first, states, last).
+
+        A warp has read its part of `added` when it writes that of `states`, so that both may be
+        the same memory.
+        """
+        dtype = self.layout.matrices.dtype
+        depth = scan_depth(dtype, N // 16 * self._rows, self._device)
+        kernel = self._load("scan", dtype, depth, self._device)
+        return kernel((N // 16, self._rows, 1), 32, self._numbers[-1], int(reverse), depth)
+
+
+def per_shape(
+    direction: Callable[[Starts], Callable[..., Any]], load: Load, length: Length
+) -> Callable[..., Any]:
+    """A function of (r, ...) that makes a direction ready once for inputs like r, and runs it."""
+
+    @functools.lru_cache(SHAPES)
+    def ready(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Callable[..., Any]:
+        return direction(Starts(load, length, shape, dtype, device))
+
+    def run(r: Tensor, *others: Any) -> Any:
+        return ready(r.shape, r.dtype, r.device)(r, *others)
+
+    return run
+
+
+class Scratch:
+    """One allocation for several things, of which kernels are given the addresses."""
+
+    def __init__(self, *parts: Memory) -> None:
+        *self._offsets, self._nbytes = accumulate((x.nbytes for x in parts), initial=0)
+
+    def beside(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        """The memory, on the device of x, and where the things lie in it."""
+        memory = x.new_empty(self._nbytes, dtype=torch.uint8)
+        start = memory.data_ptr()
+        return memory, [start + offset for offset in self._offsets]
 
 
 def options(dtype: torch.dtype, C: int) -> tuple[str, ...]:
@@ -26,13 +162,9 @@ def options(dtype: torch.dtype, C: int) -> tuple[str, ...]:
     return f"-DIO={IO[dtype]}", f"-DC={C}"
 
 
-def builds(*sources: Path) -> list[tuple[tuple[Path], tuple[str, ...]]]:
-    """Every build of an operator's sources and the scan."""
-    lengths = [(torch.bfloat16, 64), *((dtype, 32) for dtype in IO)]
-    return [
-        *(((source,), options(dtype, C)) for source in sources for dtype, C in lengths),
-        *(((SCAN,), options(dtype, depth)) for dtype in IO for depth in SCAN_DEPTHS),
-    ]
+def scan_options(dtype: torch.dtype) -> tuple[str, ...]:
+    """What the scan is compiled with for matrices of a type; it is the same for every C."""
+    return (f"-DIO={IO[dtype]}",)
 
 
 def row_bytes(dtype: torch.dtype) -> int:
@@ -59,7 +191,7 @@ def device_bytes(device: torch.device) -> int:
 
 def scan_depth(dtype: torch.dtype, blocks: int, device: torch.device) -> int:
     """As many chunks ahead as still let all blocks run at once."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         return SCAN_DEPTHS[1]
     found = _properties(device)
     together = -(-blocks // found.multi_processor_count)
@@ -71,48 +203,12 @@ def scan_depth(dtype: torch.dtype, blocks: int, device: torch.device) -> int:
     return SCAN_DEPTHS[-1]
 
 
-def start_scan(
-    load: Load,
-    transition: Tensor | None,
-    added: Tensor,
-    decay: Tensor,
-    first: Tensor | None,
-    states: Tensor,
-    last: Tensor,
-    *,
-    reverse: bool,
-) -> None:
-    """The pass over the chunks; see scan.cu."""
-    B, H, M, _ = decay.shape
-    depth = scan_depth(added.dtype, N // 16 * B * H, added.device)
-    addresses = map(address, (transition, added, decay, first, states, last))
-    kernel = load("scan", added.dtype, depth, added.device)
-    kernel((N // 16, B * H, 1), 32, *addresses, M, int(reverse), depth)
+def readable(x: Tensor) -> Tensor:
+    """A tensor as kernels read it: without gaps, from a multiple of 16 bytes on."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def address(x: Tensor | None) -> int:
     """Where a tensor lies; 0 for none."""
     return 0 if x is None else x.data_ptr()
-
-
-def aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Contiguous views may begin anywhere; kernels read 16 bytes at a time."""
-    return tuple(x.clone() if x.data_ptr() % 16 else x for x in tensors)
-
-
-def loader(kernels: dict[str, tuple[Path, str]], shared_bytes: Callable[..., int]) -> Load:
-    """Loads a kernel of a backend once for each type, chunk length and GPU."""
-
-    @functools.cache
-    def load(name: str, dtype: torch.dtype, C: int, device: torch.device) -> Launch:
-        source, signature = kernels[name]
-        return load_kernel(
-            (source,),
-            name,
-            device_index=torch.cuda.current_device() if device.index is None else device.index,
-            signature=signature,
-            shared_bytes=shared_bytes(name, dtype, C),
-            options=options(dtype, C),
-        )
-
-    return load

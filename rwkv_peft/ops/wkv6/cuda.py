@@ -1,45 +1,30 @@
 """WKV-6 through CUDA kernels of our own, for NVIDIA GPUs from Ampere on."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rwkv_peft.ops.cuda import availability
 from rwkv_peft.ops.cuda.launch import (
-    SCAN,
-    SCAN_SIGNATURE,
+    Kernels,
+    Length,
     Load,
     N,
+    Starts,
     address,
-    aligned,
-    builds,
-    device_bytes,
-    loader,
+    per_shape,
+    readable,
     row_bytes,
-    scan_bytes,
-    start_scan,
 )
-from rwkv_peft.ops.dispatch import Request
-from rwkv_peft.ops.wkv6.stages import Stages, register
+from rwkv_peft.ops.staged import Function, contiguous
+from rwkv_peft.ops.wkv6.stages import declare
 
 _FORWARD = Path(__file__).parent / "kernels" / "forward.cu"
 _BACKWARD = _FORWARD.with_name("backward.cu")
-# of each kernel the source and the signature, as `driver.load_kernel` wants them
-KERNELS = {
-    "wkv6_chunk": (_FORWARD, "6P4i"),
-    "wkv6_output": (_FORWARD, "8P3i"),
-    "wkv6_gradients": (_BACKWARD, "14P3i"),
-    "scan": (SCAN, SCAN_SIGNATURE),
-}
-BUILDS = builds(_FORWARD, _BACKWARD)
 
 
 def shared_bytes(name: str, dtype: torch.dtype, C: int) -> int:
     """Shared memory of a block of a kernel; the layouts are the `...Memory` of its source."""
-    if name == "scan":
-        return scan_bytes(dtype, C)
     row = row_bytes(dtype)
     tile, vector, warps, levels = C * row, N * 4, C // 8, C.bit_length() - 1
     tiles, parts = {
@@ -50,53 +35,86 @@ def shared_bytes(name: str, dtype: torch.dtype, C: int) -> int:
     return tiles * tile + parts + (warps + 1) * vector + 2 * C * 4 + 16
 
 
-def chunk_length(dtype: torch.dtype, device: torch.device) -> int:
-    """64 tokens in bf16 where the GPU has the shared memory for it, else 32."""
-    if dtype != torch.bfloat16:
-        return 32
-    return 64 if device_bytes(device) >= shared_bytes("wkv6_gradients", dtype, 64) else 32
+KERNELS = Kernels(
+    {
+        "wkv6_chunk": (_FORWARD, "6P4i"),
+        "wkv6_output": (_FORWARD, "8P3i"),
+        "wkv6_gradients": (_BACKWARD, "14P3i"),
+    },
+    shared_bytes,
+    largest="wkv6_gradients",
+)
+BUILDS = KERNELS.builds()
+objection = KERNELS.objection
 
 
-def objection(request: Request) -> str | None:
-    """Why the kernels cannot serve a request; None if they can."""
-    return availability.objection(request) or availability.memory_objection(
-        request, shared_bytes("wkv6_gradients", request.dtype, 32)
-    )
+class _Forward:
+    """The stages of the forward pass; see `stages`."""
+
+    def __init__(self, starts: Starts) -> None:
+        self._layout = starts.layout
+        self._chunk = starts.over_chunks("wkv6_chunk", 4, False)
+        self._state = starts.over_states(reverse=False)
+        self._output = starts.over_chunks("wkv6_output", 4)
+
+    def __call__(  # type: ignore[no-untyped-def]
+        self, r, w, k, v, u, initial_state, segment_ids, keep
+    ) -> tuple[Tensor, ...]:
+        own = self._layout
+        inputs = [readable(x) for x in (r, w, k, v)]
+        r_at, w_at, k_at, v_at = [x.data_ptr() for x in inputs]
+        u, segment_ids = u.float().contiguous(), contiguous(segment_ids)
+        initial_state, segments_at = contiguous(initial_state), address(segment_ids)
+        y, last_state = torch.empty_like(inputs[0]), own.state.beside(r)
+        states, decay = own.matrices.beside(r), own.vectors.beside(r)
+        # what the chunks add is in the place of the states
+        states_at, decay_at = states.data_ptr(), decay.data_ptr()
+        self._chunk(w_at, k_at, v_at, segments_at, states_at, decay_at)
+        first, last = address(initial_state), last_state.data_ptr()
+        self._state(0, states_at, decay_at, first, states_at, last)
+        given = (u.data_ptr(), segments_at, states_at)
+        self._output(r_at, w_at, k_at, v_at, *given, y.data_ptr())
+        return y, last_state, states if keep else own.nothing.beside(r)
 
 
-_load = loader(KERNELS, shared_bytes)
+class _Backward:
+    """The stages of the backward pass; see `stages`."""
+
+    def __init__(self, starts: Starts) -> None:
+        self._layout = starts.layout
+        self._chunk = starts.over_chunks("wkv6_chunk", 4, True)
+        self._state = starts.over_states(reverse=True)
+        self._gradients = starts.over_chunks("wkv6_gradients", 4)
+
+    def __call__(  # type: ignore[no-untyped-def]
+        self, r, w, k, v, u, segment_ids, states, dy, dlast_state
+    ) -> tuple[Tensor, ...]:
+        own = self._layout
+        inputs = [readable(x) for x in (r, w, k, v, dy)]
+        r_at, w_at, k_at, v_at, dy_at = [x.data_ptr() for x in inputs]
+        float_u, segment_ids = u.float().contiguous(), contiguous(segment_ids)
+        dlast_state, segments_at = contiguous(dlast_state), address(segment_ids)
+        dstates, dinitial_state = own.matrices.beside(r), own.state.beside(r)
+        decay, du = own.vectors.beside(r), own.vectors.beside(r)
+        # what the chunks add is in the place of the states' gradients
+        dstates_at, decay_at = dstates.data_ptr(), decay.data_ptr()
+        self._chunk(w_at, r_at, dy_at, segments_at, dstates_at, decay_at)
+        first, last = address(dlast_state), dinitial_state.data_ptr()
+        self._state(0, dstates_at, decay_at, first, dstates_at, last)
+        grads = [torch.empty_like(inputs[0]) for _ in range(4)]
+        self._gradients(
+            *(r_at, w_at, k_at, v_at, dy_at, float_u.data_ptr(), segments_at),
+            *(states.data_ptr(), dstates_at),
+            *[x.data_ptr() for x in grads],
+            du.data_ptr(),
+        )
+        return *grads, du.sum((0, 2)).to(u.dtype), dinitial_state
 
 
-def stages(
-    load: Load = _load,
-    length: Callable[[torch.dtype, torch.device], int] = chunk_length,
-) -> Stages:
-    """The stages as launches of the kernels that `load` brings, in chunks of `length`."""
-
-    def start(name: str, tensors: Sequence[Tensor | None], *last: int) -> None:
-        like = tensors[0]
-        assert like is not None
-        B, T, H, _ = like.shape
-        C = length(like.dtype, like.device)
-        M = (T + C - 1) // C
-        kernel = load(name, like.dtype, C, like.device)
-        kernel((M, B * H, 1), 4 * C, *map(address, tensors), T, H, M, *last)
-
-    def chunk(w, keys, values, segment_ids, reverse, added, decay):  # type: ignore[no-untyped-def]
-        tensors = (*aligned(w, keys, values), segment_ids, added, decay)
-        start("wkv6_chunk", tensors, int(reverse))
-
-    def state(added, decay, first, reverse, states, last):  # type: ignore[no-untyped-def]
-        start_scan(load, None, added, decay, first, states, last, reverse=reverse)
-
-    def output(r, w, k, v, u, segment_ids, states, y):  # type: ignore[no-untyped-def]
-        start("wkv6_output", (*aligned(r, w, k, v), u, segment_ids, states, y))
-
-    def gradients(r, w, k, v, u, segment_ids, states, dstates, dy, *grads):  # type: ignore[no-untyped-def]
-        inputs = aligned(r, w, k, v, dy)
-        start("wkv6_gradients", (*inputs, u, segment_ids, states, dstates, *grads))
-
-    return Stages(length, chunk, state, output, gradients)
+def operator(name: str, load: Load, length: Length) -> Function:
+    """The operator `wkv6_{name}` by the kernels that `load` brings, in chunks of `length`."""
+    forward, backward = (per_shape(x, load, length) for x in (_Forward, _Backward))
+    return declare(name, length, forward, backward)
 
 
-wkv6_cuda = register("cuda", stages())
+wkv6_cuda = operator("cuda", KERNELS.load, KERNELS.chunk_length)

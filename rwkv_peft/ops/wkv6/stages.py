@@ -17,9 +17,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from rwkv_peft.ops import staged
-from rwkv_peft.ops.staged import Function, Layout, Part, contiguous
+from rwkv_peft.ops.staged import Function, Part, contiguous, layout
+
+# of the two registered functions, as `torch.library` has it
+FORWARD = (
+    "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, Tensor? initial_state, "
+    "Tensor? segment_ids, bool keep) -> (Tensor, Tensor, Tensor)"
+)
+BACKWARD = (
+    "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, Tensor? segment_ids, Tensor states, "
+    "Tensor dy, Tensor? dlast_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,60 +61,72 @@ class Stages:
 
 
 def register(name: str, stages: Stages) -> Function:
-    """The operator `wkv6_{name}` of a backend, with the arguments and results of `wkv6_reference`.
+    """The operator `wkv6_{name}` of a backend, called like `wkv6_reference`."""
+    return declare(name, stages.chunk_length, _forward(stages), _backward(stages))
+
+
+def declare(
+    name: str,
+    chunk_length: Callable[[torch.dtype, torch.device], int],
+    forward: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., tuple[Tensor, ...]],
+) -> Function:
+    """The operator `wkv6_{name}` of two functions, each of which goes through its stages.
 
     Kept for the backward pass are the inputs and the states that enter the chunks.
+
+    Args:
+        forward: see FORWARD; gives y, the last state and the states, these as `Layout.nothing` if
+            nothing is to be kept.
+        backward: see BACKWARD; gives the gradients of the inputs and of the initial state.
     """
-    return staged.register(f"wkv6_{name}", _forward(stages), _backward(stages), kept=(2,))
 
+    def fake_forward(r, w, k, v, u, initial_state, segment_ids, keep):  # type: ignore[no-untyped-def]
+        own = layout(r.shape, r.dtype, chunk_length(r.dtype, r.device))
+        states = own.matrices if keep else own.nothing
+        return r.new_empty(r.shape), own.state.beside(r), states.beside(r)
 
-def _forward(stages: Stages) -> Part:
-    schema = (
-        "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, Tensor? initial_state, "
-        "Tensor? segment_ids, bool keep) -> (Tensor, Tensor, Tensor)"
+    def fake_backward(r, w, k, v, u, *others):  # type: ignore[no-untyped-def]
+        state = layout(r.shape, r.dtype, chunk_length(r.dtype, r.device)).state
+        grads = (r.new_empty(r.shape) for _ in range(4))
+        return *grads, u.new_empty(u.shape), state.beside(r)
+
+    return staged.register(
+        f"wkv6_{name}",
+        Part(FORWARD, forward, fake_forward),
+        Part(BACKWARD, backward, fake_backward),
+        kept=(2,),
     )
 
+
+def _forward(stages: Stages) -> Callable[..., tuple[Tensor, ...]]:
     def forward(r, w, k, v, u, initial_state, segment_ids, keep):  # type: ignore[no-untyped-def]
         r, w, k, v = (x.contiguous() for x in (r, w, k, v))
         segment_ids = contiguous(segment_ids)
         initial_state = None if initial_state is None else initial_state.float().contiguous()
-        layout = Layout(r, stages.chunk_length(r.dtype, r.device))
-        added, decay, states = layout.matrices(), layout.vectors(), layout.matrices()
-        y, last_state = torch.empty_like(r), layout.state()
+        own = layout(r.shape, r.dtype, stages.chunk_length(r.dtype, r.device))
+        added, decay, states = (x.beside(r) for x in (own.matrices, own.vectors, own.matrices))
+        y, last_state = torch.empty_like(r), own.state.beside(r)
         stages.chunk(w, k, v, segment_ids, False, added, decay)
         stages.state(added, decay, initial_state, False, states, last_state)
         stages.output(r, w, k, v, u.float().contiguous(), segment_ids, states, y)
-        return y, last_state, states if keep else layout.nothing()
+        return y, last_state, states if keep else own.nothing.beside(r)
 
-    def fake(r, w, k, v, u, initial_state, segment_ids, keep):  # type: ignore[no-untyped-def]
-        layout = Layout(r, stages.chunk_length(r.dtype, r.device))
-        y = r.new_empty(r.shape)
-        return y, layout.state(), layout.matrices() if keep else layout.nothing()
-
-    return Part(schema, forward, fake)
+    return forward
 
 
-def _backward(stages: Stages) -> Part:
-    schema = (
-        "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, Tensor? segment_ids, Tensor states, "
-        "Tensor dy, Tensor? dlast_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    )
-
+def _backward(stages: Stages) -> Callable[..., tuple[Tensor, ...]]:
     def backward(r, w, k, v, u, segment_ids, states, dy, dlast_state):  # type: ignore[no-untyped-def]
         r, w, k, v, dy = (x.contiguous() for x in (r, w, k, v, dy))
         segment_ids, dlast_state = contiguous(segment_ids), contiguous(dlast_state)
-        layout = Layout(r, stages.chunk_length(r.dtype, r.device))
-        added, decay, dstates = layout.matrices(), layout.vectors(), layout.matrices()
-        dinitial_state, du = layout.state(), layout.vectors()
+        own = layout(r.shape, r.dtype, stages.chunk_length(r.dtype, r.device))
+        added, decay, dstates = (x.beside(r) for x in (own.matrices, own.vectors, own.matrices))
+        dinitial_state, du = own.state.beside(r), own.vectors.beside(r)
         stages.chunk(w, r, dy, segment_ids, True, added, decay)
         stages.state(added, decay, dlast_state, True, dstates, dinitial_state)
         grads = [torch.empty_like(r) for _ in range(4)]
-        own = u.float().contiguous()
-        stages.gradients(r, w, k, v, own, segment_ids, states, dstates, dy, *grads, du)
+        own_u = u.float().contiguous()
+        stages.gradients(r, w, k, v, own_u, segment_ids, states, dstates, dy, *grads, du)
         return *grads, du.sum((0, 2)).to(u.dtype), dinitial_state
 
-    def fake(r, w, k, v, u, segment_ids, states, dy, dlast_state):  # type: ignore[no-untyped-def]
-        layout = Layout(r, stages.chunk_length(r.dtype, r.device))
-        return *(r.new_empty(r.shape) for _ in range(4)), u.new_empty(u.shape), layout.state()
-
-    return Part(schema, backward, fake)
+    return backward

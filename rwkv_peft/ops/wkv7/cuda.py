@@ -1,46 +1,31 @@
 """WKV-7 through CUDA kernels of our own, for NVIDIA GPUs from Ampere on."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rwkv_peft.ops.cuda import availability
 from rwkv_peft.ops.cuda.launch import (
-    SCAN,
-    SCAN_SIGNATURE,
+    Kernels,
+    Length,
     Load,
     N,
+    Scratch,
+    Starts,
     address,
-    aligned,
-    builds,
-    device_bytes,
-    loader,
+    per_shape,
+    readable,
     row_bytes,
-    scan_bytes,
-    start_scan,
 )
-from rwkv_peft.ops.dispatch import Request
-from rwkv_peft.ops.wkv7.stages import Stages, register
+from rwkv_peft.ops.staged import Function, contiguous
+from rwkv_peft.ops.wkv7.stages import declare
 
 _FORWARD = Path(__file__).parent / "kernels" / "forward.cu"
 _BACKWARD = _FORWARD.with_name("backward.cu")
-# of each kernel the source and the signature, as `driver.load_kernel` wants them
-KERNELS = {
-    "wkv7_chunk_forward": (_FORWARD, "13P3i"),
-    "wkv7_output": (_FORWARD, "3P3i"),
-    "wkv7_chunk_backward": (_BACKWARD, "10P3i"),
-    "wkv7_gradients": (_BACKWARD, "18P3i"),
-    "scan": (SCAN, SCAN_SIGNATURE),
-}
-BUILDS = builds(_FORWARD, _BACKWARD)
 
 
 def shared_bytes(name: str, dtype: torch.dtype, C: int) -> int:
     """Shared memory of a block of a kernel; the layouts are the `...Memory` of its source."""
-    if name == "scan":
-        return scan_bytes(dtype, C)
     row, warps, vector = row_bytes(dtype), C // 8, N * 4
     tiles, others = {
         "wkv7_chunk_forward": (7, C // 16 * 16 * 17 * 4),
@@ -52,60 +37,108 @@ def shared_bytes(name: str, dtype: torch.dtype, C: int) -> int:
     return tiles * C * row + others + vectors if tiles else 0
 
 
-def chunk_length(dtype: torch.dtype, device: torch.device) -> int:
-    """64 tokens in bf16 where the GPU has the shared memory for it, else 32."""
-    if dtype != torch.bfloat16:
-        return 32
-    return 64 if device_bytes(device) >= shared_bytes("wkv7_gradients", dtype, 64) else 32
+KERNELS = Kernels(
+    {
+        "wkv7_chunk_forward": (_FORWARD, "13P3i"),
+        "wkv7_output": (_FORWARD, "3P3i"),
+        "wkv7_chunk_backward": (_BACKWARD, "10P3i"),
+        "wkv7_gradients": (_BACKWARD, "18P3i"),
+    },
+    shared_bytes,
+    largest="wkv7_gradients",
+)
+BUILDS = KERNELS.builds()
+objection = KERNELS.objection
 
 
-def objection(request: Request) -> str | None:
-    """Why the kernels cannot serve a request; None if they can."""
-    return availability.objection(request) or availability.memory_objection(
-        request, shared_bytes("wkv7_gradients", request.dtype, 32)
-    )
+class _Forward:
+    """The stages of the forward pass; see `stages`."""
+
+    def __init__(self, starts: Starts) -> None:
+        self._layout = own = starts.layout
+        self._scratch = Scratch(own.matrices, own.readout, own.vectors)
+        self._chunk_forward = starts.over_chunks("wkv7_chunk_forward", 4)
+        self._state_forward = starts.over_states(reverse=False)
+        self._output = starts.over_chunks("wkv7_output", 2)
+
+    def __call__(  # type: ignore[no-untyped-def]
+        self, r, w, k, v, a, b, initial_state, segment_ids, keep
+    ) -> tuple[Tensor, ...]:
+        own = self._layout
+        inputs = [readable(x) for x in (r, w, k, v, a, b)]
+        initial_state, segment_ids = contiguous(initial_state), contiguous(segment_ids)
+        y, last_state = torch.empty_like(inputs[0]), own.state.beside(r)
+        states, inverse = own.matrices.beside(r), own.inverse.beside(r) if keep else None
+        _scratch, (transition, readout, decay) = self._scratch.beside(r)
+        # what the chunks add is in the place of the states
+        y_at, states_at = y.data_ptr(), states.data_ptr()
+        self._chunk_forward(
+            *[x.data_ptr() for x in inputs],
+            address(segment_ids),
+            y_at,
+            transition,
+            states_at,
+            decay,
+            readout,
+            address(inverse),
+        )
+        first, last = address(initial_state), last_state.data_ptr()
+        self._state_forward(transition, states_at, decay, first, states_at, last)
+        self._output(readout, states_at, y_at)
+        if inverse is None:
+            return y, last_state, own.nothing.beside(r), own.nothing.beside(r)
+        return y, last_state, states, inverse
 
 
-_load = loader(KERNELS, shared_bytes)
+class _Backward:
+    """The stages of the backward pass; see `stages`."""
+
+    def __init__(self, starts: Starts) -> None:
+        self._layout = own = starts.layout
+        self._scratch = Scratch(own.matrices, own.vectors)
+        self._chunk_backward = starts.over_chunks("wkv7_chunk_backward", 4)
+        self._state_backward = starts.over_states(reverse=True)
+        self._gradients = starts.over_chunks("wkv7_gradients", 4)
+
+    def __call__(  # type: ignore[no-untyped-def]
+        self, r, w, k, v, a, b, segment_ids, states, last_state, inverse, dy, dlast_state
+    ) -> tuple[Tensor, ...]:
+        own = self._layout
+        tensors = [readable(x) for x in (r, w, k, v, a, b, dy)]
+        *inputs, dy_at = [x.data_ptr() for x in tensors]
+        r_at, w_at, _, _, a_at, b_at = inputs
+        segment_ids, dlast_state = contiguous(segment_ids), contiguous(dlast_state)
+        segments_at, inverse_at = address(segment_ids), inverse.data_ptr()
+        dstates, dinitial_state = own.matrices.beside(r), own.state.beside(r)
+        scratch, (transition, decay) = self._scratch.beside(r)
+        # what the chunks add is in the place of the states' gradients
+        dstates_at = dstates.data_ptr()
+        self._chunk_backward(
+            *(r_at, w_at, a_at, b_at, segments_at, inverse_at, dy_at),
+            *(transition, dstates_at, decay),
+        )
+        first, last = address(dlast_state), dinitial_state.data_ptr()
+        self._state_backward(transition, dstates_at, decay, first, dstates_at, last)
+        # kernels queued from here on may have its memory
+        del scratch
+        grads = [torch.empty_like(tensors[0]) for _ in range(6)]
+        self._gradients(
+            *inputs,
+            segments_at,
+            inverse_at,
+            states.data_ptr(),
+            last_state.data_ptr(),
+            dstates_at,
+            dy_at,
+            *[x.data_ptr() for x in grads],
+        )
+        return *grads, dinitial_state
 
 
-def stages(
-    load: Load = _load,
-    length: Callable[[torch.dtype, torch.device], int] = chunk_length,
-) -> Stages:
-    """The stages as launches of the kernels that `load` brings, in chunks of `length`."""
-
-    def start(name: str, threads: int, like: Tensor, *tensors: Tensor | None) -> None:
-        B, T, H, _ = like.shape
-        C = length(like.dtype, like.device)
-        M = (T + C - 1) // C
-        kernel = load(name, like.dtype, C, like.device)
-        kernel((M, B * H, 1), threads * C, *map(address, tensors), T, H, M)
-
-    def chunk_forward(r, w, k, v, a, b, *rest):  # type: ignore[no-untyped-def]
-        start("wkv7_chunk_forward", 4, r, *aligned(r, w, k, v, a, b), *rest)
-
-    def output(readout, states, y):  # type: ignore[no-untyped-def]
-        start("wkv7_output", 2, y, readout, states, y)
-
-    def chunk_backward(r, w, a, b, segment_ids, inverse, dy, *rest):  # type: ignore[no-untyped-def]
-        r, w, a, b, dy = aligned(r, w, a, b, dy)
-        start("wkv7_chunk_backward", 4, r, r, w, a, b, segment_ids, inverse, dy, *rest)
-
-    def gradients(r, w, k, v, a, b, segment_ids, inverse, states, last_state, dstates, dy, *grads):  # type: ignore[no-untyped-def]
-        *inputs, dy = aligned(r, w, k, v, a, b, dy)
-        scratch = (inverse, states, last_state, dstates)
-        start("wkv7_gradients", 4, r, *inputs, segment_ids, *scratch, dy, *grads)
-
-    return Stages(
-        chunk_length=length,
-        chunk_forward=chunk_forward,
-        state_forward=lambda *tensors: start_scan(load, *tensors, reverse=False),
-        output=output,
-        chunk_backward=chunk_backward,
-        state_backward=lambda *tensors: start_scan(load, *tensors, reverse=True),
-        gradients=gradients,
-    )
+def operator(name: str, load: Load, length: Length) -> Function:
+    """The operator `wkv7_{name}` by the kernels that `load` brings, in chunks of `length`."""
+    forward, backward = (per_shape(x, load, length) for x in (_Forward, _Backward))
+    return declare(name, length, forward, backward)
 
 
-wkv7_cuda = register("cuda", stages())
+wkv7_cuda = operator("cuda", KERNELS.load, KERNELS.chunk_length)

@@ -15,9 +15,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from rwkv_peft.ops import staged
-from rwkv_peft.ops.staged import Function, Layout, Part, contiguous
+from rwkv_peft.ops.staged import Function, Part, contiguous, layout
+
+# of the two registered functions, as `torch.library` has it
+FORWARD = (
+    "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? initial_state, "
+    "Tensor? segment_ids, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+BACKWARD = (
+    "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? segment_ids, "
+    "Tensor states, Tensor last_state, Tensor inverse, Tensor dy, Tensor? dlast_state) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,59 +67,71 @@ class Stages:
 
 
 def register(name: str, stages: Stages) -> Function:
-    """The operator `wkv7_{name}` of a backend, with the arguments and results of `wkv7_reference`.
+    """The operator `wkv7_{name}` of a backend, called like `wkv7_reference`."""
+    return declare(name, stages.chunk_length, _forward(stages), _backward(stages))
+
+
+def declare(
+    name: str,
+    chunk_length: Callable[[torch.dtype, torch.device], int],
+    forward: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., tuple[Tensor, ...]],
+) -> Function:
+    """The operator `wkv7_{name}` of two functions, each of which goes through its stages.
 
     Kept for the backward pass are the inputs, the states that enter the chunks and leave the last,
     and the inverses.
+
+    Args:
+        forward: see FORWARD; gives y, the last state, states and inverse, these two as
+            `Layout.nothing` if nothing is to be kept.
+        backward: see BACKWARD; gives the gradients of the inputs and of the initial state.
     """
-    return staged.register(f"wkv7_{name}", _forward(stages), _backward(stages), kept=(2, 1, 3))
 
+    def fake_forward(r, w, k, v, a, b, initial_state, segment_ids, keep):  # type: ignore[no-untyped-def]
+        own = layout(r.shape, r.dtype, chunk_length(r.dtype, r.device))
+        kept = (own.matrices, own.inverse) if keep else (own.nothing, own.nothing)
+        return r.new_empty(r.shape), *(x.beside(r) for x in (own.state, *kept))
 
-def _forward(stages: Stages) -> Part:
-    schema = (
-        "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? initial_state, "
-        "Tensor? segment_ids, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
+    def fake_backward(r, *others):  # type: ignore[no-untyped-def]
+        state = layout(r.shape, r.dtype, chunk_length(r.dtype, r.device)).state
+        return *(r.new_empty(r.shape) for _ in range(6)), state.beside(r)
+
+    return staged.register(
+        f"wkv7_{name}",
+        Part(FORWARD, forward, fake_forward),
+        Part(BACKWARD, backward, fake_backward),
+        kept=(2, 1, 3),
     )
 
+
+def _forward(stages: Stages) -> Callable[..., tuple[Tensor, ...]]:
     def forward(r, w, k, v, a, b, initial_state, segment_ids, keep):  # type: ignore[no-untyped-def]
         r, w, k, v, a, b = inputs = [x.contiguous() for x in (r, w, k, v, a, b)]
         segment_ids, initial_state = contiguous(segment_ids), contiguous(initial_state)
-        layout = Layout(r, stages.chunk_length(r.dtype, r.device))
-        y, decay, readout = torch.empty_like(r), layout.vectors(), layout.readout()
-        transition, added, states = (layout.matrices() for _ in range(3))
-        last_state, inverse = layout.state(), layout.inverse() if keep else None
+        own = layout(r.shape, r.dtype, stages.chunk_length(r.dtype, r.device))
+        y, decay, readout = torch.empty_like(r), own.vectors.beside(r), own.readout.beside(r)
+        transition, added, states = (own.matrices.beside(r) for _ in range(3))
+        last_state, inverse = own.state.beside(r), own.inverse.beside(r) if keep else None
         stages.chunk_forward(*inputs, segment_ids, y, transition, added, decay, readout, inverse)
         stages.state_forward(transition, added, decay, initial_state, states, last_state)
         stages.output(readout, states, y)
         if inverse is None:
-            return y, last_state, layout.nothing(), layout.nothing()
+            return y, last_state, own.nothing.beside(r), own.nothing.beside(r)
         return y, last_state, states, inverse
 
-    def fake(r, w, k, v, a, b, initial_state, segment_ids, keep):  # type: ignore[no-untyped-def]
-        layout = Layout(r, stages.chunk_length(r.dtype, r.device))
-        y = r.new_empty(r.shape)
-        if not keep:
-            return y, layout.state(), layout.nothing(), layout.nothing()
-        return y, layout.state(), layout.matrices(), layout.inverse()
-
-    return Part(schema, forward, fake)
+    return forward
 
 
-def _backward(stages: Stages) -> Part:
-    schema = (
-        "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? segment_ids, "
-        "Tensor states, Tensor last_state, Tensor inverse, Tensor dy, Tensor? dlast_state) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    )
-
+def _backward(stages: Stages) -> Callable[..., tuple[Tensor, ...]]:
     def backward(  # type: ignore[no-untyped-def]
         r, w, k, v, a, b, segment_ids, states, last_state, inverse, dy, dlast_state
     ):
         r, w, k, v, a, b, dy = (x.contiguous() for x in (r, w, k, v, a, b, dy))
         segment_ids, dlast_state = contiguous(segment_ids), contiguous(dlast_state)
-        layout = Layout(r, stages.chunk_length(r.dtype, r.device))
-        transition, added, dstates = (layout.matrices() for _ in range(3))
-        decay, dinitial_state = layout.vectors(), layout.state()
+        own = layout(r.shape, r.dtype, stages.chunk_length(r.dtype, r.device))
+        transition, added, dstates = (own.matrices.beside(r) for _ in range(3))
+        decay, dinitial_state = own.vectors.beside(r), own.state.beside(r)
         stages.chunk_backward(r, w, a, b, segment_ids, inverse, dy, transition, added, decay)
         stages.state_backward(transition, added, decay, dlast_state, dstates, dinitial_state)
         grads = [torch.empty_like(r) for _ in range(6)]
@@ -115,10 +139,4 @@ def _backward(stages: Stages) -> Part:
         stages.gradients(r, w, k, v, a, b, *kept, dstates, dy, *grads)
         return *grads, dinitial_state
 
-    def fake(  # type: ignore[no-untyped-def]
-        r, w, k, v, a, b, segment_ids, states, last_state, inverse, dy, dlast_state
-    ):
-        layout = Layout(r, stages.chunk_length(r.dtype, r.device))
-        return *(r.new_empty(r.shape) for _ in range(6)), layout.state()
-
-    return Part(schema, backward, fake)
+    return backward

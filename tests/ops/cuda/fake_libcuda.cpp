@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include <unistd.h>
+
 // the parameters of the tests' kernel, laid out by a C compiler
 struct Params {
   void* x;
@@ -14,18 +16,20 @@ struct Params {
 };
 
 struct Record {
-  uint64_t function, stream, size, grid[3], block[3], shared, launches, shared_asked, modules;
+  uint64_t function, stream, size, grid[3], block[3], shared, launches, shared_asked, modules,
+      mixed;
   int64_t marks_valid;
   Params params;
   char code[16];
 };
 
 static Record record;
-static int next_launch_error = 0;
+static int next_launch_error = 0, pause_us = 0;
 static thread_local bool has_context = false;
 
 extern "C" {
 Record* fake_record() { return &record; }
+void fake_pause(int microseconds) { pause_us = microseconds; }
 void fake_fail_next_launch(int code) { next_launch_error = code; }
 
 int cuInit(unsigned) { return 0; }
@@ -67,7 +71,10 @@ int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, 
   memcpy(record.block, block, sizeof block);
   record.marks_valid = !params && extra[0] == (void*)1 && extra[2] == (void*)2 && !extra[4];
   record.size = *static_cast<size_t*>(extra[3]);
+  void* x = *static_cast<void**>(extra[1]);
+  if (pause_us) usleep(pause_us);
   if (record.size <= sizeof record.params) memcpy(&record.params, extra[1], record.size);
+  record.mixed += pause_us && (record.params.x != x || record.params.y != x);
   ++record.launches;
   return 0;
 }

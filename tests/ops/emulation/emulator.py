@@ -37,19 +37,23 @@ def _compiled(source: Path, options: Sequence[str]) -> ctypes.CDLL:
 
 def load(
     source: Path, name: str, signature: str, shared_bytes: int, options: Sequence[str]
-) -> Callable[..., None]:
-    """A kernel that runs at once, on addresses of CPU tensors.
+) -> Callable[..., Callable[..., None]]:
+    """A kernel whose launches run at once, on addresses of CPU tensors.
 
     Its shared memory begins as NaN. One that writes beyond `shared_bytes` of it fails the test.
     """
     library = _compiled(source, tuple(options))
     kernel = getattr(library, name)
 
-    def launch(grid: tuple[int, int, int], block: int, *args: int) -> None:
-        kernel(ctypes.c_char_p(struct.pack("@" + signature, *args)), *grid[:2], block)
-        shared = ctypes.c_void_p.in_dll(library, "shared_memory").value
-        assert shared is not None
-        beyond = ctypes.string_at(shared + shared_bytes, ARENA - shared_bytes)
-        assert beyond.count(POISON) == len(beyond), f"{name} writes beyond its shared memory"
+    def prepare(grid: tuple[int, int, int], block: int, *numbers: int) -> Callable[..., None]:
+        def launch(*addresses: int) -> None:
+            packed = struct.pack("@" + signature, *addresses, *numbers)
+            kernel(ctypes.c_char_p(packed), *grid[:2], block)
+            shared = ctypes.c_void_p.in_dll(library, "shared_memory").value
+            assert shared is not None
+            beyond = ctypes.string_at(shared + shared_bytes, ARENA - shared_bytes)
+            assert beyond.count(POISON) == len(beyond), f"{name} writes beyond its shared memory"
 
-    return launch
+        return launch
+
+    return prepare
