@@ -93,22 +93,20 @@ def sample(vocab_size: int, count: int, data_file: str = "") -> Sample:
 @torch.no_grad()
 def compare(adapted: RWKV, merged: RWKV, given: Sample) -> Comparison:
     """Runs both models, which may be `mapped`, over a sample."""
-    hidden = zip(
-        _hidden(adapted, given.rows).split(POSITIONS),
-        _hidden(merged, given.rows).split(POSITIONS),
-        strict=True,
-    )
+    hidden = [_hidden(model, given.rows).split(POSITIONS) for model in (adapted, merged)]
     largest, total, kl, same, count = 0.0, 0.0, 0.0, 0, 0
-    for one, other in hidden:
-        wanted, found = adapted.head(one).double(), merged.head(other).double()
-        difference = (wanted - found).abs_()
-        largest = max(largest, difference.max().item())
-        total += difference.mean().item() * len(wanted)
-        del difference
-        same += int((wanted.argmax(-1) == found.argmax(-1)).sum())
-        wanted, found = wanted.log_softmax(-1), found.log_softmax(-1)
-        kl += (wanted.exp() * (wanted - found)).sum().item()
-        count += len(wanted)
+    for one, other in zip(*hidden, strict=True):
+        # float64 of few positions at a time, as a vocabulary is large
+        logits = zip(adapted.head(one).split(8), merged.head(other).split(8), strict=True)
+        for wanted, found in logits:
+            wanted, found = wanted.double(), found.double()
+            difference = (wanted - found).abs_()
+            largest = max(largest, difference.max().item())
+            total += difference.mean().item() * len(wanted)
+            same += int((wanted.argmax(-1) == found.argmax(-1)).sum())
+            wanted, found = wanted.log_softmax(-1), found.log_softmax(-1)
+            kl += (wanted.exp() * (wanted - found)).sum().item()
+            count += len(wanted)
     return Comparison(given.text, count, largest, total / count, kl / count, same / count)
 
 
