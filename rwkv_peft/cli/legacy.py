@@ -93,6 +93,22 @@ PLAIN_PARTS = ("emb", "head", "time", "ln")
 METHOD_FLAGS = {"peft", "peft_config", "load_adapter", "train_parts", "op", "fla", "emb"}
 METHOD_FLAGS |= {*SWITCHES, *CONFIGS, *OPTIONS}
 
+# flags of the merge scripts -> today's, and those that have no effect
+MERGE_FLAGS = {
+    "lora_checkpoint": "adapter",
+    "peft_checkpoint": "adapter",
+    "state_checkpoint": "adapter",
+    "lora_init": "pissa_init",
+}
+MERGE_DEAD = {"device": "merging needs no GPU", "use_gpu": "merging needs no GPU"}
+MERGE_TYPES = ("lora", "pissa", "disha", "bone", "miss", "state")
+# the arguments that merge_lora.py and merge_pissa.py take by their places, and any by three
+MERGE_LORA = ("lora_alpha", "base_model", "adapter", "output")
+MERGE_PISSA = ("base_model", "pissa_init", "adapter", "output")
+MERGE_ANY = ("base_model", "adapter", "output")
+# what merge.py took where nothing was given; training's own default was 32
+MERGE_ALPHA = "16"
+
 Flags = list[tuple[str, list[str]]]
 
 
@@ -123,6 +139,47 @@ def translate(arguments: Sequence[str]) -> Translation:
             given = " ".join([f"--{name}", *values])
             raise ConfigError(f"{given}: {UNBUILT[name]} not built yet: leave it out")
     words = [word for name, values in flags for word in (f"--{name}", *values)]
+    return Translation([*positional, *words], notes)
+
+
+def translate_merge(arguments: Sequence[str]) -> Translation:
+    """The arguments of an old merge script, in any of their forms, in today's flags.
+
+    Raises:
+        ConfigError: it asks for a merge into quantised weights, or of an unknown type.
+    """
+    switches = [a for a in arguments if a in ("--use-gpu", "--use_gpu")]
+    positional, flags = _split([a for a in arguments if a not in switches])
+    if len(positional) in (3, 4):
+        is_lora = positional[0].replace(".", "", 1).isdecimal()
+        names = MERGE_ANY if len(positional) == 3 else MERGE_LORA if is_lora else MERGE_PISSA
+        flags += [(name, [value]) for name, value in zip(names, positional, strict=True)]
+        positional = []
+    flags = [(MERGE_FLAGS.get(name, name), words) for name, words in flags]
+    dead = [*("use_gpu" for _ in switches), *(name for name, _ in flags if name in MERGE_DEAD)]
+    notes = [f"--{name} has no effect: {MERGE_DEAD[name]}" for name in dead]
+    given = {name: " ".join(words) for name, words in flags}
+    if given.get("quant", "none").lower() not in ("", "none"):
+        raise ConfigError(
+            f"--quant {given['quant']}: a merge into weights as they were quantised is not built "
+            "yet: leave it out, which adds the adapter to the weights as they are in the file"
+        )
+    kind = given.get("type", "").lower()
+    if kind and kind not in MERGE_TYPES:
+        raise ConfigError(f"--type {given['type']}: there are {', '.join(MERGE_TYPES)}")
+    if given.get("pissa_init", "none").lower() in ("", "none"):
+        given.pop("pissa_init", None)
+    if kind == "lora" and "lora_alpha" not in given and given.get("adapter", "").endswith(".pth"):
+        given["lora_alpha"] = MERGE_ALPHA
+        notes.append(
+            f"--lora_alpha {MERGE_ALPHA}, as this script has it; if the training had another, give "
+            "that one (32 unless it was set)"
+        )
+    if kind not in ("", "lora") and "lora_alpha" in given:
+        del given["lora_alpha"]
+        notes.append(f"--lora_alpha has no effect: {kind} has a scale of its own")
+    kept = [(n, x) for n, x in given.items() if n not in (*MERGE_DEAD, "quant", "type")]
+    words = [word for name, value in kept for word in (f"--{name}", value) if word]
     return Translation([*positional, *words], notes)
 
 

@@ -1,9 +1,11 @@
 """`rwkv-peft merge --base_model B --adapter DIR --output O`"""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rwkv_peft.cli.legacy import translate_merge
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.errors import ConfigError
 
@@ -37,7 +39,10 @@ class MergeOptions:
 
 def run(args: Sequence[str]) -> int:
     """Merges an adapter into a copy of its base."""
-    options = parse(MergeOptions, args, command="merge")
+    arguments, notes = translate_merge(args)
+    options = parse(MergeOptions, arguments, command="merge")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     for name in ("base_model", "adapter", "output"):
         if not getattr(options, name):
             raise ConfigError(

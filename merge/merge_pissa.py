@@ -1,0 +1,6 @@
+"""`python merge/merge_pissa.py BASE INIT LORA OUTPUT`, as of old."""
+
+import runpy
+from pathlib import Path
+
+runpy.run_path(str(Path(__file__).with_name("merge.py")), run_name="__main__")

@@ -1,0 +1,33 @@
+#!/bin/bash
+# Full tuning: trains all weights.
+# Edit the variables, or set them before the command:
+#   load_model=model.pth data_file=data.jsonl bash scripts/run_full.sh
+# Flags given behind the script's name are passed on.
+load_model=${load_model:-model.pth}
+proj_dir=${proj_dir:-out/full}
+data_file=${data_file:-data.jsonl}
+
+# 0: read from the model
+n_layer=${n_layer:-0}
+n_embd=${n_embd:-0}
+
+micro_bsz=${micro_bsz:-8}
+ctx_len=${ctx_len:-1024}
+# micro-batches of an epoch; 0: all of the data
+epoch_steps=${epoch_steps:-0}
+epoch_count=${epoch_count:-1}
+epoch_save=${epoch_save:-1}
+lr_init=${lr_init:-1e-5}
+lr_final=${lr_final:-1e-6}
+# pad trains every token; qa the answers of dialogues alone
+loss_mask=${loss_mask:-pad}
+
+"${PYTHON:-python3}" "$(dirname "${BASH_SOURCE[0]}")/../train.py" \
+    --load_model "$load_model" --proj_dir "$proj_dir" --data_file "$data_file" \
+    --n_layer "$n_layer" --n_embd "$n_embd" --ctx_len "$ctx_len" --micro_bsz "$micro_bsz" \
+    --epoch_steps "$epoch_steps" --epoch_count "$epoch_count" --epoch_save "$epoch_save" \
+    --lr_init "$lr_init" --lr_final "$lr_final" --warmup_steps 0 \
+    --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 \
+    --accelerator auto --devices 1 --strategy auto --precision auto --grad_cp 1 \
+    --data_type auto --loss_mask "$loss_mask" \
+    --peft none "$@"
