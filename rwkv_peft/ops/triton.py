@@ -1,6 +1,8 @@
 """What the Triton backends of all operators share: their objections, and quick launches."""
 
-from typing import Any
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +31,10 @@ def require_head_size(size: int) -> None:
     """Raises ShapeError unless a head has 64 channels."""
     if size != HEAD_SIZE:
         raise ShapeError(f"op='triton' needs head size {HEAD_SIZE}, got {size}: use --op torch")
+
+
+# a kernel and the arguments that it is compiled for: tensors and numbers by their types, constants
+Variant = tuple["Launcher", tuple[Any, ...]]
 
 
 class Launcher:
@@ -73,3 +79,89 @@ class Launcher:
         compiled = self.kernel[grid](*arguments, **self.options)
         if is_aligned:
             self._found[key] = compiled
+
+
+class Settings(NamedTuple):
+    """How kernels compute for a class of input types."""
+
+    chunk: int
+    operand: Any  # type of the operands of products, one of `triton_kernels`
+    precision: str  # of products whose operands are float32
+
+
+@functools.cache
+def precisions() -> tuple[str, ...]:
+    """How Triton can multiply float32 on the current device, in the words of `input_precision`."""
+    from triton.compiler import make_backend
+    from triton.runtime import driver
+
+    options = make_backend(driver.active.get_current_target()).parse_options({})
+    return tuple(getattr(options, "allowed_dot_input_precisions", ()))
+
+
+class Scan:
+    """The pass over the states of an operator, by slices of `rows` rows of a state.
+
+    Args:
+        has_transition: whether the state is multiplied by a matrix of each chunk.
+    """
+
+    # chunks that are fetched ahead
+    stages = 4
+
+    def __init__(self, rows: int, num_warps: int, *, has_transition: bool) -> None:
+        from rwkv_peft.ops.triton_kernels import scan
+
+        self._launcher = Launcher(scan, num_warps)
+        self._rows, self._has_transition = rows, has_transition
+
+    def __call__(
+        self,
+        settings: Settings,
+        transition: Tensor | None,
+        added: Tensor,
+        decay: Tensor,
+        start: Tensor | None,
+        states: Tensor,
+        end: Tensor,
+        *,
+        reverse: bool,
+    ) -> None:
+        B, H, M, N = decay.shape
+        tensors = (transition, added, decay, start, states, end)
+        constants = self._constants(settings, start is not None, reverse)
+        self._launcher((B * H, N // self._rows, 1), present(tensors, end), (M,), constants)
+
+    def variants(self, settings: Settings, matrix: str) -> Iterator[Variant]:
+        """All that it is compiled to for matrices of a type, in the form of `Variant`."""
+        wide = "*fp32"
+        for reverse in (False, True):
+            constants = self._constants(settings, True, reverse)
+            tensors = (matrix, matrix, wide, wide, matrix, wide)
+            yield self._launcher, (*tensors, "i32", *constants)
+
+    def _constants(self, settings: Settings, has_start: bool, reverse: bool) -> tuple[Any, ...]:
+        flags = (self._has_transition, has_start, reverse)
+        return HEAD_SIZE, self._rows, *flags, *settings[1:], self.stages
+
+
+def start_chunks(
+    launcher: Launcher,
+    settings: Settings,
+    tensors: tuple[Tensor | None, ...],
+    like: Tensor,
+    *flags: bool,
+    parts: int = 1,
+) -> None:
+    """Starts `parts` programs of a kernel for each chunk of inputs like `like` (B, T, H, N)."""
+    B, T, H, N = like.shape
+    require_head_size(N)
+    C, operand, precision = settings
+    M = (T + C - 1) // C
+    constants = (C, N, *flags, operand, precision)
+    launcher((B * M * H * parts, 1, 1), present(tensors, like), (T, H, M), constants)
+
+
+def present(tensors: tuple[Tensor | None, ...], other: Tensor) -> tuple[Tensor, ...]:
+    """Some address for a tensor that is not there; kernels have flags that say it is not used."""
+    return tuple([other if x is None else x for x in tensors])

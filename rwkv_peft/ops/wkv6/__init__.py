@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from rwkv_peft.errors import ShapeError
-from rwkv_peft.ops import fla
+from rwkv_peft.ops import fla, triton
 from rwkv_peft.ops.dispatch import Backend, Request
 from rwkv_peft.ops.validation import require_like
 from rwkv_peft.ops.wkv6.reference import wkv6_reference
@@ -31,6 +31,12 @@ def _cuda_objection(request: Request) -> str | None:
     return objection(request)
 
 
+def _load_triton() -> Kernel:
+    from rwkv_peft.ops.wkv6.triton import wkv6_triton
+
+    return wkv6_triton
+
+
 def _load_fla() -> Kernel:
     from rwkv_peft.ops.wkv6.fla import wkv6_fla
 
@@ -40,6 +46,8 @@ def _load_fla() -> Kernel:
 TABLE = (
     Backend("cuda", _load_cuda, _cuda_objection, "kernels for NVIDIA GPUs"),
     Backend("torch", _load_torch, lambda request: None, "chunked matrix products in PyTorch"),
+    # after torch, so that auto does not take it: it was not run on a GPU yet
+    Backend("triton", _load_triton, triton.objection, triton.NOTE),
     # after torch: on an H200 it leaves the error budget from 100 tokens on
     Backend("fla", _load_fla, fla.objection, fla.NOTE),
     Backend("reference", lambda: wkv6_reference, lambda request: None, "token by token"),

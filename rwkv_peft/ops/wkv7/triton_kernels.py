@@ -1,53 +1,26 @@
 """The six stages of WKV-7 as Triton kernels; `torch_stages` has their formulas and names.
 
-Every chunk is one program, apart from the scan over the states, where a program is a slice of
-rows of one head's state. Operands of products have the type OPERAND; sums, exponents and whatever
-is not an operand are float32. Exponents are in base 2.
+Apart from the scan over the states, which is that of `ops.triton_kernels`.
 """
 
 import triton
 import triton.language as tl
 
+from rwkv_peft.ops.triton_kernels import (
+    LOG2_E,
+    NUMBERS,
+    documents,
+    dot,
+    load,
+    matrix,
+    place,
+    store,
+    tile,
+)
 from rwkv_peft.ops.wkv7.reference import DECAY_SCALE
 
-BF16, FP32 = tl.bfloat16, tl.float32
 BLOCK = tl.constexpr(16)  # the inverse is made by substitution in blocks of this size
 SCALE = tl.constexpr(DECAY_SCALE)
-# one compiled kernel serves all of their values, 1 and multiples of 16 too
-NUMBERS = ("T", "H", "M")
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def dot(x, y, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    return tl.dot(x.to(OPERAND), y.to(OPERAND), input_precision=PRECISION)
-
-
-@triton.jit
-def place(T, H, M, C: tl.constexpr, N: tl.constexpr):
-    """This program's batch row, its offset among tokens and its chunk's number in (B, H, M)."""
-    program = tl.program_id(0).to(tl.int64)
-    h, chunk = program % H, program // H
-    c, batch = chunk % M, chunk // M
-    return batch, c, ((batch * T + c * C) * H + h) * N, (batch * H + h) * M + c
-
-
-@triton.jit
-def tile(token, left, H, C: tl.constexpr, N: tl.constexpr):
-    """Offsets of (C, N) in (B, T, H, N), and which of its tokens exist: `left` are to come."""
-    t, n = tl.arange(0, C), tl.arange(0, N)
-    offsets = token + t[:, None].to(tl.int64) * H * N + n[None, :]
-    return offsets, (t < left)[:, None] & (n >= 0)[None, :]
-
-
-@triton.jit
-def load(x, offsets, exists):
-    return tl.load(x + offsets, mask=exists, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def matrix(R: tl.constexpr, N: tl.constexpr):
-    return tl.arange(0, R)[:, None] * N + tl.arange(0, N)[None, :]
 
 
 @triton.jit
@@ -62,28 +35,6 @@ def decays(w, exists, C: tl.constexpr):
     middle = tl.sum(tl.where(is_first, log_decay, 0.0), 0)
     g = tl.cumsum(log_decay, 0) - middle[None, :]
     return g, g - log_decay, tl.sum(log_decay, 0), middle, slope
-
-
-@triton.jit
-def documents(segment_ids, batch, c, T, C: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Masks: tokens before in the same document, the own one with them; tokens of the document
-
-    of the state that enters, of the one that leaves; and whether both states are of one document.
-    """
-    t = tl.arange(0, C)
-    strict, causal = t[None, :] < t[:, None], t[None, :] <= t[:, None]
-    enters, leaves, carried = (t >= 0)[:, None], (t >= 0)[:, None], 1.0
-    if SEGMENTS:
-        row = segment_ids + batch * T
-        begin = c * C
-        ids = tl.load(row + tl.minimum(begin + t, T - 1))
-        before = tl.load(row + tl.maximum(begin - 1, 0))
-        last = tl.load(row + tl.minimum(begin + C, T) - 1)
-        same = ids[:, None] == ids[None, :]
-        strict, causal = strict & same, causal & same
-        enters, leaves = (ids == before)[:, None], (ids == last)[:, None]
-        carried = tl.where(before == last, 1.0, 0.0)
-    return strict, causal, enters, leaves, carried
 
 
 @triton.jit
@@ -116,6 +67,30 @@ def below(A, t, size: tl.constexpr):
     return tl.where((block[:, None] == block[None, :] + 1) & (block[:, None] % 2 == 1), A, 0.0)
 
 
+@triton.jit
+def ordered(same, C: tl.constexpr):
+    """Tokens before in the same document, and the own one with them."""
+    t = tl.arange(0, C)
+    return same & (t[None, :] < t[:, None]), same & (t[None, :] <= t[:, None])
+
+
+@triton.jit
+def state_transition(W, b_out, middle, whole, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """X, which a chunk multiplies a state by beside its decay."""
+    X = dot(tl.trans(W), b_out, OPERAND, PRECISION)
+    return X * tl.exp2(middle)[:, None] * tl.exp2(whole - middle)[None, :]
+
+
+@triton.jit
+def state_readout(
+    rt, bt, W, causal, enters, middle, OPERAND: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """A_rb, and R, what outputs take of the state that enters."""
+    A_rb = tl.where(causal, dot(rt, tl.trans(bt), OPERAND, PRECISION), 0.0).to(OPERAND)
+    R = tl.where(enters, rt, 0.0) + dot(A_rb, W, OPERAND, PRECISION)
+    return A_rb, R * tl.exp2(middle)[None, :]
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def chunk_forward(
     r, w, k, v, a, b, segment_ids,
@@ -126,10 +101,9 @@ def chunk_forward(
 ):  # fmt: skip
     batch, c, token, chunk = place(T, H, M, C, N)
     offsets, exists = tile(token, T - c * C, H, C, N)
-    strict, causal, enters, leaves, carried = documents(segment_ids, batch, c, T, C, SEGMENTS)
+    same, enters, leaves, carried = documents(segment_ids, batch, c, T, C, SEGMENTS)
+    strict, causal = ordered(same, C)
     g, before, whole, middle, _ = decays(load(w, offsets, exists), exists, C)
-    rest = tl.exp2(whole - middle)[None, :]
-    middle = tl.exp2(middle)
 
     at = load(a, offsets, exists) * tl.exp2(before)
     bt = (load(b, offsets, exists) * tl.exp2(-g)).to(OPERAND)
@@ -139,14 +113,13 @@ def chunk_forward(
         tl.store(inverse + chunk * C * C + matrix(C, C), L.to(inverse.dtype.element_ty))
     W = dot(L, tl.where(enters, at, 0.0), OPERAND, PRECISION).to(OPERAND)
     bt_out = tl.where(leaves, bt, 0.0)
-    X = dot(tl.trans(W), bt_out, OPERAND, PRECISION) * middle[:, None] * rest
     square = chunk * N * N + matrix(N, N)
+    X = state_transition(W, bt_out, middle, whole, OPERAND, PRECISION)
     tl.store(transition + square, X.to(transition.dtype.element_ty))
     tl.store(decay + chunk * N + tl.arange(0, N), tl.exp2(whole) * carried)
 
     rt = load(r, offsets, exists) * tl.exp2(g)
-    A_rb = tl.where(causal, dot(rt, tl.trans(bt), OPERAND, PRECISION), 0.0).to(OPERAND)
-    R = (tl.where(enters, rt, 0.0) + dot(A_rb, W, OPERAND, PRECISION)) * middle[None, :]
+    A_rb, R = state_readout(rt, bt, W, causal, enters, middle, OPERAND, PRECISION)
     tl.store(readout + chunk * C * N + matrix(C, N), R.to(readout.dtype.element_ty))
 
     kt = (load(k, offsets, exists) * tl.exp2(-g)).to(OPERAND)
@@ -157,35 +130,8 @@ def chunk_forward(
     out = dot(A_rk, values, OPERAND, PRECISION) + dot(A_rb, u, OPERAND, PRECISION)
     store(y, offsets, out, exists)
     P = dot(tl.trans(values), tl.where(leaves, kt, 0.0), OPERAND, PRECISION)
-    P = (P + dot(tl.trans(u), bt_out, OPERAND, PRECISION)) * rest
+    P = (P + dot(tl.trans(u), bt_out, OPERAND, PRECISION)) * tl.exp2(whole - middle)[None, :]
     tl.store(added + square, P.to(added.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=NUMBERS)
-def scan(
-    transition, added, decay, start, states, end,
-    M,
-    N: tl.constexpr, ROWS: tl.constexpr, START: tl.constexpr, REVERSE: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """States before each chunk, S <- S (diag(decay) + X) + P, or in reverse with X transposed."""
-    head = tl.program_id(0).to(tl.int64)
-    n = tl.arange(0, N)
-    square = matrix(N, N)
-    rows = tl.program_id(1) * ROWS * N + matrix(ROWS, N)
-    S = tl.load(start + head * N * N + rows) if START else tl.zeros((ROWS, N), dtype=tl.float32)
-    for i in tl.range(M, num_stages=STAGES):
-        chunk = head * M + i
-        if REVERSE:
-            chunk = head * M + (M - 1 - i)
-        X = tl.load(transition + chunk * N * N + square).to(OPERAND)
-        P = tl.load(added + chunk * N * N + rows).to(tl.float32)
-        d = tl.load(decay + chunk * N + n)
-        tl.store(states + chunk * N * N + rows, S.to(states.dtype.element_ty))
-        if REVERSE:
-            X = tl.trans(X)
-        S = tl.dot(S.to(OPERAND), X, acc=S * d[None, :] + P, input_precision=PRECISION)
-    tl.store(end + head * N * N + rows, S)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -212,23 +158,21 @@ def chunk_backward(
 ):  # fmt: skip
     batch, c, token, chunk = place(T, H, M, C, N)
     offsets, exists = tile(token, T - c * C, H, C, N)
-    _, causal, enters, leaves, carried = documents(segment_ids, batch, c, T, C, SEGMENTS)
+    same, enters, leaves, carried = documents(segment_ids, batch, c, T, C, SEGMENTS)
+    _, causal = ordered(same, C)
     g, before, whole, middle, _ = decays(load(w, offsets, exists), exists, C)
-    rest = tl.exp2(whole - middle)[None, :]
-    middle = tl.exp2(middle)
 
     at = load(a, offsets, exists) * tl.exp2(before)
     bt = (load(b, offsets, exists) * tl.exp2(-g)).to(OPERAND)
     L = tl.load(inverse + chunk * C * C + matrix(C, C)).to(OPERAND)
     W = dot(L, tl.where(enters, at, 0.0), OPERAND, PRECISION).to(OPERAND)
-    X = dot(tl.trans(W), tl.where(leaves, bt, 0.0), OPERAND, PRECISION) * middle[:, None] * rest
     square = chunk * N * N + matrix(N, N)
+    X = state_transition(W, tl.where(leaves, bt, 0.0), middle, whole, OPERAND, PRECISION)
     tl.store(transition + square, X.to(transition.dtype.element_ty))
     tl.store(decay + chunk * N + tl.arange(0, N), tl.exp2(whole) * carried)
 
     rt = load(r, offsets, exists) * tl.exp2(g)
-    A_rb = tl.where(causal, dot(rt, tl.trans(bt), OPERAND, PRECISION), 0.0)
-    R = (tl.where(enters, rt, 0.0) + dot(A_rb, W, OPERAND, PRECISION)) * middle[None, :]
+    _, R = state_readout(rt, bt, W, causal, enters, middle, OPERAND, PRECISION)
     d_y = load(dy, offsets, exists).to(OPERAND)
     Q = dot(tl.trans(d_y), R, OPERAND, PRECISION)
     tl.store(added + square, Q.to(added.dtype.element_ty))
@@ -236,10 +180,9 @@ def chunk_backward(
 
 @triton.jit
 def solve(
-    inverse, at, bt, A_ak, A_rb, v, dy, S, D, OPERAND: tl.constexpr, PRECISION: tl.constexpr
+    L, at, bt, A_ak, A_rb, v, dy, S, D, OPERAND: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """u, what the tokens take out of the state, and z, the gradient of what it is solved from."""
-    L = tl.load(inverse).to(OPERAND)
     u = dot(at, tl.trans(S), OPERAND, PRECISION) + dot(A_ak, v, OPERAND, PRECISION)
     du = dot(bt, tl.trans(D), OPERAND, PRECISION) + dot(tl.trans(A_rb), dy, OPERAND, PRECISION)
     u = dot(L, u, OPERAND, PRECISION).to(OPERAND)
@@ -265,11 +208,6 @@ def writer_gradient(
     return grad + leaving, leaving
 
 
-@triton.jit
-def store(x, offsets, value, exists):
-    tl.store(x + offsets, value.to(x.dtype.element_ty), mask=exists)
-
-
 @triton.jit(do_not_specialize=NUMBERS)
 def gradients(
     r, w, k, v, a, b, segment_ids, inverse, states, dstates, dy,
@@ -280,13 +218,12 @@ def gradients(
 ):  # fmt: skip
     batch, c, token, chunk = place(T, H, M, C, N)
     offsets, exists = tile(token, T - c * C, H, C, N)
-    strict, causal, enters, leaves, carried = documents(segment_ids, batch, c, T, C, SEGMENTS)
+    same, enters, leaves, carried = documents(segment_ids, batch, c, T, C, SEGMENTS)
+    strict, causal = ordered(same, C)
     g, before, whole, middle, slope = decays(load(w, offsets, exists), exists, C)
 
-    at = load(a, offsets, exists) * tl.exp2(before)
-    bt = load(b, offsets, exists) * tl.exp2(-g)
-    rt = load(r, offsets, exists) * tl.exp2(g)
-    kt = load(k, offsets, exists) * tl.exp2(-g)
+    at, rt = load(a, offsets, exists) * tl.exp2(before), load(r, offsets, exists) * tl.exp2(g)
+    bt, kt = load(b, offsets, exists) * tl.exp2(-g), load(k, offsets, exists) * tl.exp2(-g)
     a_, b_, r_, k_ = at.to(OPERAND), bt.to(OPERAND), rt.to(OPERAND), kt.to(OPERAND)
     values, d_y = load(v, offsets, exists).to(OPERAND), load(dy, offsets, exists).to(OPERAND)
     square = chunk * N * N + matrix(N, N)
@@ -298,7 +235,7 @@ def gradients(
     A_ak = tl.where(strict, dot(a_, tl.trans(k_), OPERAND, PRECISION), 0.0).to(OPERAND)
     A_rb = tl.where(causal, dot(r_, tl.trans(b_), OPERAND, PRECISION), 0.0).to(OPERAND)
     a_in, b_out = tl.where(enters, a_, 0.0), tl.where(leaves, b_, 0.0)
-    L = inverse + chunk * C * C + matrix(C, C)
+    L = tl.load(inverse + chunk * C * C + matrix(C, C)).to(OPERAND)
     u, z = solve(L, a_in, b_out, A_ak, A_rb, values, d_y, S, D, OPERAND, PRECISION)
 
     A_rk = tl.where(causal, dot(r_, tl.trans(k_), OPERAND, PRECISION), 0.0)
@@ -329,5 +266,5 @@ def gradients(
     later -= bt * grad
     dlog_all += tl.sum(bt * leaving, 0)
 
-    grad = tl.cumsum(later, 0, reverse=True) - own + dlog_all[None, :]
-    store(dw, offsets, grad * slope, exists)
+    later = tl.cumsum(later, 0, reverse=True) - own + dlog_all[None, :]
+    store(dw, offsets, later * slope, exists)
