@@ -17,6 +17,16 @@ TEXTS = (
     "User: 为什么天空是蓝色的？\n\nAssistant: 阳光穿过大气时，蓝光比红光更容易被空气分子散射，"
     "所以我们抬头看到的天空是蓝色的。",
 )
+# ids of the texts, since the tables of the tokenizer take more memory than a model that is mapped
+IDS = (
+    "24281 59 21152 30659 22590 31456 31205 22226 30807 4811 22590 38329 64 261 5585 41693 59 "
+    "29521 30118 22590 32243 116 47312 21902 53210 45 40076 22226 32321 32272 4423 31323 4423 "
+    "22226 39551 4706 21902 39187 47",
+    "24281 59 33 10292 10373 10303 11639 15090 13091 16155 15898 14734 19156 261 5585 41693 59 33 "
+    "17772 10659 15091 17141 11638 13655 13064 19137 16155 10659 13637 15446 10659 13179 11922 "
+    "13080 16443 15090 13655 10768 11855 13001 11965 19137 12631 10399 12605 10402 12690 11647 "
+    "14791 10792 14734 11639 15090 13091 16155 15898 14734 10080",
+)
 # a divergence of k nats costs k nats of loss a token on the adapter model's own text
 TOLERABLE_KL = 0.01
 TOLERABLE_AGREEMENT = 0.95
@@ -70,15 +80,17 @@ def sample(vocab_size: int, count: int, data_file: str = "") -> Sample:
     """At most `count` tokens of the built-in text, or of documents drawn from a file.
 
     Raises:
-        ConfigError, DataError: the file cannot be read, or the vocabulary is none of RWKV's.
+        ConfigError, DataError: the file cannot be read, or has no place in the vocabulary.
     """
     if count <= 0:
         return Sample("", [])
-    tokenizer = Tokenizer(vocab_size)
     if not data_file:
-        rows = [tokenizer.encode(text) for text in TEXTS]
+        rows = [[int(number) for number in ids.split()] for ids in IDS]
+        if vocab_size <= max(map(max, rows)):
+            # the ids of single bytes, or of anything in a vocabulary without them
+            rows = [[(byte + 1) % vocab_size for byte in text.encode()] for text in TEXTS]
         return Sample("a built-in text", [row[: max(1, count // len(rows))] for row in rows])
-    documents = read_documents(DataConfig(data_file=data_file), tokenizer)
+    documents = read_documents(DataConfig(data_file=data_file), Tokenizer(vocab_size))
     rows = []
     for i in np.random.default_rng(0).permutation(len(documents)):
         start, end = documents.starts[i], documents.starts[i + 1]
