@@ -7,11 +7,14 @@ Each backend is first held against the float64 recurrence at the batch and heads
 over 192 tokens with a state given: one that leaves the error budget of docs/architecture.md is not
 timed. On a GPU, times are the device's alone: medians between events, the L2 cache flushed before
 forward and before backward, the queue filled while the device sleeps, so that no launch is waited
-for; the host's time is what it takes to queue forward and backward. Memory is that of allocated
-tensors: kept from forward to backward beside inputs, output and last state; and at its peak, beside
-these and the gradients. Backends of other programs are measured where they can be imported. fla
-tries the settings of its kernels at their first call, which is not timed but takes minutes unless
---fla_configs says how many of them to try.
+for. Memory is that of allocated tensors: kept from forward to backward beside inputs, output and
+last state; and at its peak, beside these and the gradients. The host's time is that of a call of
+the operator and of its backward pass until all is queued, checks of the arguments included, at a
+shape so small that the device is done first: of one call with a backward pass of its own, which
+autograd hands to another thread, and of a call in a row of several, each reading what the one
+before gave, with one backward pass through all, as the layers of a model have it. Backends of other
+programs are measured where they can be imported. fla tries the settings of its kernels at their
+first call, which is not timed but takes minutes unless --fla_configs says how many of them to try.
 """
 
 import argparse
@@ -56,6 +59,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CHECKED_TOKENS = 192
 SECONDS = 0.3  # spent on the rounds of one measurement
 FLUSHED_BYTES = 256 * 2**20
+HOST_SHAPE = (1, 128, 2)  # at which the device is done before the host
+HOST_CALLS = (1, 8)  # calls with one backward pass
 CYCLES = 2e9  # of a GPU in a second, or a little more
 
 
@@ -92,7 +97,6 @@ class Figures(NamedTuple):
 
     forward: float
     backward: float
-    host: float | None = None
     kept: float | None = None
     peak: float | None = None
 
@@ -175,8 +179,8 @@ def _memory(forward: Forward, backward: Backward) -> tuple[float, float]:
     return kept / 2**20, peak / 2**20
 
 
-def _device_times(forward: Forward, backward: Backward) -> tuple[float, float, float]:
-    """Median ms of the device in forward and in backward, and of the host in both."""
+def _device_times(forward: Forward, backward: Backward) -> tuple[float, float]:
+    """Median ms of the device in forward and in backward."""
     host = []
     for _ in range(5):
         torch.cuda.synchronize()
@@ -202,16 +206,52 @@ def _device_times(forward: Forward, backward: Backward) -> tuple[float, float, f
         torch.cuda.synchronize()
         times.append((events[0].elapsed_time(events[1]), events[2].elapsed_time(events[3])))
     first, second = (statistics.median(column) for column in zip(*times, strict=True))
-    return first, second, queueing * 1e3
+    return first, second
+
+
+def host_time(
+    op: str, kernel: Kernel, dtype: torch.dtype, device: torch.device, calls: int
+) -> float:
+    """Median µs that a call and its backward pass take to queue, of `calls` in a row."""
+    case = timed_case(op, HOST_SHAPE, dtype, False, device)
+    first, *others = case.inputs.values()
+    layers = [[x.clone().requires_grad_() for x in others] for _ in range(calls)]
+    first = first.clone().requires_grad_()
+    given = [first, *(x for layer in layers for x in layer)]
+
+    def step() -> None:
+        y = first
+        for layer in layers:
+            y, _ = OPERATORS[op].function(y, *layer, kernel=kernel)
+        torch.autograd.grad(y, given, case.dy)
+
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 20 or time.perf_counter() - begin < SECONDS:
+        if device.type != "cpu":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times) / calls * 1e6
+
+
+def host_table(op: str, kernels: dict[str, Kernel], dtype: torch.dtype) -> list[str]:
+    """The lines of the host's times."""
+    counts = [f"{n} in a row" if n > 1 else "one alone" for n in HOST_CALLS]
+    head = f"| {op}: host µs a call | {' | '.join(counts)} |"
+    lines = ["", head, "|---|" + "---|" * len(counts)]
+    for name, kernel in kernels.items():
+        found = (host_time(op, kernel, dtype, torch.device("cuda"), n) for n in HOST_CALLS)
+        lines.append(f"| {name} | " + " | ".join(f"{x:.0f}" for x in found) + " |")
+    return lines
 
 
 def cells(figures: Figures, tokens: int) -> str:
     """The figures of a row, and its tokens a second."""
-    host, kept, peak = ("–" if x is None else f"{x:.2f}" for x in figures[2:])
+    kept, peak = ("–" if x is None else f"{x:.2f}" for x in figures[2:])
     rate = tokens / (figures.forward + figures.backward) * 1e3
-    return (
-        f"{figures.forward:.3f} | {figures.backward:.3f} | {host} | {rate:.3g} | {kept} | {peak} |"
-    )
+    return f"{figures.forward:.3f} | {figures.backward:.3f} | {rate:.3g} | {kept} | {peak} |"
 
 
 def tables(op: str, options: argparse.Namespace, device: torch.device) -> list[str]:
@@ -223,8 +263,8 @@ def tables(op: str, options: argparse.Namespace, device: torch.device) -> list[s
     backends = [b for b in backends if (b.name in asked if asked else b.name != "reference")]
     why = {b.name: b.objection(request) for b in backends}
     kernels = {b.name: b.load() for b in backends if why[b.name] is None}
-    head = "forward ms | backward ms | host ms | tokens/s | kept MiB | peak MiB"
-    lines = [f"| {op}: B, T, H | backend | {head} |", "|---|---|" + "---|" * 6]
+    head = "forward ms | backward ms | tokens/s | kept MiB | peak MiB"
+    lines = [f"| {op}: B, T, H | backend | {head} |", "|---|---|" + "---|" * 5]
     for shape in options.shapes:
         B, T, H = shape
         size = (B, min(T, CHECKED_TOKENS), H)
@@ -238,14 +278,16 @@ def tables(op: str, options: argparse.Namespace, device: torch.device) -> list[s
                 old = worst.setdefault(name, dict.fromkeys(errors, 0.0))
                 worst[name] = {key: max(x, old[key]) for key, x in errors.items()}
             except AssertionError as error:
-                lines.append(start + f"not timed: {error} |" + " |" * 5)
+                lines.append(start + f"not timed: {error} |" + " |" * 4)
             except torch.OutOfMemoryError:
-                lines.append(start + "out of memory |" + " |" * 5)
+                lines.append(start + "out of memory |" + " |" * 4)
             print(lines[-1], flush=True)
     names = list(next(iter(worst.values()), {}))
     lines += ["", f"| {op}: error ×1e-3 | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     for name, errors in worst.items():
         lines.append(f"| {name} | " + " | ".join(f"{x * 1e3:.3g}" for x in errors.values()) + " |")
+    if device.type != "cpu":
+        lines += host_table(op, {name: kernels[name] for name in worst}, dtype)
     return [*lines, "", *(f"Not run: {name} {text}." for name, text in why.items() if text), ""]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.ops.dispatch import Backend
+from rwkv_peft.ops.wkv7.chunked import wkv7_chunked
 from rwkv_peft.ops.wkv7.reference import wkv7_reference
 
 
@@ -38,13 +39,27 @@ def test_every_operator_is_measured_on_this_machine(
     lines = report.read_text(encoding="utf-8").splitlines()
     measured = [line.split(" | ") for line in lines if "| torch | " in line and "0, " in line]
     assert len(measured) == 4
-    for _, _, forward, backward, _, rate, *_ in measured:
+    for _, _, forward, backward, rate, *_ in measured:
         assert float(forward) > 0 and float(backward) > 0 and float(rate) > 0
     errors = [line.split(" | ")[1:] for line in lines if line.startswith("| torch | ")]
     assert [len(names) for names in errors] == [9, 8]
     assert all(0 < float(x.strip(" |")) < 1 for names in errors for x in names)
     if not rows:
         assert "Not run: fla needs a GPU." in lines
+
+
+def test_the_hosts_time_is_that_of_a_call_alone_and_of_one_in_a_row(benchmark: ModuleType) -> None:
+    calls: list[bool] = []
+
+    def counted(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(inputs[0].is_leaf)
+        return wkv7_chunked(*inputs)
+
+    device = torch.device("cpu")
+    for number in (1, 3):
+        calls.clear()
+        assert benchmark.host_time("wkv7", counted, torch.float32, device, number) > 0
+        assert len(calls) >= 20 * number and calls[:number] == [True] + [False] * (number - 1)
 
 
 def test_a_backend_over_the_error_budget_is_not_timed(

@@ -135,6 +135,11 @@ def _direct(
 ) -> Callable[..., Any]:
     """The operator without PyTorch's dispatcher, which can outlast the kernels."""
 
+    def gradients(ctx, dy, dlast_state):  # type: ignore[no-untyped-def]
+        return _gradients(ctx, backward, dy, dlast_state)
+
+    gradients_once = once_differentiable(gradients)
+
     class Direct(torch.autograd.Function):
         # beside a setup_context PyTorch would look at forward's signature at every call
         @staticmethod
@@ -144,9 +149,9 @@ def _direct(
             return results[:2]
 
         @staticmethod
-        @once_differentiable
-        def backward(ctx, dy, dlast_state):  # type: ignore[no-untyped-def]
-            return _gradients(ctx, backward, dy, dlast_state)
+        def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+            # only where the gradients' graph is built can anyone ask for a second derivative
+            return (gradients_once if torch.is_grad_enabled() else gradients)(ctx, *grads)
 
     apply: Callable[..., Any] = Direct.apply
     return apply

@@ -113,3 +113,12 @@ def test_views_give_the_result_of_their_copies() -> None:
     copies = wkv7_16(*case.inputs.values(), None, None)
     for found, expected in zip(wkv7_16(*views, None, None), copies, strict=True):
         assert torch.equal(found, expected)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    case = wkv7_case(T=20, N=4)
+    r, *others = (x.detach().requires_grad_() for x in case.inputs.values())
+    y, _ = wkv7_16(r, *others, None, None)
+    (dr,) = torch.autograd.grad((y * y).sum(), r, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dr.sum().backward()

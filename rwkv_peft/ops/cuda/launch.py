@@ -203,12 +203,18 @@ def scan_depth(dtype: torch.dtype, blocks: int, device: torch.device) -> int:
     return SCAN_DEPTHS[-1]
 
 
-def readable(x: Tensor) -> Tensor:
-    """A tensor as kernels read it: without gaps, from a multiple of 16 bytes on."""
+def readable(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
+    """Tensors as kernels read them, without gaps and from multiples of 16 bytes on, and where."""
+    found = [x.contiguous() for x in tensors]
+    addresses = [x.data_ptr() for x in found]
+    if any([at % 16 for at in addresses]):
+        return readable(*[x.clone() if x.data_ptr() % 16 else x for x in found])
+    return found, addresses
+
+
+def located(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """A tensor without gaps, and where it lies; 0 for none."""
+    if x is None:
+        return None, 0
     x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
-
-
-def address(x: Tensor | None) -> int:
-    """Where a tensor lies; 0 for none."""
-    return 0 if x is None else x.data_ptr()
+    return x, x.data_ptr()

@@ -11,12 +11,12 @@ from rwkv_peft.ops.cuda.launch import (
     Load,
     N,
     Starts,
-    address,
+    located,
     per_shape,
     readable,
     row_bytes,
 )
-from rwkv_peft.ops.staged import Function, contiguous
+from rwkv_peft.ops.staged import Function
 from rwkv_peft.ops.wkv6.stages import declare
 
 _FORWARD = Path(__file__).parent / "kernels" / "forward.cu"
@@ -61,17 +61,16 @@ class _Forward:
         self, r, w, k, v, u, initial_state, segment_ids, keep
     ) -> tuple[Tensor, ...]:
         own = self._layout
-        inputs = [readable(x) for x in (r, w, k, v)]
-        r_at, w_at, k_at, v_at = [x.data_ptr() for x in inputs]
-        u, segment_ids = u.float().contiguous(), contiguous(segment_ids)
-        initial_state, segments_at = contiguous(initial_state), address(segment_ids)
+        inputs, (r_at, w_at, k_at, v_at) = readable(r, w, k, v)
+        u = u.float().contiguous()
+        initial_state, first_at = located(initial_state)
+        segment_ids, segments_at = located(segment_ids)
         y, last_state = torch.empty_like(inputs[0]), own.state.beside(r)
         states, decay = own.matrices.beside(r), own.vectors.beside(r)
         # what the chunks add is in the place of the states
         states_at, decay_at = states.data_ptr(), decay.data_ptr()
         self._chunk(w_at, k_at, v_at, segments_at, states_at, decay_at)
-        first, last = address(initial_state), last_state.data_ptr()
-        self._state(0, states_at, decay_at, first, states_at, last)
+        self._state(0, states_at, decay_at, first_at, states_at, last_state.data_ptr())
         given = (u.data_ptr(), segments_at, states_at)
         self._output(r_at, w_at, k_at, v_at, *given, y.data_ptr())
         return y, last_state, states if keep else own.nothing.beside(r)
@@ -90,17 +89,17 @@ class _Backward:
         self, r, w, k, v, u, segment_ids, states, dy, dlast_state
     ) -> tuple[Tensor, ...]:
         own = self._layout
-        inputs = [readable(x) for x in (r, w, k, v, dy)]
-        r_at, w_at, k_at, v_at, dy_at = [x.data_ptr() for x in inputs]
-        float_u, segment_ids = u.float().contiguous(), contiguous(segment_ids)
-        dlast_state, segments_at = contiguous(dlast_state), address(segment_ids)
+        inputs, (r_at, w_at, k_at, v_at, dy_at) = readable(r, w, k, v, dy)
+        float_u = u.float().contiguous()
+        dlast_state, first_at = located(dlast_state)
+        segment_ids, segments_at = located(segment_ids)
         dstates, dinitial_state = own.matrices.beside(r), own.state.beside(r)
         decay, du = own.vectors.beside(r), own.vectors.beside(r)
         # what the chunks add is in the place of the states' gradients
         dstates_at, decay_at = dstates.data_ptr(), decay.data_ptr()
         self._chunk(w_at, r_at, dy_at, segments_at, dstates_at, decay_at)
-        first, last = address(dlast_state), dinitial_state.data_ptr()
-        self._state(0, dstates_at, decay_at, first, dstates_at, last)
+        last_at = dinitial_state.data_ptr()
+        self._state(0, dstates_at, decay_at, first_at, dstates_at, last_at)
         grads = [torch.empty_like(inputs[0]) for _ in range(4)]
         self._gradients(
             *(r_at, w_at, k_at, v_at, dy_at, float_u.data_ptr(), segments_at),

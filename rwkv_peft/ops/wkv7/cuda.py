@@ -12,12 +12,12 @@ from rwkv_peft.ops.cuda.launch import (
     N,
     Scratch,
     Starts,
-    address,
+    located,
     per_shape,
     readable,
     row_bytes,
 )
-from rwkv_peft.ops.staged import Function, contiguous
+from rwkv_peft.ops.staged import Function
 from rwkv_peft.ops.wkv7.stages import declare
 
 _FORWARD = Path(__file__).parent / "kernels" / "forward.cu"
@@ -65,25 +65,27 @@ class _Forward:
         self, r, w, k, v, a, b, initial_state, segment_ids, keep
     ) -> tuple[Tensor, ...]:
         own = self._layout
-        inputs = [readable(x) for x in (r, w, k, v, a, b)]
-        initial_state, segment_ids = contiguous(initial_state), contiguous(segment_ids)
+        inputs, inputs_at = readable(r, w, k, v, a, b)
+        initial_state, first_at = located(initial_state)
+        segment_ids, segments_at = located(segment_ids)
         y, last_state = torch.empty_like(inputs[0]), own.state.beside(r)
-        states, inverse = own.matrices.beside(r), own.inverse.beside(r) if keep else None
+        states = own.matrices.beside(r)
+        inverse, inverse_at = located(own.inverse.beside(r) if keep else None)
         _scratch, (transition, readout, decay) = self._scratch.beside(r)
         # what the chunks add is in the place of the states
         y_at, states_at = y.data_ptr(), states.data_ptr()
         self._chunk_forward(
-            *[x.data_ptr() for x in inputs],
-            address(segment_ids),
+            *inputs_at,
+            segments_at,
             y_at,
             transition,
             states_at,
             decay,
             readout,
-            address(inverse),
+            inverse_at,
         )
-        first, last = address(initial_state), last_state.data_ptr()
-        self._state_forward(transition, states_at, decay, first, states_at, last)
+        last_at = last_state.data_ptr()
+        self._state_forward(transition, states_at, decay, first_at, states_at, last_at)
         self._output(readout, states_at, y_at)
         if inverse is None:
             return y, last_state, own.nothing.beside(r), own.nothing.beside(r)
@@ -104,26 +106,25 @@ class _Backward:
         self, r, w, k, v, a, b, segment_ids, states, last_state, inverse, dy, dlast_state
     ) -> tuple[Tensor, ...]:
         own = self._layout
-        tensors = [readable(x) for x in (r, w, k, v, a, b, dy)]
-        *inputs, dy_at = [x.data_ptr() for x in tensors]
-        r_at, w_at, _, _, a_at, b_at = inputs
-        segment_ids, dlast_state = contiguous(segment_ids), contiguous(dlast_state)
-        segments_at, inverse_at = address(segment_ids), inverse.data_ptr()
+        tensors, (*inputs_at, dy_at) = readable(r, w, k, v, a, b, dy)
+        r_at, w_at, _, _, a_at, b_at = inputs_at
+        segment_ids, segments_at = located(segment_ids)
+        dlast_state, first_at = located(dlast_state)
         dstates, dinitial_state = own.matrices.beside(r), own.state.beside(r)
         scratch, (transition, decay) = self._scratch.beside(r)
         # what the chunks add is in the place of the states' gradients
-        dstates_at = dstates.data_ptr()
+        dstates_at, inverse_at = dstates.data_ptr(), inverse.data_ptr()
         self._chunk_backward(
             *(r_at, w_at, a_at, b_at, segments_at, inverse_at, dy_at),
             *(transition, dstates_at, decay),
         )
-        first, last = address(dlast_state), dinitial_state.data_ptr()
-        self._state_backward(transition, dstates_at, decay, first, dstates_at, last)
+        last_at = dinitial_state.data_ptr()
+        self._state_backward(transition, dstates_at, decay, first_at, dstates_at, last_at)
         # kernels queued from here on may have its memory
         del scratch
         grads = [torch.empty_like(tensors[0]) for _ in range(6)]
         self._gradients(
-            *inputs,
+            *inputs_at,
             segments_at,
             inverse_at,
             states.data_ptr(),
