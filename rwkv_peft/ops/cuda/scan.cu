@@ -6,16 +6,11 @@ struct Scan {
     const Op *added;       // (B, H, M, N, N) fragments
     const float *decay;    // (B, H, M, N)
     const float *initial;  // (B, H, N, N), or null: zeros
-    Op *states;            // (B, H, M, N, N) fragments of the S that meets each chunk, or null
+    Op *states;            // (B, H, M, N, N) fragments of the S that meets each chunk, or null;
+                           // may be where `added` is: a warp has read its part of a chunk before
     float *last;           // (B, H, N, N), or null
     int M, is_reverse, depth;
 };
-
-
-
-constexpr int TRANSITION_BYTES = N * N * sizeof(Op);
-constexpr int ADDED_BYTES = 16 * N * sizeof(Op);
-constexpr int STAGE_BYTES = TRANSITION_BYTES + ADDED_BYTES + N * sizeof(float);
 
 // A warp holds 16 rows of one state, which evolve alone. What it needs for the chunks ahead is copied
 // into `depth` stages of shared memory.
@@ -23,7 +18,7 @@ struct Stage {
     Op transition[N * N], added[16 * N];
     float decay[N];
 };
-static_assert(sizeof(Stage) == STAGE_BYTES, "the host computes it");
+static_assert(sizeof(Stage) == (N * N + 16 * N) * sizeof(Op) + N * sizeof(float), "as the host has it");
 
 DEVICE void fetch(Stage& stage, const Scan& p, u64 matrix, int slab) {
     int lane = thread_index() % 32;

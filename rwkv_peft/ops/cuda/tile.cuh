@@ -52,7 +52,6 @@ DEVICE float shuffle_down(float x, int lanes) { return __shfl_down_sync(0xffffff
 DEVICE int leading_zeros(u64 x) { return __clzll(x); }
 DEVICE int first_set(u64 x) { return __ffsll(x); }
 DEVICE float as_float(u32 x) { return __uint_as_float(x); }
-DEVICE u32 as_bits(float x) { return __float_as_uint(x); }
 DEVICE float power_of_two(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -118,8 +118,7 @@ struct GradientMemory {
         TILE = tile_bytes(C), MATRIX = tile_bytes(N),
         A = 0, R = TILE, B = 2 * TILE, K = 3 * TILE, V = 4 * TILE, DY = 5 * TILE, U = 6 * TILE,
         Z = 7 * TILE, INVERSE = 8 * TILE, STATE = 9 * TILE, DSTATE = STATE + MATRIX,
-        TILES_END = DSTATE + MATRIX,
-        FACTOR = TILES_END,                     // float[C + 1][WIDE]: e^{g_{t-1} - m}
+        FACTOR = DSTATE + MATRIX,               // float[C + 1][WIDE]: e^{g_{t-1} - m}
         LEAVING = FACTOR + (C + 1) * WIDE * 4,  // float[WARPS / 4][N]
         SHARED = LEAVING + WARPS / 4 * N * 4,
         BYTES = SHARED + sizeof(Shared),
