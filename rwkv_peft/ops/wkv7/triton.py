@@ -18,8 +18,12 @@ _chunk_forward = Launcher(kernels.chunk_forward, num_warps=8)
 _scan = Scan(16, num_warps=4, has_transition=True)
 _output = Launcher(kernels.output, num_warps=4)
 _chunk_backward = Launcher(kernels.chunk_backward, num_warps=4)
-# eight warps would need 1 KiB more of shared memory than an Ada GPU has
-_gradients = Launcher(kernels.gradients, num_warps=4)
+_gradients = {
+    # eight warps would need 1 KiB more of shared memory than an Ada GPU has
+    BF16: Launcher(kernels.gradients, num_warps=4),
+    # and four have not the registers for float32
+    FP32: Launcher(kernels.gradients, num_warps=8),
+}
 
 
 def settings_for(dtype: torch.dtype) -> Settings:
@@ -46,9 +50,10 @@ def stages(settings: Callable[[torch.dtype], Settings] = settings_for) -> Stages
     def chunk_backward(*tensors: Tensor | None) -> None:
         start(_chunk_backward, tensors, tensors[4] is not None)
 
-    def gradients(*tensors: Tensor | None) -> None:
+    def gradients(r: Tensor, *others: Tensor | None) -> None:
+        launcher = _gradients[settings(r.dtype).operand]
         # the last state is not needed: what decays give to it is made again
-        start(_gradients, (*tensors[:9], *tensors[10:]), tensors[6] is not None)
+        start(launcher, (r, *others[:8], *others[9:]), others[5] is not None)
 
     def scan(reverse: bool) -> Callable[..., None]:
         def state(*tensors: Tensor | None) -> None:
@@ -88,6 +93,7 @@ def variants() -> Iterator[Variant]:
             _chunk_backward,
             (*(io,) * 4, segments, io, io, *scratch, *numbers, *sizes, True, *end),
         )
-        yield _gradients, (*(io,) * 6, segments, *(io,) * 10, *numbers, *sizes, True, *end)
+        launcher = _gradients[settings.operand]
+        yield launcher, (*(io,) * 6, segments, *(io,) * 10, *numbers, *sizes, True, *end)
         yield _output, (io, io, io, *numbers, *sizes, *end)
         yield from _scan.variants(settings, io)
