@@ -100,20 +100,20 @@ def precisions() -> tuple[str, ...]:
 
 
 class Scan:
-    """The pass over the states of an operator, by slices of `rows` rows of a state.
+    """The pass over the states of an operator.
 
     Args:
+        rows: of a state for each program.
+        num_warps: of a program.
+        stages: chunks of which it holds what it needs, all but one of them fetched ahead.
         has_transition: whether the state is multiplied by a matrix of each chunk.
     """
 
-    # chunks that are fetched ahead
-    stages = 4
-
-    def __init__(self, rows: int, num_warps: int, *, has_transition: bool) -> None:
+    def __init__(self, rows: int, num_warps: int, stages: int, *, has_transition: bool) -> None:
         from rwkv_peft.ops.triton_kernels import scan
 
         self._launcher = Launcher(scan, num_warps)
-        self._rows, self._has_transition = rows, has_transition
+        self._rows, self._stages, self._has_transition = rows, stages, has_transition
 
     def __call__(
         self,
@@ -142,7 +142,7 @@ class Scan:
 
     def _constants(self, settings: Settings, has_start: bool, reverse: bool) -> tuple[Any, ...]:
         flags = (self._has_transition, has_start, reverse)
-        return HEAD_SIZE, self._rows, *flags, *settings[1:], self.stages
+        return HEAD_SIZE, self._rows, *flags, *settings[1:], self._stages
 
 
 def start_chunks(

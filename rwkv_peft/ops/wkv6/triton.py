@@ -16,7 +16,8 @@ _BF16 = Settings(16 * SLABS, BF16, "tf32x3")
 _WIDE = Settings(16 * SLABS, FP32, "tf32x3")
 
 _chunk = Launcher(kernels.chunk, num_warps=4)
-_scan = Scan(4, num_warps=1, has_transition=False)
+# few bytes a program and chunk: as many as hide the time that memory takes to answer
+_scan = Scan(4, num_warps=1, stages=8, has_transition=False)
 _output = Launcher(kernels.output, num_warps=4)
 # four warps have not the registers for float32
 _gradients = {

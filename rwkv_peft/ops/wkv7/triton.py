@@ -15,7 +15,7 @@ _BF16 = Settings(64, BF16, "ieee")
 _WIDE = Settings(16, FP32, "ieee")
 
 _chunk_forward = Launcher(kernels.chunk_forward, num_warps=8)
-_scan = Scan(16, num_warps=4, has_transition=True)
+_scan = Scan(16, num_warps=4, stages=4, has_transition=True)
 _output = Launcher(kernels.output, num_warps=4)
 _chunk_backward = Launcher(kernels.chunk_backward, num_warps=4)
 _gradients = {
