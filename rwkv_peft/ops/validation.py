@@ -22,18 +22,20 @@ def require_like(
     """
     if r.ndim != 4 or r.shape[1] < 1:
         raise ShapeError(f"{operator}: r must be (B, T, H, N) with T >= 1, got {tuple(r.shape)}")
+    # read once: a call of the kernels is as short as this check
+    shape, dtype, device = r.shape, r.dtype, r.device
     for name, x in others.items():
-        if x.shape != r.shape or x.dtype != r.dtype or x.device != r.device:
+        if x.shape != shape or x.dtype != dtype or x.device != device:
             raise ShapeError(
-                f"{operator}: {name} must be like r, {tuple(r.shape)} {r.dtype} on {r.device}; "
+                f"{operator}: {name} must be like r, {tuple(shape)} {dtype} on {device}; "
                 f"got {tuple(x.shape)} {x.dtype} on {x.device}"
             )
-    B, _, H, N = r.shape
+    B, _, H, N = shape
     if initial_state is not None:
-        dtype = torch.promote_types(r.dtype, torch.float32)
-        if initial_state.shape != (B, H, N, N) or initial_state.dtype != dtype:
+        wide = torch.promote_types(dtype, torch.float32)
+        if initial_state.shape != (B, H, N, N) or initial_state.dtype != wide:
             raise ShapeError(
-                f"{operator}: initial_state must be {(B, H, N, N)} {dtype}, "
+                f"{operator}: initial_state must be {(B, H, N, N)} {wide}, "
                 f"got {tuple(initial_state.shape)} {initial_state.dtype}"
             )
     require_segments(operator, segment_ids, r)

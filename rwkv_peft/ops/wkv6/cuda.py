@@ -10,6 +10,7 @@ from rwkv_peft.ops.cuda.launch import (
     Length,
     Load,
     N,
+    Scratch,
     Starts,
     located,
     per_shape,
@@ -80,7 +81,8 @@ class _Backward:
     """The stages of the backward pass; see `stages`."""
 
     def __init__(self, starts: Starts) -> None:
-        self._layout = starts.layout
+        self._layout = own = starts.layout
+        self._scratch = Scratch(own.matrices, own.vectors)
         self._chunk = starts.over_chunks("wkv6_chunk", 4, True)
         self._state = starts.over_states(reverse=True)
         self._gradients = starts.over_chunks("wkv6_gradients", 4)
@@ -93,10 +95,9 @@ class _Backward:
         float_u = u.float().contiguous()
         dlast_state, first_at = located(dlast_state)
         segment_ids, segments_at = located(segment_ids)
-        dstates, dinitial_state = own.matrices.beside(r), own.state.beside(r)
-        decay, du = own.vectors.beside(r), own.vectors.beside(r)
+        dinitial_state, du = own.state.beside(r), own.vectors.beside(r)
         # what the chunks add is in the place of the states' gradients
-        dstates_at, decay_at = dstates.data_ptr(), decay.data_ptr()
+        _scratch, (dstates_at, decay_at) = self._scratch.beside(r)
         self._chunk(w_at, r_at, dy_at, segments_at, dstates_at, decay_at)
         last_at = dinitial_state.data_ptr()
         self._state(0, dstates_at, decay_at, first_at, dstates_at, last_at)
