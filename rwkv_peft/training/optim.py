@@ -1,6 +1,7 @@
 """AdamW over float32 masters of the trained tensors, with clipping and loss scaling."""
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +10,16 @@ from rwkv_peft.device import PLUGINS
 
 # official pre-training gives these vectors higher rates
 RATES = {"att.w0": 2.0, "att.time_decay": 2.0, "att.time_first": 3.0}
+# bytes of gradients that may wait in the model's type to be moved together; larger ones never wait
+MAX_WAITING = 16 * 2**20
 
 
 class Optimizer:
     """Steps the masters and copies them back into the model.
 
     A float32 parameter is its own master. For any other type the gradient of each micro-batch is
-    added to the master's in float32 as soon as backward has made it, so that accumulation does not
-    round, and a small step is not lost in a bf16 weight.
+    added to the master's in float32 during backward, so that accumulation does not round, and a
+    small step is not lost in a bf16 weight.
 
     Attributes:
         masters: the values to save, by name.
@@ -45,7 +48,15 @@ class Optimizer:
             clip_groups: which tensors are clipped together, by name; all, if None.
         """
         self._parameters = dict(trained)
-        self.masters = {name: _master(p) for name, p in trained.items()}
+        self._gradients = _Gradients()
+        self.masters = {name: self._gradients.master_of(p) for name, p in trained.items()}
+        # by type, since PyTorch's copy into a list takes all of it for what its first tensor is
+        self._copied: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for name, parameter in trained.items():
+            if parameter is not self.masters[name]:
+                to, values = self._copied.setdefault(parameter.dtype, ([], []))
+                to.append(parameter)
+                values.append(self.masters[name])
         self._grad_clip, self.uses_loss_scale = grad_clip, uses_loss_scale
         groups: dict[tuple[float, bool], list[Tensor]] = {}
         for name, master in self.masters.items():
@@ -83,6 +94,7 @@ class Optimizer:
     def backward(self, objective: Tensor) -> None:
         """Adds the gradient of one micro-batch to the masters'."""
         self._scaler.scale(objective).backward()
+        self._gradients.move()
 
     def step(
         self,
@@ -121,24 +133,58 @@ class Optimizer:
             after_step(self.masters)
         self._adamw.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                if parameter is not self.masters[name]:
-                    parameter.copy_(self.masters[name])
+            for to, values in self._copied.values():
+                torch._foreach_copy_(to, values)
         return norm.item()
 
 
-def _master(parameter: nn.Parameter) -> nn.Parameter:
-    if parameter.dtype == torch.float32:
-        return parameter
-    master = nn.Parameter(parameter.detach().float())
+class _Gradients:
+    """Gradients in the model's type on their way to float32 masters.
 
-    def move_gradient(p: Tensor) -> None:
-        assert p.grad is not None
-        if master.grad is None:
-            master.grad = p.grad.float()
+    Many go at once, as a launch costs more time than a small tensor does.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[nn.Parameter, Tensor]] = []
+        self._waiting_bytes = 0
+
+    def master_of(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The parameter itself, or a float32 copy that receives its gradients."""
+        if parameter.dtype == torch.float32:
+            return parameter
+        master = nn.Parameter(parameter.detach().float())
+        parameter.register_post_accumulate_grad_hook(partial(self._take, master))
+        return master
+
+    def _take(self, master: nn.Parameter, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if self._waiting_bytes + gradient.nbytes > MAX_WAITING:
+            self.move()
+        if gradient.nbytes <= MAX_WAITING:
+            self._waiting.append((master, gradient))
+            self._waiting_bytes += gradient.nbytes
+        elif master.grad is None:
+            master.grad = gradient.float()
         else:
-            master.grad += p.grad
-        p.grad = None
+            # without a float32 copy of a large one
+            master.grad += gradient
 
-    parameter.register_post_accumulate_grad_hook(move_gradient)
-    return master
+    @torch.no_grad()
+    def move(self) -> None:
+        """Adds the gradients that wait to the masters'."""
+        if not self._waiting:
+            return
+        masters, gradients = zip(*self._waiting, strict=True)
+        self._waiting, self._waiting_bytes = [], 0
+        wide = [torch.empty_like(master) for master in masters]
+        torch._foreach_copy_(wide, gradients)
+        sums, addends = [], []
+        for master, gradient in zip(masters, wide, strict=True):
+            if master.grad is None:
+                master.grad = gradient
+            else:
+                sums.append(master.grad)
+                addends.append(gradient)
+        if sums:
+            torch._foreach_add_(sums, addends)

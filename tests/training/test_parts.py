@@ -1,7 +1,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from rwkv_peft.training import optim
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.schedule import learning_rate, weight_decay
 
@@ -115,3 +118,94 @@ def test_overflowing_half_precision_gradients_skip_the_step_and_lower_the_scale(
         optimizer.backward(parameter.sum())
         optimizer.step(lr=0.1)
     assert parameter.item() < 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("limit", [0, 100, 1 << 20])
+def test_gradients_moved_together_are_bit_for_bit_those_moved_one_by_one(
+    limit: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "MAX_WAITING", limit)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    trained = {f"{i}": nn.Parameter(draw(3, 1 + 7 * i)) for i in range(5)}
+    trained["float32"] = nn.Parameter(draw(4).float())
+    optimizer = make_optimizer(trained)
+    expected: dict[str, torch.Tensor] = {}
+    # of the first micro-batch the last two get no gradient
+    for names in (list(trained)[:4], list(trained), list(trained)):
+        gradients = {n: draw(*trained[n].shape) for n in names}
+        optimizer.backward(
+            torch.stack([(trained[n] * g).float().sum() for n, g in gradients.items()]).sum()
+        )
+        for name, gradient in gradients.items():
+            expected[name] = gradient.float() + expected.get(name, 0)
+        for name, master in optimizer.masters.items():
+            assert (master.grad is None) == (name not in expected)
+            assert master.grad is None or torch.equal(master.grad, expected[name])
+            assert trained[name].grad is None or name == "float32"
+
+
+class WithGradient(torch.autograd.Function):
+    """Nothing of a parameter, whose gradient is noted when it is made."""
+
+    @staticmethod
+    def forward(ctx, parameter, made):  # type: ignore[no-untyped-def]
+        ctx.parameter, ctx.made = parameter.detach(), made
+        return parameter.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):  # type: ignore[no-untyped-def]
+        gradient = torch.ones_like(ctx.parameter)
+        ctx.made.append((StorageWeakRef(gradient.untyped_storage()), gradient.nbytes))
+        return gradient, None
+
+
+def test_gradients_that_wait_in_the_models_type_stay_within_the_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(optim, "MAX_WAITING", 100)
+    sizes = (10, 20, 30, 70, 10, 10, 30, 25)
+    trained = {f"{i}": nn.Parameter(torch.ones(n).bfloat16()) for i, n in enumerate(sizes)}
+    optimizer = make_optimizer(trained)
+    made: list[tuple[StorageWeakRef, int]] = []
+    waiting: list[int] = []
+
+    def look(_: torch.Tensor) -> None:
+        waiting.append(sum(size for storage, size in made if not storage.expired()))
+
+    for parameter in trained.values():
+        parameter.register_post_accumulate_grad_hook(look)
+    for _ in range(2):
+        optimizer.backward(
+            torch.stack([WithGradient.apply(p, made) for p in trained.values()]).sum()
+        )
+    assert len(waiting) == 2 * len(sizes)
+    assert max(waiting) == 100
+    assert all(storage.expired() for storage, _ in made)
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations that are called."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_launches_as_much_for_many_tensors_as_for_few() -> None:
+    calls = []
+    for num in (3, 40):
+        trained = {f"{i}": nn.Parameter(torch.ones(2).bfloat16()) for i in range(num)}
+        optimizer = make_optimizer(trained)
+        for _ in range(2):  # the first step makes what AdamW remembers
+            optimizer.backward(torch.cat(list(trained.values())).sum())
+            with Count() as count:
+                optimizer.step(lr=0.1)
+        calls.append(count.calls)
+    assert calls[0] == calls[1]
