@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 Function = Callable[..., tuple[Tensor, Tensor]]
 
+_are_transforms_active = torch._C._are_functorch_transforms_active
 _library = torch.library.Library("rwkv_peft", "FRAGMENT")
 
 
@@ -87,7 +88,7 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def register(name: str, forward: Part, backward: Part, kept: tuple[int, ...]) -> Function:
+def register(name: str, forward: Part, backward: Part, kept: int) -> Function:
     """An operator of two parts, called with all tensors, the initial state and the segments.
 
     Registers `rwkv_peft::{name}` and `rwkv_peft::{name}_backward` with PyTorch, so that autograd,
@@ -97,7 +98,7 @@ def register(name: str, forward: Part, backward: Part, kept: tuple[int, ...]) ->
         forward: (*tensors, initial_state, segment_ids, keep) -> (y, last_state, *rest).
         backward: (*tensors, segment_ids, *kept results, dy, dlast_state) -> (*grads,
             dinitial_state).
-        kept: which of forward's results backward is given, in its order.
+        kept: the first of forward's results that backward is given; it is given all from there on.
     """
     registered = _define(f"{name}_backward", backward)
     called = _define(name, forward)
@@ -116,11 +117,10 @@ def register(name: str, forward: Part, backward: Part, kept: tuple[int, ...]) ->
 
     def operator(*arguments: Tensor | None) -> tuple[Tensor, Tensor]:
         grads = torch.is_grad_enabled()
-        keep = grads and any(x is not None and x.requires_grad for x in arguments)
-        # a compiler traces the operator, and tensors of other kinds have their own way with it
-        if torch.compiler.is_compiling() or type(arguments[0]) is not Tensor:
+        if _needs_dispatcher(arguments[0]):
+            keep = grads and any(x is not None and x.requires_grad for x in arguments)
             y, last_state, *_ = called(*arguments, keep)
-        elif keep:
+        elif grads:
             y, last_state = direct(*arguments)
         else:
             y, last_state, *_ = forward.function(*arguments, False)
@@ -130,37 +130,39 @@ def register(name: str, forward: Part, backward: Part, kept: tuple[int, ...]) ->
     return operator
 
 
+def _needs_dispatcher(x: Tensor | None) -> bool:
+    """Whether a compiler traces, or x is of a kind or under a transform with a way of its own."""
+    return torch.compiler.is_compiling() or type(x) is not Tensor or _are_transforms_active()
+
+
 def _direct(
-    forward: Callable[..., Any], backward: Callable[..., Any], kept: tuple[int, ...]
+    forward: Callable[..., Any], backward: Callable[..., Any], kept: int
 ) -> Callable[..., Any]:
     """The operator without PyTorch's dispatcher, which can outlast the kernels."""
 
-    def gradients(ctx, dy, dlast_state):  # type: ignore[no-untyped-def]
-        return _gradients(ctx, backward, dy, dlast_state)
-
-    gradients_once = once_differentiable(gradients)
-
+    # beside a setup_context PyTorch would look at forward's signature at every call
     class Direct(torch.autograd.Function):
-        # beside a setup_context PyTorch would look at forward's signature at every call
         @staticmethod
         def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-            results = forward(*inputs, True)
-            _save(ctx, inputs, results, kept)
+            keep = True in ctx.needs_input_grad
+            results = forward(*inputs, keep)
+            if keep:
+                _save(ctx, inputs, results, kept)
             return results[:2]
 
         @staticmethod
-        def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        def backward(ctx, dy, dlast_state):  # type: ignore[no-untyped-def]
             # only where the gradients' graph is built can anyone ask for a second derivative
-            return (gradients_once if torch.is_grad_enabled() else gradients)(ctx, *grads)
+            gradients = _gradients_once if torch.is_grad_enabled() else _gradients
+            return gradients(ctx, backward, dy, dlast_state)
 
-    apply: Callable[..., Any] = Direct.apply
+    # past Function's own, which looks for transforms, as is done already
+    apply: Callable[..., Any] = super(torch.autograd.Function, Direct).apply
     return apply
 
 
 def _save(ctx, inputs, results, kept):  # type: ignore[no-untyped-def]
-    *tensors, initial_state, segment_ids = inputs
-    ctx.save_for_backward(*tensors, segment_ids, *[results[i] for i in kept])
-    ctx.has_initial_state = initial_state is not None
+    ctx.save_for_backward(*inputs[:-2], inputs[-1], *results[kept:])
     ctx.set_materialize_grads(False)
 
 
@@ -170,7 +172,11 @@ def _gradients(ctx, backward, dy, dlast_state):  # type: ignore[no-untyped-def]
     if dy is None:
         dy = torch.zeros_like(saved[0])
     *grads, dinitial_state = backward(*saved, dy, dlast_state)
-    return *grads, dinitial_state if ctx.has_initial_state else None, None
+    needs_state = ctx.needs_input_grad[len(grads)]
+    return *grads, dinitial_state if needs_state else None, None
+
+
+_gradients_once = once_differentiable(_gradients)
 
 
 def _define(name: str, part: Part) -> Callable[..., Any]:

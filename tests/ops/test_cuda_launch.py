@@ -72,7 +72,7 @@ def measured(op: str) -> tuple[float, float]:
         y, state, *kept = forward(*inputs, None, None, True)
         results = y.nbytes + state.nbytes
         kept_bytes = allocated.now - results
-        saved = (kept[0], state, kept[1]) if op == "wkv7" else kept
+        saved = (state, *kept) if op == "wkv7" else kept
         grads = backward(*inputs, None, *saved, dy, None)
         results += sum(x.nbytes for x in grads[: num + 1 if op == "wkv6" else num])
     return kept_bytes / MIB, (allocated.peak - results) / MIB

@@ -73,7 +73,7 @@ def test_pytorch_finds_nothing_wrong_with_the_operators(packed: bool) -> None:
         x.requires_grad_()
     torch.library.opcheck(FORWARD, (*inputs, True))
     _, last_state, states, inverse = FORWARD(*inputs, True)
-    given = (*inputs[:6], inputs[7], states, last_state, inverse, case.dy, case.dstate)
+    given = (*inputs[:6], inputs[7], last_state, states, inverse, case.dy, case.dstate)
     torch.library.opcheck(BACKWARD, tuple(x if x is None else x.detach() for x in given))
 
 
@@ -113,6 +113,24 @@ def test_views_give_the_result_of_their_copies() -> None:
     copies = wkv7_16(*case.inputs.values(), None, None)
     for found, expected in zip(wkv7_16(*views, None, None), copies, strict=True):
         assert torch.equal(found, expected)
+
+
+def test_inputs_that_need_no_gradients_leave_no_graph() -> None:
+    case = wkv7_case(T=20, N=4)
+    given = arguments(case)
+    y, last_state = wkv7_16(*given)
+    assert not y.requires_grad and not last_state.requires_grad
+    with torch.no_grad():
+        for found, expected in zip(wkv7_16(*given), (y, last_state), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_a_transform_of_functions_sees_the_operator() -> None:
+    case = wkv7_case(T=20, N=4)
+    r, *others = case.inputs.values()
+    y, _ = wkv7_16(r, *others, None, None)
+    mapped = torch.func.vmap(lambda x: wkv7_16(x, *others, None, None)[0])
+    assert torch.equal(mapped(torch.stack((r, r))), torch.stack((y, y)))
 
 
 def test_a_second_derivative_is_refused() -> None:

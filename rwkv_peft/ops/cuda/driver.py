@@ -39,15 +39,30 @@ class Kernel:
     signature: str
     shared_bytes: int
 
-    def __call__(self, grid: tuple[int, int, int], block: int, *numbers: float) -> "Launch":
-        return Launch(self, grid, block, numbers)
+    def __call__(
+        self, grid: tuple[int, int, int], block: int, *numbers: float
+    ) -> Callable[..., None]:
+        return Launch(self, grid, block, numbers).queue
+
+
+class _Config(ctypes.Structure):
+    """The driver's CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("attribute_count", ctypes.c_uint),
+    )
 
 
 class Launch:
-    """A kernel with its grid and numbers; `launch(*addresses)` queues it on the current stream.
+    """A kernel with its grid and numbers; `queue(*addresses)` puts it on the current stream.
 
     An address is a tensor's `data_ptr()`, or 0 for none. It may be called from any thread, and
-    costs about 2 µs.
+    costs about 1 µs.
     """
 
     def __init__(
@@ -64,34 +79,39 @@ class Launch:
         address, length = ctypes.addressof(self._packed), ctypes.addressof(self._size)
         given = (PARAM_BUFFER_POINTER, address, PARAM_BUFFER_SIZE, length, PARAM_END)
         extra = (ctypes.c_void_p * 5)(*given)
+        self._config = _Config(grid, (block, 1, 1), kernel.shared_bytes)
         # ready-made C values: ctypes then has nothing to convert, which halves the cost of a call
-        self._stream = ctypes.c_void_p()
-        shape = (*grid, block, 1, 1, kernel.shared_bytes)
-        null = ctypes.c_void_p()
-        self._arguments = (ctypes.c_void_p(kernel.handle), *shape, self._stream, null, extra)
-        self._start = driver().cuLaunchKernel
+        self._arguments = (
+            ctypes.byref(self._config),
+            ctypes.c_void_p(kernel.handle),
+            None,
+            ctypes.byref(extra),
+        )
+        self._start = driver().cuLaunchKernelEx
         self._current_stream, self._current_device = _queries()
         # autograd's backward runs in threads of its own
         self._lock = threading.Lock()
 
-    def __call__(self, *addresses: float) -> None:
+    def queue(self, *addresses: float) -> None:
+        """Raises BackendUnavailableError if the driver refuses."""
         index = self._device_index
         if self._current_device() != index:
             with torch.cuda.device(index):
-                return self(*addresses)
+                return self.queue(*addresses)
         with self._lock:
             self._pack_into(self._packed, 0, *addresses)
-            self._stream.value = self._current_stream(index)
+            self._config.stream = self._current_stream(index)
             code = self._start(*self._arguments)
             if code == INVALID_CONTEXT:
                 # a thread in which nothing has used the GPU yet
                 _enter_context(index)
                 code = self._start(*self._arguments)
         if code:
-            _, *grid, block, _, _, shared_bytes, _, _, _ = self._arguments
+            config = self._config
             raise BackendUnavailableError(
                 f"kernel {self._kernel.name} was not started: {error_name(code)} (grid "
-                f"{tuple(grid)}, block {block}, {shared_bytes} bytes of shared memory)"
+                f"{tuple(config.grid)}, block {config.block[0]}, {config.shared_bytes} bytes of "
+                "shared memory)"
             )
 
 

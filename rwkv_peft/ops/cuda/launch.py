@@ -111,6 +111,27 @@ class Starts:
         self._rows, self._numbers = B * H, (T, H, (T + C - 1) // C)
         self.layout = layout(shape, dtype, C)
 
+    def like(self, memory: Memory) -> Tensor:
+        """A tensor that holds no memory, of which `torch.empty_like` makes one that does.
+
+        To `new_empty` its shape alone is as much work as the rest of the allocation.
+        """
+        found = torch.empty(memory.shape, dtype=memory.dtype, device=self._device)
+        found.untyped_storage().resize_(0)
+        return found
+
+    def scratch(self, *parts: Memory) -> Callable[[], tuple[Tensor, list[int]]]:
+        """Gives one allocation for several things, and where they lie in it."""
+        *offsets, nbytes = accumulate((x.nbytes for x in parts), initial=0)
+        like = self.like(Memory((nbytes,), torch.uint8))
+
+        def allocate() -> tuple[Tensor, list[int]]:
+            memory = torch.empty_like(like)
+            start = memory.data_ptr()
+            return memory, [start + offset for offset in offsets]
+
+        return allocate
+
     def over_chunks(self, name: str, threads: int, *numbers: int) -> Launch:
         """A kernel with a block a chunk, of so many threads a token; given T, H, M and numbers."""
         kernel = self._load(name, self._dtype, self._C, self._device)
@@ -142,19 +163,6 @@ def per_shape(
         return ready(r.shape, r.dtype, r.device)(r, *others)
 
     return run
-
-
-class Scratch:
-    """One allocation for several things, of which kernels are given the addresses."""
-
-    def __init__(self, *parts: Memory) -> None:
-        *self._offsets, self._nbytes = accumulate((x.nbytes for x in parts), initial=0)
-
-    def beside(self, x: Tensor) -> tuple[Tensor, list[int]]:
-        """The memory, on the device of x, and where the things lie in it."""
-        memory = x.new_empty(self._nbytes, dtype=torch.uint8)
-        start = memory.data_ptr()
-        return memory, [start + offset for offset in self._offsets]
 
 
 def options(dtype: torch.dtype, C: int) -> tuple[str, ...]:
@@ -205,9 +213,9 @@ def scan_depth(dtype: torch.dtype, blocks: int, device: torch.device) -> int:
 
 def readable(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
     """Tensors as kernels read them, without gaps and from multiples of 16 bytes on, and where."""
-    found = [x.contiguous() for x in tensors]
-    addresses = [x.data_ptr() for x in found]
-    if any([at % 16 for at in addresses]):
+    found = [*map(Tensor.contiguous, tensors)]
+    addresses = [*map(Tensor.data_ptr, found)]
+    if any(map((15).__and__, addresses)):
         return readable(*[x.clone() if x.data_ptr() % 16 else x for x in found])
     return found, addresses
 

@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like
 
 from rwkv_peft.ops.cuda.launch import (
     Kernels,
     Length,
     Load,
     N,
-    Scratch,
     Starts,
     located,
     per_shape,
@@ -53,59 +52,60 @@ class _Forward:
     """The stages of the forward pass; see `stages`."""
 
     def __init__(self, starts: Starts) -> None:
-        self._layout = starts.layout
+        own = starts.layout
+        self._state, self._matrices = starts.like(own.state), starts.like(own.matrices)
+        self._vectors, self._nothing = starts.like(own.vectors), starts.like(own.nothing)
         self._chunk = starts.over_chunks("wkv6_chunk", 4, False)
-        self._state = starts.over_states(reverse=False)
+        self._over_states = starts.over_states(reverse=False)
         self._output = starts.over_chunks("wkv6_output", 4)
 
     def __call__(  # type: ignore[no-untyped-def]
         self, r, w, k, v, u, initial_state, segment_ids, keep
     ) -> tuple[Tensor, ...]:
-        own = self._layout
         inputs, (r_at, w_at, k_at, v_at) = readable(r, w, k, v)
         u = u.float().contiguous()
         initial_state, first_at = located(initial_state)
         segment_ids, segments_at = located(segment_ids)
-        y, last_state = torch.empty_like(inputs[0]), own.state.beside(r)
-        states, decay = own.matrices.beside(r), own.vectors.beside(r)
+        y, last_state = empty_like(inputs[0]), empty_like(self._state)
+        states, decay = empty_like(self._matrices), empty_like(self._vectors)
         # what the chunks add is in the place of the states
         states_at, decay_at = states.data_ptr(), decay.data_ptr()
         self._chunk(w_at, k_at, v_at, segments_at, states_at, decay_at)
-        self._state(0, states_at, decay_at, first_at, states_at, last_state.data_ptr())
+        self._over_states(0, states_at, decay_at, first_at, states_at, last_state.data_ptr())
         given = (u.data_ptr(), segments_at, states_at)
         self._output(r_at, w_at, k_at, v_at, *given, y.data_ptr())
-        return y, last_state, states if keep else own.nothing.beside(r)
+        return y, last_state, states if keep else empty_like(self._nothing)
 
 
 class _Backward:
     """The stages of the backward pass; see `stages`."""
 
     def __init__(self, starts: Starts) -> None:
-        self._layout = own = starts.layout
-        self._scratch = Scratch(own.matrices, own.vectors)
+        own = starts.layout
+        self._state, self._vectors = starts.like(own.state), starts.like(own.vectors)
+        self._scratch = starts.scratch(own.matrices, own.vectors)
         self._chunk = starts.over_chunks("wkv6_chunk", 4, True)
-        self._state = starts.over_states(reverse=True)
+        self._over_states = starts.over_states(reverse=True)
         self._gradients = starts.over_chunks("wkv6_gradients", 4)
 
     def __call__(  # type: ignore[no-untyped-def]
         self, r, w, k, v, u, segment_ids, states, dy, dlast_state
     ) -> tuple[Tensor, ...]:
-        own = self._layout
         inputs, (r_at, w_at, k_at, v_at, dy_at) = readable(r, w, k, v, dy)
         float_u = u.float().contiguous()
         dlast_state, first_at = located(dlast_state)
         segment_ids, segments_at = located(segment_ids)
-        dinitial_state, du = own.state.beside(r), own.vectors.beside(r)
+        dinitial_state, du = empty_like(self._state), empty_like(self._vectors)
         # what the chunks add is in the place of the states' gradients
-        _scratch, (dstates_at, decay_at) = self._scratch.beside(r)
+        _scratch, (dstates_at, decay_at) = self._scratch()
         self._chunk(w_at, r_at, dy_at, segments_at, dstates_at, decay_at)
         last_at = dinitial_state.data_ptr()
-        self._state(0, dstates_at, decay_at, first_at, dstates_at, last_at)
-        grads = [torch.empty_like(inputs[0]) for _ in range(4)]
+        self._over_states(0, dstates_at, decay_at, first_at, dstates_at, last_at)
+        grads = [*map(empty_like, inputs[:4])]
         self._gradients(
             *(r_at, w_at, k_at, v_at, dy_at, float_u.data_ptr(), segments_at),
             *(states.data_ptr(), dstates_at),
-            *[x.data_ptr() for x in grads],
+            *map(Tensor.data_ptr, grads),
             du.data_ptr(),
         )
         return *grads, du.sum((0, 2)).to(u.dtype), dinitial_state

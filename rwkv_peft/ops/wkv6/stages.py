@@ -95,7 +95,7 @@ def declare(
         f"wkv6_{name}",
         Part(FORWARD, forward, fake_forward),
         Part(BACKWARD, backward, fake_backward),
-        kept=(2,),
+        kept=2,
     )
 
 

@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like
 
 from rwkv_peft.ops.cuda.launch import (
     Kernels,
     Length,
     Load,
     N,
-    Scratch,
     Starts,
     located,
     per_shape,
@@ -55,8 +54,10 @@ class _Forward:
     """The stages of the forward pass; see `stages`."""
 
     def __init__(self, starts: Starts) -> None:
-        self._layout = own = starts.layout
-        self._scratch = Scratch(own.matrices, own.readout, own.vectors)
+        own = starts.layout
+        self._state, self._matrices = starts.like(own.state), starts.like(own.matrices)
+        self._inverse, self._nothing = starts.like(own.inverse), starts.like(own.nothing)
+        self._scratch = starts.scratch(own.matrices, own.readout, own.vectors)
         self._chunk_forward = starts.over_chunks("wkv7_chunk_forward", 4)
         self._state_forward = starts.over_states(reverse=False)
         self._output = starts.over_chunks("wkv7_output", 2)
@@ -64,14 +65,13 @@ class _Forward:
     def __call__(  # type: ignore[no-untyped-def]
         self, r, w, k, v, a, b, initial_state, segment_ids, keep
     ) -> tuple[Tensor, ...]:
-        own = self._layout
         inputs, inputs_at = readable(r, w, k, v, a, b)
         initial_state, first_at = located(initial_state)
         segment_ids, segments_at = located(segment_ids)
-        y, last_state = torch.empty_like(inputs[0]), own.state.beside(r)
-        states = own.matrices.beside(r)
-        inverse, inverse_at = located(own.inverse.beside(r) if keep else None)
-        _scratch, (transition, readout, decay) = self._scratch.beside(r)
+        y, last_state = empty_like(inputs[0]), empty_like(self._state)
+        states = empty_like(self._matrices)
+        inverse, inverse_at = located(empty_like(self._inverse) if keep else None)
+        _scratch, (transition, readout, decay) = self._scratch()
         # what the chunks add is in the place of the states
         y_at, states_at = y.data_ptr(), states.data_ptr()
         self._chunk_forward(
@@ -88,7 +88,7 @@ class _Forward:
         self._state_forward(transition, states_at, decay, first_at, states_at, last_at)
         self._output(readout, states_at, y_at)
         if inverse is None:
-            return y, last_state, own.nothing.beside(r), own.nothing.beside(r)
+            return y, last_state, empty_like(self._nothing), empty_like(self._nothing)
         return y, last_state, states, inverse
 
 
@@ -96,22 +96,22 @@ class _Backward:
     """The stages of the backward pass; see `stages`."""
 
     def __init__(self, starts: Starts) -> None:
-        self._layout = own = starts.layout
-        self._scratch = Scratch(own.matrices, own.vectors)
+        own = starts.layout
+        self._state, self._matrices = starts.like(own.state), starts.like(own.matrices)
+        self._scratch = starts.scratch(own.matrices, own.vectors)
         self._chunk_backward = starts.over_chunks("wkv7_chunk_backward", 4)
         self._state_backward = starts.over_states(reverse=True)
         self._gradients = starts.over_chunks("wkv7_gradients", 4)
 
     def __call__(  # type: ignore[no-untyped-def]
-        self, r, w, k, v, a, b, segment_ids, states, last_state, inverse, dy, dlast_state
+        self, r, w, k, v, a, b, segment_ids, last_state, states, inverse, dy, dlast_state
     ) -> tuple[Tensor, ...]:
-        own = self._layout
         tensors, (*inputs_at, dy_at) = readable(r, w, k, v, a, b, dy)
         r_at, w_at, _, _, a_at, b_at = inputs_at
         segment_ids, segments_at = located(segment_ids)
         dlast_state, first_at = located(dlast_state)
-        dstates, dinitial_state = own.matrices.beside(r), own.state.beside(r)
-        scratch, (transition, decay) = self._scratch.beside(r)
+        dstates, dinitial_state = empty_like(self._matrices), empty_like(self._state)
+        scratch, (transition, decay) = self._scratch()
         # what the chunks add is in the place of the states' gradients
         dstates_at, inverse_at = dstates.data_ptr(), inverse.data_ptr()
         self._chunk_backward(
@@ -122,7 +122,7 @@ class _Backward:
         self._state_backward(transition, dstates_at, decay, first_at, dstates_at, last_at)
         # kernels queued from here on may have its memory
         del scratch
-        grads = [torch.empty_like(tensors[0]) for _ in range(6)]
+        grads = [*map(empty_like, tensors[:6])]
         self._gradients(
             *inputs_at,
             segments_at,
@@ -131,7 +131,7 @@ class _Backward:
             last_state.data_ptr(),
             dstates_at,
             dy_at,
-            *[x.data_ptr() for x in grads],
+            *map(Tensor.data_ptr, grads),
         )
         return *grads, dinitial_state
 

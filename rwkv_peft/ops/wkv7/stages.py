@@ -27,7 +27,7 @@ FORWARD = (
 )
 BACKWARD = (
     "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? segment_ids, "
-    "Tensor states, Tensor last_state, Tensor inverse, Tensor dy, Tensor? dlast_state) -> "
+    "Tensor last_state, Tensor states, Tensor inverse, Tensor dy, Tensor? dlast_state) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -101,7 +101,7 @@ def declare(
         f"wkv7_{name}",
         Part(FORWARD, forward, fake_forward),
         Part(BACKWARD, backward, fake_backward),
-        kept=(2, 1, 3),
+        kept=1,
     )
 
 
@@ -125,7 +125,7 @@ def _forward(stages: Stages) -> Callable[..., tuple[Tensor, ...]]:
 
 def _backward(stages: Stages) -> Callable[..., tuple[Tensor, ...]]:
     def backward(  # type: ignore[no-untyped-def]
-        r, w, k, v, a, b, segment_ids, states, last_state, inverse, dy, dlast_state
+        r, w, k, v, a, b, segment_ids, last_state, states, inverse, dy, dlast_state
     ):
         r, w, k, v, a, b, dy = (x.contiguous() for x in (r, w, k, v, a, b, dy))
         segment_ids, dlast_state = contiguous(segment_ids), contiguous(dlast_state)

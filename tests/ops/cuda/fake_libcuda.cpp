@@ -1,4 +1,5 @@
 // Stands in for NVIDIA's driver where there is no GPU: it records what it is given.
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -15,9 +16,17 @@ struct Params {
   int last;
 };
 
+// as the driver's header has it
+struct Config {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  void* attributes;
+  unsigned attribute_count;
+};
+
 struct Record {
   uint64_t function, stream, size, grid[3], block[3], shared, launches, shared_asked, modules,
-      mixed;
+      mixed, attributes;
   int64_t marks_valid;
   Params params;
   char code[16];
@@ -59,16 +68,15 @@ int cuFuncSetAttribute(void*, int attribute, int value) {
   return 0;
 }
 
-int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
-                   unsigned bz, unsigned shared, void* stream, void** params, void** extra) {
+int cuLaunchKernelEx(const Config* config, void* f, void** params, void** extra) {
   if (!has_context) return 201;
   if (int code = next_launch_error) { next_launch_error = 0; return code; }
   record.function = reinterpret_cast<uint64_t>(f);
-  record.stream = reinterpret_cast<uint64_t>(stream);
-  record.shared = shared;
-  uint64_t grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
-  memcpy(record.grid, grid, sizeof grid);
-  memcpy(record.block, block, sizeof block);
+  record.stream = reinterpret_cast<uint64_t>(config->stream);
+  record.shared = config->shared;
+  std::copy_n(config->grid, 3, record.grid);
+  std::copy_n(config->block, 3, record.block);
+  record.attributes = config->attributes || config->attribute_count;
   record.marks_valid = !params && extra[0] == (void*)1 && extra[2] == (void*)2 && !extra[4];
   record.size = *static_cast<size_t*>(extra[3]);
   void* x = *static_cast<void**>(extra[1]);

@@ -39,6 +39,7 @@ class Record(ctypes.Structure):
         ("grid", ctypes.c_uint64 * 3),
         ("block", ctypes.c_uint64 * 3),
         *((n, ctypes.c_uint64) for n in ("shared", "launches", "shared_asked", "modules", "mixed")),
+        ("attributes", ctypes.c_uint64),
         ("marks_valid", ctypes.c_int64),
         ("params", Params),
         ("code", ctypes.c_char * 16),
@@ -101,6 +102,7 @@ def test_a_launch_gives_the_driver_every_argument_where_a_c_compiler_puts_it(
     assert values == [POINTER, -7, OTHER, 0.5, FAR, 1 << 30]
     assert (record.function, record.stream) == (0x7000000000000DEF, STREAM)
     assert (list(record.grid), list(record.block)) == ([3, 4, 5], [128, 1, 1])
+    assert record.attributes == 0
     assert record.code[:4] == b"\x7fELF"
 
 
