@@ -60,26 +60,40 @@ DEVICE Documents read_documents(const u32* shared) {
     return d;
 }
 
-// Which columns a row of pair products keeps, for this lane's two rows of a slab: the tokens of its
-// document that it sees (those before it), or that see it (those after), with itself or without.
+// Which columns a row of pair products keeps: the tokens of its document that it sees (those before
+// it), or that see it (those after), with itself or without.
 struct Bounds {
-    int low[2], high[2];
+    Documents documents;
     int begin, end;  // 16-token blocks outside of which a product has nothing
     int slab;
-    bool is_packed;
+    bool is_later;
 };
 
 DEVICE Bounds bounds(int slab, const Documents& d, bool is_later) {
-    Bounds b;
-    b.begin = is_later ? slab : 0, b.end = is_later ? C / 16 : slab + 1;
-    b.slab = slab, b.is_packed = d.is_packed();
+    return {d, is_later ? slab : 0, is_later ? C / 16 : slab + 1, slab, is_later};
+}
+
+// Zeroes what a 16x16 block of pair products has beyond the bounds.
+DEVICE void mask_block(float (&c)[2][4], int block, const Bounds& b, bool with_itself) {
+    Documents d = b.documents;
+    // where it is needed, so that it holds no registers where it is not
+    d.starts = computed_here(d.starts);
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        int row = slab * 16 + i * 8 + thread_index() % 32 / 4;
-        b.low[i] = is_later ? row : d.first(row);
-        b.high[i] = is_later ? d.last(row) : row;
+    for (int half = 0; half < 2; half++) {
+        int row = b.slab * 16 + half * 8 + thread_index() % 32 / 4;
+        int low = b.is_later ? row : 0, high = b.is_later ? C - 1 : row;
+        if (d.is_packed()) {
+            low = b.is_later ? row : d.first(row);
+            high = b.is_later ? d.last(row) : row;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int column = block * 16 + i / 2 * 8 + thread_index() % 4 * 2 + i % 2;
+            bool keeps = column >= low && column <= high && (with_itself || column != row);
+            float& x = c[i / 2][half * 2 + i % 2];
+            x = keeps ? x : 0.0f;
+        }
     }
-    return b;
 }
 
 // One 16x16 block of pair products left right^T, within bounds
@@ -89,16 +103,7 @@ DEVICE void set_block(float (&c)[2][4], const Rows& left, const Rows& right, int
     for (int i = 0; i < 8; i++) c[i / 4][i % 4] = 0.0f;
     add_outer(c, left, right);
     // with one document, only the block on the diagonal is cut
-    if (b.is_packed || block == b.slab) {
-        int q = thread_index() % 4, row0 = b.slab * 16 + thread_index() % 32 / 4;
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            int half = i % 4 / 2, column = block * 16 + i / 4 * 8 + 2 * q + i % 2;
-            bool keeps = column >= b.low[half] && column <= b.high[half];
-            keeps = keeps && (with_itself || column != row0 + half * 8);
-            c[i / 4][i % 4] = keeps ? c[i / 4][i % 4] : 0.0f;
-        }
-    }
+    if (b.documents.is_packed() || block == b.slab) mask_block(c, block, b, with_itself);
 }
 
 // s += (left right^T within bounds) values

@@ -77,6 +77,11 @@ DEVICE u16 float_to_half(float x) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
     return y;
 }
+// x, in a way that nothing computed from it is done ahead of this place
+DEVICE u64 computed_here(u64 x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 DEVICE u32 shared_base() { return shared_address(shared_memory); }
 // `row`: address in shared memory of the row that this lane points to

@@ -1,19 +1,34 @@
 // Backward stages of WKV-7 that are parallel over chunks; the formulas are in ../stages.py.
 #include "decay.cuh"
 
-// The saved inverse of the pair products: blocks on and below the diagonal into a tile.
-DEVICE void load_inverse(Tile tile, const Op* inverse, const Position& at) {
+// The saved inverse of the pair products: this warp's pieces, of those on and below the diagonal. To
+// be loaded with the tokens, so that a block waits for memory once.
+constexpr int INVERSE_PIECES = (C / 16) * (C / 16) / WARPS;
+struct Inverse {
+    Fragment f[INVERSE_PIECES];
+    DEVICE static int slab(int i) { return (i * WARPS + warp_index()) / (C / 16); }
+    DEVICE static int column(int i) { return (i * WARPS + warp_index()) % (C / 16); }
+};
+
+DEVICE Inverse load_inverse(const Op* inverse, const Position& at) {
+    Inverse x;
+#pragma unroll
+    for (int i = 0; i < INVERSE_PIECES; i++)
+        load(x.f[i], piece(inverse + at.matrix * C * C, x.slab(i), x.column(i), C / 16));
+    return x;
+}
+
+DEVICE void put_inverse(Tile tile, const Inverse& x) {
     int g = thread_index() % 32 / 4, q = thread_index() % 4;
-    for (int i = warp_index(); i < (C / 16) * (C / 16); i += WARPS) {
-        int slab = i / (C / 16), k = i % (C / 16);
-        if (k > slab) continue;
-        Fragment f;
-        load(f, piece(inverse + at.matrix * C * C, slab, k, C / 16));
+#pragma unroll
+    for (int i = 0; i < INVERSE_PIECES; i++) {
+        if (x.column(i) > x.slab(i)) continue;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            float x[2];
-            get_fragment(f, j, x[0], x[1]);
-            set_pair(tile, slab * 16 + g + j % 2 * 8, k * 16 + j / 2 * 8 + 2 * q, x[0], x[1]);
+            float value[2];
+            get_fragment(x.f[i], j, value[0], value[1]);
+            set_pair(tile, x.slab(i) * 16 + g + j % 2 * 8, x.column(i) * 16 + j / 2 * 8 + 2 * q,
+                     value[0], value[1]);
         }
     }
 }
@@ -46,8 +61,9 @@ KERNEL(wkv7_chunk_backward, ChunkBackward, THREADS, 2) {
     {
         Tokens w = load_tokens(p.w, at), a = load_tokens(p.a, at), b = load_tokens(p.b, at);
         Tokens r = load_tokens(p.r, at), dy = load_tokens(p.dy, at);
-        load_inverse(At::INVERSE, p.inverse, at);
+        Inverse inverse = load_inverse(p.inverse, at);
         write_documents(p.segments, p.T, p.H, shared.documents);
+        put_inverse(At::INVERSE, inverse);
         put_tokens(At::DY, dy);
         Factors factor = decay_factors(w, at, shared);
         put_scaled(At::A, a, factor.before, factor.first);
@@ -127,20 +143,23 @@ struct GradientMemory {
 typedef GradientMemory At;
 
 // s *= e^{g_t - m} of its tokens, or its inverse; `factor` at the row of the slab's first token.
-DEVICE void scale_rows(Slab<>& s, const float* factor, bool is_inverse) {
-    each_pair([&](int j, int i, int row, int column) {
+template <bool IS_INVERSE> DEVICE void scale_rows(Slab<>& s, const float* factor) {
+    const float* here = factor + thread_index() % 32 / 4 * WIDE + thread_index() % 4 * 2;
 #pragma unroll
-        for (int c = 0; c < 2; c++) {
-            float f = factor[row * WIDE + column + c];
-            s.x[j][2 * i + c] *= is_inverse ? inverse_of(f) : f;
+    for (int j = 0; j < N / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            FloatPair f = *(const FloatPair*)(here + i * 8 * WIDE + j * 8);
+            s.x[j][2 * i] *= IS_INVERSE ? inverse_of(f.x) : f.x;
+            s.x[j][2 * i + 1] *= IS_INVERSE ? inverse_of(f.y) : f.y;
         }
-    });
 }
 
-// This warp's pieces of the state that enters the chunk and the gradient of the one that leaves it.
+// This warp's pieces of the state that enters the chunk, the gradient of the one that leaves it, and
+// the state that enters the next chunk, if there is one.
 static_assert(WARPS % 4 == 0, "a warp has pieces of one column");
 constexpr int PIECES = 16 / WARPS;
-struct States { Fragment state[PIECES], dstate[PIECES]; };
+struct States { Fragment state[PIECES], dstate[PIECES], next[PIECES]; };
 
 DEVICE States load_states(const Gradients& p, const Position& at) {
     States s;
@@ -150,6 +169,8 @@ DEVICE States load_states(const Gradients& p, const Position& at) {
         u64 place = at.matrix * N * N;
         load(s.state[i], piece(p.states + place, index / 4, index % 4));
         load(s.dstate[i], piece(p.dstates + place, index / 4, index % 4));
+        if ((int)block_x() != p.M - 1)
+            load(s.next[i], piece(p.states + place + N * N, index / 4, index % 4));
     }
     return s;
 }
@@ -162,8 +183,6 @@ DEVICE void leaving_products(const Gradients& p, const Position& at, const State
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
         int index = i * WARPS + warp, slab = index / 4, k = index % 4;
-        Fragment next;
-        if (!is_last) load(next, piece(p.states + (at.matrix + 1) * N * N, slab, k));
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             float x[2], d[2];
@@ -172,7 +191,7 @@ DEVICE void leaving_products(const Gradients& p, const Position& at, const State
                 const float* last = p.last_state + row * N + k * 16 + j % 2 * 8 + 2 * q;
                 x[0] = last[0], x[1] = last[1];
             } else {
-                get_fragment(next, j, x[0], x[1]);
+                get_fragment(s.next[i], j, x[0], x[1]);
             }
             get_fragment(s.dstate[i], j, d[0], d[1]);
             sum[j % 2 * 2] += x[0] * d[0], sum[j % 2 * 2 + 1] += x[1] * d[1];
@@ -209,14 +228,13 @@ DEVICE void put_states(const States& s, const Shared& shared) {
 DEVICE void load_gradients(const Gradients& p, const Position& at, Shared& shared) {
     Tokens w = load_tokens(p.w, at), a = load_tokens(p.a, at), b = load_tokens(p.b, at);
     Tokens k = load_tokens(p.k, at), r = load_tokens(p.r, at);
-    {
-        Tokens v = load_tokens(p.v, at), dy = load_tokens(p.dy, at);
-        load_inverse(At::INVERSE, p.inverse, at);
-        put_tokens(At::V, v);
-        put_tokens(At::DY, dy);
-    }
+    Tokens v = load_tokens(p.v, at), dy = load_tokens(p.dy, at);
+    Inverse inverse = load_inverse(p.inverse, at);
     States states = load_states(p, at);
     write_documents(p.segments, p.T, p.H, shared.documents);
+    put_inverse(At::INVERSE, inverse);
+    put_tokens(At::V, v);
+    put_tokens(At::DY, dy);
     Factors factor = decay_factors(w, at, shared);
     float* rows = &shared_at<float>(At::FACTOR) + own_token() * WIDE + own_channel();
     write_eight(rows, factor.before);
@@ -233,32 +251,34 @@ DEVICE void load_gradients(const Gradients& p, const Position& at, Shared& share
 }
 
 // x += sign * values * gradients of this thread's tokens
-DEVICE void add_products(float (&x)[TOKENS][8], const Io* values, const Io* gradients, float sign,
-                         const Position& at) {
-    Tokens v = load_tokens(values, at), d = load_tokens(gradients, at);
+DEVICE void add_products(float (&x)[TOKENS][8], const Tokens& values, const Io* gradients,
+                         float sign, const Position& at) {
+    Tokens d = load_tokens(gradients, at);
 #pragma unroll
     for (int i = 0; i < TOKENS; i++) {
         float value[8], gradient[8];
-        unpack(v.x[i], value), unpack(d.x[i], gradient);
+        unpack(values.x[i], value), unpack(d.x[i], gradient);
 #pragma unroll
         for (int c = 0; c < 8; c++) x[i][c] += sign * value[c] * gradient[c];
     }
 }
 
+// What the gradient of w is made of beside gradients.
+struct Inputs { Tokens r, w, k, a, b; };
+
 // Gradient of w from the gradients that the block has written. A decay scales what comes after it in
 // its document: with x = r dr - k dk - b db + a da, it has the sum of x from its token on, without
 // its own a da, and what scales with the leaving state.
-DEVICE void decay_gradient(const Gradients& p, const Position& at, const Documents& documents,
-                           Shared& shared) {
+DEVICE void decay_gradient(const Gradients& p, const Position& at, const Inputs& in,
+                           const Documents& documents, Shared& shared) {
     int warp = warp_index(), group = thread_index() % 32 / 8, token = own_token();
     int last[TOKENS] = {documents.last(token), documents.last(token + 1)};
     int warp_end = (warp + 1) * WARP_TOKENS;
     float x[TOKENS][8] = {}, d[TOKENS][8] = {}, head[8];
-    add_products(d, p.a, p.da, -1.0f, at);
-    add_products(x, p.r, p.dr, 1.0f, at);
-    add_products(x, p.k, p.dk, -1.0f, at);
-    add_products(x, p.b, p.db, -1.0f, at);
-    Tokens w = load_tokens(p.w, at);
+    add_products(d, in.a, p.da, -1.0f, at);
+    add_products(x, in.r, p.dr, 1.0f, at);
+    add_products(x, in.k, p.dk, -1.0f, at);
+    add_products(x, in.b, p.db, -1.0f, at);
 #pragma unroll
     for (int c = 0; c < 8; c++) {
 #pragma unroll
@@ -298,7 +318,7 @@ DEVICE void decay_gradient(const Gradients& p, const Position& at, const Documen
 #pragma unroll
     for (int i = 0; i < TOKENS; i++) {
         float gate[8];
-        unpack(w.x[i], gate);
+        unpack(in.w.x[i], gate);
 #pragma unroll
         for (int c = 0; c < 8; c++) {
             d[i][c] += i == 0 ? head[c] : x[1][c];
@@ -382,10 +402,16 @@ KERNEL(wkv7_gradients, Gradients, THREADS, 2) {
             continue;
         }
         add_pairs(s, left, todo.other_right, todo.other_values, limits, todo.other_with_itself);
-        if (number > 1)
-            scale_rows(s, &shared_at<float>(At::FACTOR) + (row0 + todo.shift) * WIDE, group == 1);
+        if (number > 1) {
+            const float* factor = &shared_at<float>(At::FACTOR) + (row0 + todo.shift) * WIDE;
+            if (group == 0) scale_rows<false>(s, factor);
+            else scale_rows<true>(s, factor);
+        }
         store_rows(todo.output, at, row0, s);
     }
+    // loaded while other warps are at work
+    Inputs inputs = {load_tokens(p.r, at), load_tokens(p.w, at), load_tokens(p.k, at),
+                     load_tokens(p.a, at), load_tokens(p.b, at)};
     sync_block();
-    decay_gradient(p, at, documents, shared);
+    decay_gradient(p, at, inputs, documents, shared);
 }
