@@ -20,6 +20,17 @@ def dot(x, y, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def power(x, OPERAND: tl.constexpr):
+    """2^x; beside float32 operands to their last digit, of which the unit's own lacks two."""
+    if OPERAND == tl.float32:  # noqa: SIM300
+        n = tl.floor(x + 0.5)
+        f = (x - n) * 0.6931471805599453
+        p = 1 + f * (1 / 2 + f * (1 / 6 + f * (1 / 24 + f * (1 / 120 + f * (1 / 720 + f / 5040)))))
+        return (1 + f * p) * tl.exp2(n)
+    return tl.exp2(x)
+
+
+@triton.jit
 def place(T, H, M, C: tl.constexpr, N: tl.constexpr):
     """This program's batch row, its offset among tokens and its chunk's number in (B, H, M)."""
     program = tl.program_id(0).to(tl.int64)

@@ -14,6 +14,7 @@ from rwkv_peft.ops.triton_kernels import (
     load,
     matrix,
     place,
+    power,
     store,
     tile,
 )
@@ -24,10 +25,10 @@ SCALE = tl.constexpr(DECAY_SCALE)
 
 
 @triton.jit
-def decays(w, exists, C: tl.constexpr):
+def decays(w, exists, C: tl.constexpr, OPERAND: tl.constexpr):
     """g_t and g_{t-1} from the middle, that of all tokens, that of the first half; dl/dw."""
     # by the smaller of sigmoid(w) and sigmoid(-w), which keeps its digits
-    e = tl.exp2(tl.minimum(w, -w) * LOG2_E)
+    e = power(tl.minimum(w, -w) * LOG2_E, OPERAND)
     gate = 1 / (1 + e)
     slope = gate * gate * e * -SCALE
     log_decay = tl.where(exists, tl.where(w < 0, gate * e, gate) * (-SCALE * LOG2_E), 0.0)
@@ -78,7 +79,7 @@ def ordered(same, C: tl.constexpr):
 def state_transition(W, b_out, middle, whole, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """X, which a chunk multiplies a state by beside its decay."""
     X = dot(tl.trans(W), b_out, OPERAND, PRECISION)
-    return X * tl.exp2(middle)[:, None] * tl.exp2(whole - middle)[None, :]
+    return X * power(middle, OPERAND)[:, None] * power(whole - middle, OPERAND)[None, :]
 
 
 @triton.jit
@@ -88,7 +89,7 @@ def state_readout(
     """A_rb, and R, what outputs take of the state that enters."""
     A_rb = tl.where(causal, dot(rt, tl.trans(bt), OPERAND, PRECISION), 0.0).to(OPERAND)
     R = tl.where(enters, rt, 0.0) + dot(A_rb, W, OPERAND, PRECISION)
-    return A_rb, R * tl.exp2(middle)[None, :]
+    return A_rb, R * power(middle, OPERAND)[None, :]
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -103,10 +104,10 @@ def chunk_forward(
     offsets, exists = tile(token, T - c * C, H, C, N)
     same, enters, leaves, carried = documents(segment_ids, batch, c, T, C, SEGMENTS)
     strict, causal = ordered(same, C)
-    g, before, whole, middle, _ = decays(load(w, offsets, exists), exists, C)
+    g, before, whole, middle, _ = decays(load(w, offsets, exists), exists, C, OPERAND)
 
-    at = load(a, offsets, exists) * tl.exp2(before)
-    bt = (load(b, offsets, exists) * tl.exp2(-g)).to(OPERAND)
+    at = load(a, offsets, exists) * power(before, OPERAND)
+    bt = (load(b, offsets, exists) * power(-g, OPERAND)).to(OPERAND)
     A_ab = tl.where(strict, dot(at, tl.trans(bt), OPERAND, PRECISION), 0.0)
     L = inverse_of(A_ab, C, OPERAND, PRECISION).to(OPERAND)
     if KEEP:
@@ -116,13 +117,13 @@ def chunk_forward(
     square = chunk * N * N + matrix(N, N)
     X = state_transition(W, bt_out, middle, whole, OPERAND, PRECISION)
     tl.store(transition + square, X.to(transition.dtype.element_ty))
-    tl.store(decay + chunk * N + tl.arange(0, N), tl.exp2(whole) * carried)
+    tl.store(decay + chunk * N + tl.arange(0, N), power(whole, OPERAND) * carried)
 
-    rt = load(r, offsets, exists) * tl.exp2(g)
+    rt = load(r, offsets, exists) * power(g, OPERAND)
     A_rb, R = state_readout(rt, bt, W, causal, enters, middle, OPERAND, PRECISION)
     tl.store(readout + chunk * C * N + matrix(C, N), R.to(readout.dtype.element_ty))
 
-    kt = (load(k, offsets, exists) * tl.exp2(-g)).to(OPERAND)
+    kt = (load(k, offsets, exists) * power(-g, OPERAND)).to(OPERAND)
     values = load(v, offsets, exists).to(OPERAND)
     A_ak = tl.where(strict, dot(at, tl.trans(kt), OPERAND, PRECISION), 0.0)
     u = dot(L, dot(A_ak, values, OPERAND, PRECISION), OPERAND, PRECISION).to(OPERAND)
@@ -130,7 +131,7 @@ def chunk_forward(
     out = dot(A_rk, values, OPERAND, PRECISION) + dot(A_rb, u, OPERAND, PRECISION)
     store(y, offsets, out, exists)
     P = dot(tl.trans(values), tl.where(leaves, kt, 0.0), OPERAND, PRECISION)
-    P = (P + dot(tl.trans(u), bt_out, OPERAND, PRECISION)) * tl.exp2(whole - middle)[None, :]
+    P = (P + dot(tl.trans(u), bt_out, OPERAND, PRECISION)) * power(whole - middle, OPERAND)[None, :]
     tl.store(added + square, P.to(added.dtype.element_ty))
 
 
@@ -160,18 +161,18 @@ def chunk_backward(
     offsets, exists = tile(token, T - c * C, H, C, N)
     same, enters, leaves, carried = documents(segment_ids, batch, c, T, C, SEGMENTS)
     _, causal = ordered(same, C)
-    g, before, whole, middle, _ = decays(load(w, offsets, exists), exists, C)
+    g, before, whole, middle, _ = decays(load(w, offsets, exists), exists, C, OPERAND)
 
-    at = load(a, offsets, exists) * tl.exp2(before)
-    bt = (load(b, offsets, exists) * tl.exp2(-g)).to(OPERAND)
+    at = load(a, offsets, exists) * power(before, OPERAND)
+    bt = (load(b, offsets, exists) * power(-g, OPERAND)).to(OPERAND)
     L = tl.load(inverse + chunk * C * C + matrix(C, C)).to(OPERAND)
     W = dot(L, tl.where(enters, at, 0.0), OPERAND, PRECISION).to(OPERAND)
     square = chunk * N * N + matrix(N, N)
     X = state_transition(W, tl.where(leaves, bt, 0.0), middle, whole, OPERAND, PRECISION)
     tl.store(transition + square, X.to(transition.dtype.element_ty))
-    tl.store(decay + chunk * N + tl.arange(0, N), tl.exp2(whole) * carried)
+    tl.store(decay + chunk * N + tl.arange(0, N), power(whole, OPERAND) * carried)
 
-    rt = load(r, offsets, exists) * tl.exp2(g)
+    rt = load(r, offsets, exists) * power(g, OPERAND)
     _, R = state_readout(rt, bt, W, causal, enters, middle, OPERAND, PRECISION)
     d_y = load(dy, offsets, exists).to(OPERAND)
     Q = dot(tl.trans(d_y), R, OPERAND, PRECISION)
@@ -220,15 +221,21 @@ def gradients(
     offsets, exists = tile(token, T - c * C, H, C, N)
     same, enters, leaves, carried = documents(segment_ids, batch, c, T, C, SEGMENTS)
     strict, causal = ordered(same, C)
-    g, before, whole, middle, slope = decays(load(w, offsets, exists), exists, C)
+    g, before, whole, middle, slope = decays(load(w, offsets, exists), exists, C, OPERAND)
 
-    at, rt = load(a, offsets, exists) * tl.exp2(before), load(r, offsets, exists) * tl.exp2(g)
-    bt, kt = load(b, offsets, exists) * tl.exp2(-g), load(k, offsets, exists) * tl.exp2(-g)
+    at, rt = (
+        load(a, offsets, exists) * power(before, OPERAND),
+        load(r, offsets, exists) * power(g, OPERAND),
+    )
+    bt, kt = (
+        load(b, offsets, exists) * power(-g, OPERAND),
+        load(k, offsets, exists) * power(-g, OPERAND),
+    )
     a_, b_, r_, k_ = at.to(OPERAND), bt.to(OPERAND), rt.to(OPERAND), kt.to(OPERAND)
     values, d_y = load(v, offsets, exists).to(OPERAND), load(dy, offsets, exists).to(OPERAND)
     square = chunk * N * N + matrix(N, N)
-    S = tl.load(states + square).to(tl.float32) * tl.exp2(middle)[None, :]
-    D = tl.load(dstates + square).to(tl.float32) * tl.exp2(whole - middle)[None, :]
+    S = tl.load(states + square).to(tl.float32) * power(middle, OPERAND)[None, :]
+    D = tl.load(dstates + square).to(tl.float32) * power(whole - middle, OPERAND)[None, :]
     dlog_all = tl.sum(S * D, 0) * carried
     S, D = S.to(OPERAND), D.to(OPERAND)
 
@@ -248,21 +255,21 @@ def gradients(
     dA_rk = tl.where(causal, dot(d_y, tl.trans(values), OPERAND, PRECISION), 0.0).to(OPERAND)
     dA_rb = tl.where(causal, dot(d_y, tl.trans(u), OPERAND, PRECISION), 0.0).to(OPERAND)
     grad = reader_gradient(d_y, S, enters, dA_rk, k_, dA_rb, b_, OPERAND, PRECISION)
-    store(dr, offsets, grad * tl.exp2(g), exists)
+    store(dr, offsets, grad * power(g, OPERAND), exists)
     later = rt * grad
     dA_ak = tl.where(strict, dot(z, tl.trans(values), OPERAND, PRECISION), 0.0).to(OPERAND)
     dA_ab = tl.where(strict, dot(z, tl.trans(u), OPERAND, PRECISION), 0.0).to(OPERAND)
     grad = reader_gradient(z, S, enters, dA_ak, k_, dA_ab, b_, OPERAND, PRECISION)
-    store(da, offsets, grad * tl.exp2(before), exists)
+    store(da, offsets, grad * power(before, OPERAND), exists)
     own = at * grad
     later += own
 
     grad, leaving = writer_gradient(values, D, leaves, dA_rk, r_, dA_ak, a_, OPERAND, PRECISION)
-    store(dk, offsets, grad * tl.exp2(-g), exists)
+    store(dk, offsets, grad * power(-g, OPERAND), exists)
     later -= kt * grad
     dlog_all += tl.sum(kt * leaving, 0)
     grad, leaving = writer_gradient(u, D, leaves, dA_rb, r_, dA_ab, a_, OPERAND, PRECISION)
-    store(db, offsets, grad * tl.exp2(-g), exists)
+    store(db, offsets, grad * power(-g, OPERAND), exists)
     later -= bt * grad
     dlog_all += tl.sum(bt * leaving, 0)
 
