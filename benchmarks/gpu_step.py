@@ -13,6 +13,7 @@ import platform
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,10 +66,12 @@ def make_model(size: str, op: str, device: torch.device) -> RWKV:
     return model
 
 
-def make_optimizer(model: RWKV, method: Method, *, is_fused: bool = True) -> Optimizer:
-    """Prepares a model for full tuning (none) or with an adapter of rank 32."""
+def make_optimizer(
+    model: RWKV, method: Method, options: dict[str, Any] | None = None, *, is_fused: bool = True
+) -> Optimizer:
+    """Prepares a model for full tuning (none) or with an adapter, of rank 32 if left open."""
     torch.manual_seed(0)
-    trained = attach(model, method, ADAPTERS.get(method, {}), is_fused=is_fused)
+    trained = attach(model, method, options or ADAPTERS.get(method, {}), is_fused=is_fused)
     return Optimizer(
         trained,
         betas=(0.9, 0.99),

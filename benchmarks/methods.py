@@ -1,11 +1,12 @@
 """Time and memory of training steps with an adapter: our fused layers against peft's own.
 
-    python benchmarks/methods.py [--size 1.5b] [--methods lora miss] [--ctx_len 1024 4096] [--rows 1]
+    python benchmarks/methods.py [--size 1.5b] [--methods lora miss] [--ctx_len 1024 4096]
 
 Random bf16 weights, rows of random tokens, rank 32 on the default targets, with and without
-recomputing blocks in backward: forward, backward, clip, AdamW on float32 masters. Both kinds of
-layers exist at once and take turns; medians. Memory is the peak of allocated tensors with one
-alone. A pair is timed only if its losses agree to 1 %.
+recomputing blocks in backward: forward, backward, clip, AdamW on float32 masters. All kinds exist
+at once and take turns; medians. The floor is a step whose only adapter is in the first layer: what
+is left if adapters cost nothing. Memory is the peak of allocated tensors with one alone. A row is
+timed only if the losses agree to 1 %.
 """
 
 import argparse
@@ -24,21 +25,27 @@ from rwkv_peft.training.optim import Optimizer
 WARM_UP = 3
 
 
-def prepare(size: str, method: Method, *, is_fused: bool, grad_cp: bool) -> tuple[RWKV, Optimizer]:
+# what a model is given: peft's own layers, ours, and next to nothing
+KINDS = ("peft", "fused", "floor")
+FLOOR = {"r": 32, "target_modules": ["blocks.0.att.receptance"]}
+
+
+def prepare(size: str, method: Method, kind: str, *, grad_cp: bool) -> tuple[RWKV, Optimizer]:
     """A model with an adapter, and its optimizer."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = make_model(size, "auto", device)
     model.grad_cp = grad_cp
-    return model, make_optimizer(model, method, is_fused=is_fused)
+    options = FLOOR if kind == "floor" else None
+    return model, make_optimizer(model, method, options, is_fused=kind != "peft")
 
 
-def peak_of(size: str, method: Method, batch: Batch, *, is_fused: bool, grad_cp: bool) -> float:
+def peak_of(size: str, method: Method, batch: Batch, kind: str, *, grad_cp: bool) -> float:
     """GiB of allocated tensors at the peak of a step; nan on a CPU, which does not count them."""
     if not torch.accelerator.is_available():
         return float("nan")
     gc.collect()
     torch.accelerator.empty_cache()
-    model, optimizer = prepare(size, method, is_fused=is_fused, grad_cp=grad_cp)
+    model, optimizer = prepare(size, method, kind, grad_cp=grad_cp)
     timed_step(model, optimizer, batch)
     torch.accelerator.reset_peak_memory_stats()
     timed_step(model, optimizer, batch)
@@ -48,24 +55,19 @@ def peak_of(size: str, method: Method, batch: Batch, *, is_fused: bool, grad_cp:
 def row(size: str, method: Method, rows: int, ctx_len: int, rounds: int, *, grad_cp: bool) -> str:
     """A table row."""
     batch = random_batch(rows, ctx_len, SIZES[size][-1])
-    peaks = [
-        peak_of(size, method, batch, is_fused=is_fused, grad_cp=grad_cp)
-        for is_fused in (False, True)
-    ]
-    kinds = [prepare(size, method, is_fused=f, grad_cp=grad_cp) for f in (False, True)]
+    peaks = [peak_of(size, method, batch, kind, grad_cp=grad_cp) for kind in KINDS[:2]]
+    models = [prepare(size, method, kind, grad_cp=grad_cp) for kind in KINDS]
     start = f"| {method} | {rows} × {ctx_len} | {int(grad_cp)} | "
-    losses: list[list[float]] = [[], []]
-    seconds: list[list[float]] = [[], []]
+    steps: list[list[tuple[float, float]]] = [[] for _ in KINDS]
     for _ in range(rounds + WARM_UP):
-        for i, (model, optimizer) in enumerate(kinds):
-            loss, time = timed_step(model, optimizer, batch)
-            losses[i].append(loss)
-            seconds[i].append(time)
-    if abs(losses[0][-1] - losses[1][-1]) > 0.01 * losses[0][-1]:
-        return start + f"not timed: losses {losses[0][-1]:.4f} and {losses[1][-1]:.4f} | | | | |"
-    plain, fused = (statistics.median(s[WARM_UP:]) for s in seconds)
+        for found, (model, optimizer) in zip(steps, models, strict=True):
+            found.append(timed_step(model, optimizer, batch))
+    losses = [found[-1][0] for found in steps]
+    if max(losses) - min(losses) > 0.01 * losses[0]:
+        return start + f"not timed: losses {losses} | | | | | |"
+    times = [statistics.median(s for _, s in found[WARM_UP:]) * 1e3 for found in steps]
     return (
-        start + f"{plain * 1e3:.1f} | {fused * 1e3:.1f} | {plain / fused:.2f} | "
+        start + " | ".join(f"{x:.1f}" for x in times) + f" | {times[0] / times[1]:.2f} | "
         f"{peaks[0]:.2f} | {peaks[1]:.2f} |"
     )
 
@@ -83,8 +85,9 @@ def main(args: list[str] | None = None) -> None:
     lines = [
         f"{device_name()}, torch {torch.__version__}, model {options.size}",
         "",
-        "| method | rows × ctx_len | grad_cp | peft ms | fused ms | times faster | peft GiB | fused GiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | rows × ctx_len | grad_cp | peft ms | fused ms | floor ms | times faster | "
+        "peft GiB | fused GiB |",
+        "|---|---|---|" + "---|" * 6,
     ]
     for method in options.methods:
         for ctx_len in options.ctx_len:
