@@ -53,7 +53,7 @@ struct BackwardMemory {
 };
 
 // What the reverse pass over the chunks needs: transition again, and the gradient that dy gives.
-KERNEL(wkv7_chunk_backward, ChunkBackward, THREADS, 2) {
+KERNEL(wkv7_chunk_backward, ChunkBackward, THREADS, 3) {
     typedef BackwardMemory At;
     Shared& shared = shared_at<Shared>(At::SHARED);
     Position at = position(p.T, p.H, p.M);
@@ -83,9 +83,9 @@ KERNEL(wkv7_chunk_backward, ChunkBackward, THREADS, 2) {
     if (group == 0) {
         clear(s);
         add_product(s, At::INVERSE, row0, At::A, Range{0, row0 + 16});
-        sync_group(1, GROUP_THREADS);
-        store_tile(At::A, row0, s);
     }
+    sync_group(1 + group, GROUP_THREADS);
+    if (group == 0) store_tile(At::A, row0, s);
     sync_block();
     if (group == 1) {
         clear(s);
@@ -93,8 +93,8 @@ KERNEL(wkv7_chunk_backward, ChunkBackward, THREADS, 2) {
         add_readout(s, At::R, row0, documents, shared.middle);
         sync_warp();  // all lanes have read the rows that are written now
         store_tile(At::R, row0, s);
-        sync_group(2, GROUP_THREADS);
     }
+    sync_group(1 + group, GROUP_THREADS);
     if (documents.is_packed()) {
         sync_block();
         zero_rows(At::B, 0, documents.leaving);

@@ -119,6 +119,8 @@ KERNEL(wkv7_chunk_forward, ChunkForward, THREADS, 2) {
         store_tile(At::U, row0, s);
         clear(y);
         add_pairs(y, load_rows_of(At::R, row0), At::K, At::V, earlier, true);
+        // compute-sanitizer orders two groups by how many barriers each has passed
+        for (int turn = 1; turn < GROUP_WARPS; turn++) sync_group(2, GROUP_THREADS);
     }
     sync_block();
     if (documents.is_packed()) {
