@@ -16,6 +16,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def dot(x, y, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    if OPERAND == tl.float32:  # noqa: SIM300
+        # A sum of its own, rounded at its own size: the compiler lets a bare product add to what it
+        # is added to, term after term. The factors are exact.
+        return tl.dot(x.to(OPERAND) * 2.0, y.to(OPERAND), input_precision=PRECISION) * 0.5
     return tl.dot(x.to(OPERAND), y.to(OPERAND), input_precision=PRECISION)
 
 
@@ -50,6 +54,11 @@ def tile(token, left, H, C: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def load(x, offsets, exists):
     return tl.load(x + offsets, mask=exists, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def scaled(x, offsets, exists, exponent, OPERAND: tl.constexpr):
+    return load(x, offsets, exists) * power(exponent, OPERAND)
 
 
 @triton.jit
@@ -110,6 +119,6 @@ def scan(
             X = tl.load(transition + chunk * N * N + matrix(N, N)).to(OPERAND)
             if REVERSE:
                 X = tl.trans(X)
-            P = tl.dot(S.to(OPERAND), X, acc=P, input_precision=PRECISION)
+            P += dot(S, X, OPERAND, PRECISION)
         S = P
     tl.store(end + head * N * N + rows, S)

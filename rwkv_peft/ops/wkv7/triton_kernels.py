@@ -15,6 +15,7 @@ from rwkv_peft.ops.triton_kernels import (
     matrix,
     place,
     power,
+    scaled,
     store,
     tile,
 )
@@ -106,8 +107,8 @@ def chunk_forward(
     strict, causal = ordered(same, C)
     g, before, whole, middle, _ = decays(load(w, offsets, exists), exists, C, OPERAND)
 
-    at = load(a, offsets, exists) * power(before, OPERAND)
-    bt = (load(b, offsets, exists) * power(-g, OPERAND)).to(OPERAND)
+    at = scaled(a, offsets, exists, before, OPERAND)
+    bt = scaled(b, offsets, exists, -g, OPERAND).to(OPERAND)
     A_ab = tl.where(strict, dot(at, tl.trans(bt), OPERAND, PRECISION), 0.0)
     L = inverse_of(A_ab, C, OPERAND, PRECISION).to(OPERAND)
     if KEEP:
@@ -119,11 +120,11 @@ def chunk_forward(
     tl.store(transition + square, X.to(transition.dtype.element_ty))
     tl.store(decay + chunk * N + tl.arange(0, N), power(whole, OPERAND) * carried)
 
-    rt = load(r, offsets, exists) * power(g, OPERAND)
+    rt = scaled(r, offsets, exists, g, OPERAND)
     A_rb, R = state_readout(rt, bt, W, causal, enters, middle, OPERAND, PRECISION)
     tl.store(readout + chunk * C * N + matrix(C, N), R.to(readout.dtype.element_ty))
 
-    kt = (load(k, offsets, exists) * power(-g, OPERAND)).to(OPERAND)
+    kt = scaled(k, offsets, exists, -g, OPERAND).to(OPERAND)
     values = load(v, offsets, exists).to(OPERAND)
     A_ak = tl.where(strict, dot(at, tl.trans(kt), OPERAND, PRECISION), 0.0)
     u = dot(L, dot(A_ak, values, OPERAND, PRECISION), OPERAND, PRECISION).to(OPERAND)
@@ -163,8 +164,8 @@ def chunk_backward(
     _, causal = ordered(same, C)
     g, before, whole, middle, _ = decays(load(w, offsets, exists), exists, C, OPERAND)
 
-    at = load(a, offsets, exists) * power(before, OPERAND)
-    bt = (load(b, offsets, exists) * power(-g, OPERAND)).to(OPERAND)
+    at = scaled(a, offsets, exists, before, OPERAND)
+    bt = scaled(b, offsets, exists, -g, OPERAND).to(OPERAND)
     L = tl.load(inverse + chunk * C * C + matrix(C, C)).to(OPERAND)
     W = dot(L, tl.where(enters, at, 0.0), OPERAND, PRECISION).to(OPERAND)
     square = chunk * N * N + matrix(N, N)
@@ -172,7 +173,7 @@ def chunk_backward(
     tl.store(transition + square, X.to(transition.dtype.element_ty))
     tl.store(decay + chunk * N + tl.arange(0, N), power(whole, OPERAND) * carried)
 
-    rt = load(r, offsets, exists) * power(g, OPERAND)
+    rt = scaled(r, offsets, exists, g, OPERAND)
     _, R = state_readout(rt, bt, W, causal, enters, middle, OPERAND, PRECISION)
     d_y = load(dy, offsets, exists).to(OPERAND)
     Q = dot(tl.trans(d_y), R, OPERAND, PRECISION)
@@ -223,14 +224,8 @@ def gradients(
     strict, causal = ordered(same, C)
     g, before, whole, middle, slope = decays(load(w, offsets, exists), exists, C, OPERAND)
 
-    at, rt = (
-        load(a, offsets, exists) * power(before, OPERAND),
-        load(r, offsets, exists) * power(g, OPERAND),
-    )
-    bt, kt = (
-        load(b, offsets, exists) * power(-g, OPERAND),
-        load(k, offsets, exists) * power(-g, OPERAND),
-    )
+    at, rt = scaled(a, offsets, exists, before, OPERAND), scaled(r, offsets, exists, g, OPERAND)
+    bt, kt = scaled(b, offsets, exists, -g, OPERAND), scaled(k, offsets, exists, -g, OPERAND)
     a_, b_, r_, k_ = at.to(OPERAND), bt.to(OPERAND), rt.to(OPERAND), kt.to(OPERAND)
     values, d_y = load(v, offsets, exists).to(OPERAND), load(dy, offsets, exists).to(OPERAND)
     square = chunk * N * N + matrix(N, N)
