@@ -11,11 +11,16 @@ from rwkv_peft.errors import ShapeError
 from rwkv_peft.ops.dispatch import Request, is_installed
 
 HEAD_SIZE = 64
+OLDEST = 80  # NVIDIA's Ampere, the oldest that Triton supports
 NOTE = "Triton kernels, parallel over time; compiled at the first step, which takes seconds"
 
 
-def objection(request: Request) -> str | None:
-    """Why Triton kernels cannot serve a request; None if they can."""
+def objection(request: Request, *, shared_memory: int) -> str | None:
+    """Why Triton kernels cannot serve a request; None if they can.
+
+    Args:
+        shared_memory: bytes of it that the largest kernel needs.
+    """
     if request.device.type == "cpu":
         return "needs a GPU"
     if not is_installed("triton"):
@@ -24,7 +29,23 @@ def objection(request: Request) -> str | None:
         return f"needs head size {HEAD_SIZE}, got {request.head_size}"
     if request.dtype == torch.float64:
         return "computes in float32 at most, not in float64"
+    try:
+        arch, found = _of_device(request.device)
+    except RuntimeError as error:
+        return f"has no driver for {request.device.type}: {error}"
+    if isinstance(arch, int) and arch < OLDEST:
+        return f"needs compute capability {OLDEST / 10}, and this GPU has {arch / 10}"
+    if found < shared_memory:
+        return f"needs {shared_memory} bytes of shared memory, and this GPU has {found}"
     return None
+
+
+def _of_device(device: torch.device) -> tuple[object, int]:
+    """Triton's name of a device's kind (NVIDIA: 10 times the compute capability), shared bytes."""
+    from triton.runtime import driver
+
+    properties = driver.active.utils.get_device_properties(device.index or 0)
+    return driver.active.get_current_target().arch, properties["max_shared_mem"]
 
 
 def require_head_size(size: int) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from rwkv_peft.ops.dispatch import Request
 from rwkv_peft.ops.testing import OPERATORS
-from rwkv_peft.ops.triton import Launcher, Variant, objection
+from rwkv_peft.ops.triton import Launcher, Variant
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs the package triton"
@@ -57,6 +57,7 @@ def test_kernels_compile_and_fit_into_shared_memory(
     from triton.compiler import ASTSource, compile, make_backend
 
     offered = make_backend(GPUTarget(*target)).parse_options({}).allowed_dot_input_precisions
+    needed = import_module(f"rwkv_peft.ops.{op}").SHARED_MEMORY
     for launcher, arguments in variants(op):
         if "tf32x3" not in offered:
             arguments = tuple("ieee" if x == "tf32x3" else x for x in arguments)
@@ -70,7 +71,7 @@ def test_kernels_compile_and_fit_into_shared_memory(
         }
         source = ASTSource(launcher.kernel, signature, constants, aligned)
         compiled = compile(source, GPUTarget(*target), launcher.options)
-        assert compiled.metadata.shared <= shared, launcher.kernel.__name__
+        assert compiled.metadata.shared <= min(shared, needed), launcher.kernel.__name__
 
 
 @pytest.mark.parametrize("op", OPERATORS)
@@ -102,9 +103,33 @@ def test_what_was_compiled_for_one_type_is_not_used_for_another(
     assert compilations == [[torch.float32, torch.float16], [torch.float32, torch.float32]]
 
 
-def test_what_triton_cannot_serve_is_said() -> None:
+def triton_objection(op: str, device: torch.device, dtype: torch.dtype, size: int = 64) -> str:
+    (backend,) = [b for b in OPERATORS[op].table if b.name == "triton"]
+    return str(backend.objection(Request(device, dtype, size)))
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_what_triton_cannot_serve_is_said(op: str) -> None:
     gpu = torch.device("cuda")
-    assert objection(Request(torch.device("cpu"), torch.bfloat16, 64)) == "needs a GPU"
-    assert objection(Request(gpu, torch.bfloat16, 64)) is None
-    assert objection(Request(gpu, torch.bfloat16, 32)) == "needs head size 64, got 32"
-    assert "not in float64" in str(objection(Request(gpu, torch.float64, 64)))
+    assert triton_objection(op, torch.device("cpu"), torch.bfloat16) == "needs a GPU"
+    assert triton_objection(op, gpu, torch.bfloat16, 32) == "needs head size 64, got 32"
+    assert "not in float64" in triton_objection(op, gpu, torch.float64)
+    said = triton_objection(op, torch.device("mps"), torch.float16)
+    assert said.startswith("has no driver for mps: ")
+
+
+@pytest.mark.parametrize(
+    ("op", "arch", "shared", "why"),
+    [
+        ("wkv7", 90, 232448, None),
+        ("wkv7", 89, 101376, None),
+        ("wkv7", "gfx942", 65536, "needs 101376 bytes of shared memory, and this GPU has 65536"),
+        ("wkv6", "gfx942", 65536, None),
+        ("wkv6", 75, 65536, "needs compute capability 8.0, and this GPU has 7.5"),
+    ],
+)
+def test_a_device_that_cannot_run_the_kernels_is_told_why(
+    op: str, arch: object, shared: int, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rwkv_peft.ops.triton._of_device", lambda device: (arch, shared))
+    assert triton_objection(op, torch.device("cuda", 0), torch.float16) == str(why)

@@ -1,5 +1,6 @@
 """WKV-6, the recurrence of RWKV-6, and of RWKV-5 with a constant decay: contract and backends."""
 
+import functools
 from collections.abc import Callable
 
 from torch import Tensor
@@ -43,11 +44,13 @@ def _load_fla() -> Kernel:
     return wkv6_fla
 
 
+SHARED_MEMORY = 64 * 1024  # bytes, for the largest of the Triton kernels
+_triton_objection = functools.partial(triton.objection, shared_memory=SHARED_MEMORY)
+
 TABLE = (
     Backend("cuda", _load_cuda, _cuda_objection, "kernels for NVIDIA GPUs"),
+    Backend("triton", _load_triton, _triton_objection, triton.NOTE),
     Backend("torch", _load_torch, lambda request: None, "chunked matrix products in PyTorch"),
-    # after torch, so that auto does not take it: it was not run on a GPU yet
-    Backend("triton", _load_triton, triton.objection, triton.NOTE),
     # after torch: on an H200 it leaves the error budget from 100 tokens on
     Backend("fla", _load_fla, fla.objection, fla.NOTE),
     Backend("reference", lambda: wkv6_reference, lambda request: None, "token by token"),

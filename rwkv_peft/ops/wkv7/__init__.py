@@ -1,5 +1,6 @@
 """WKV-7, the recurrence of RWKV-7: its contract, the check of its arguments, and its backends."""
 
+import functools
 from collections.abc import Callable
 
 from torch import Tensor
@@ -42,12 +43,14 @@ def _cuda_objection(request: Request) -> str | None:
     return objection(request)
 
 
+SHARED_MEMORY = 99 * 1024  # bytes, for the largest of the Triton kernels
+_triton_objection = functools.partial(triton.objection, shared_memory=SHARED_MEMORY)
+
 TABLE = (
     Backend("cuda", _load_cuda, _cuda_objection, "kernels for NVIDIA GPUs"),
+    Backend("triton", _load_triton, _triton_objection, triton.NOTE),
     Backend("fla", _load_fla, fla.objection, fla.NOTE),
     Backend("torch", _load_torch, lambda request: None, "chunked matrix products in PyTorch"),
-    # after torch, so that auto does not take it: on an H200 it reads memory that nobody wrote
-    Backend("triton", _load_triton, triton.objection, triton.NOTE),
     Backend("reference", lambda: wkv7_reference, lambda request: None, "token by token"),
 )
 
