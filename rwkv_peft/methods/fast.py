@@ -4,6 +4,9 @@ T rows, r rank. A low-rank product is written into the output first; the product
 weight then adds to it in its epilogue, where reading the output costs next to nothing beside the
 arithmetic. So there are no sums or scalings over (T, out), and nothing is kept for backward but
 what a gradient needs: x and x A for LoRA, the folded x alone for MiSS.
+
+A short step is bound by the host, a dozen microseconds a layer, so tensors are read from the
+dictionaries of modules: `nn.Module.__getattr__` and peft's containers cost as much as a product.
 """
 
 from collections.abc import Callable
@@ -24,8 +27,10 @@ def fuse(model: nn.Module) -> int:
     count = 0
     for module in model.modules():
         if form := form_of(module):
-            layer: Any = type(module)
-            module.__class__ = _fast_class(layer, form.forward)
+            layer: Any = module
+            (layer.fused_adapter,) = layer.active_adapters
+            own: Any = type(module)
+            module.__class__ = _fast_class(own, form.forward)
             count += 1
     return count
 
@@ -34,12 +39,13 @@ class Form(NamedTuple):
     """The arithmetic of one kind of layer.
 
     Attributes:
-        forward: y (..., out) of a layer and x (..., in).
+        forward: y (..., out) of x (..., in), called with a layer, its adapter's name, its frozen
+            weight, and x.
         add: adds the change of a layer's rows to these rows of its weight (rows, in), in place;
             called with the layer, the rows as a slice, and the weight.
     """
 
-    forward: Callable[[Any, Tensor], Tensor]
+    forward: Callable[[Any, str, Tensor, Tensor], Tensor]
     add: Callable[[Any, slice, Tensor], None]
 
 
@@ -57,13 +63,15 @@ def form_of(module: nn.Module) -> Form | None:
 
 @cache
 def _fast_class(layer: Any, form: Any) -> type[nn.Module]:
-    """The subclass of a peft layer whose forward is `form` while the adapter is at work."""
+    """The subclass of a peft layer whose forward is `form` while its one adapter is at work."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if self.disable_adapters or self.merged or x.dtype != self.base_layer.weight.dtype:
+        name, weight = self.fused_adapter, _weight(self._modules["base_layer"])
+        is_at_work = self.active_adapters == [name] and not self.disable_adapters
+        if not is_at_work or self.merged or x.dtype != weight.dtype:
             plain: Tensor = layer.forward(self, x)
             return plain
-        y: Tensor = form(self, x)
+        y: Tensor = form(self, name, weight, x)
         return y
 
     return type(f"Fast{layer.__name__}", (layer,), {"forward": forward})
@@ -71,12 +79,16 @@ def _fast_class(layer: Any, form: Any) -> type[nn.Module]:
 
 def _is_plain(layer: Any) -> bool:
     base = layer.base_layer
-    return type(base) is nn.Linear and base.bias is None and not base.weight.requires_grad
+    is_alone = len(layer.active_adapters) == 1
+    is_frozen = type(base) is nn.Linear and base.bias is None and not base.weight.requires_grad
+    return is_alone and is_frozen
 
 
-def _weight(base: nn.Linear) -> Tensor:
+def _weight(base: nn.Module) -> Tensor:
     """The frozen weight (out, in) of a base layer, in the type of the computation."""
-    return base.weight
+    weight = base._parameters["weight"]
+    assert weight is not None
+    return weight
 
 
 def _serves_lora(layer: Any) -> bool:
@@ -84,17 +96,22 @@ def _serves_lora(layer: Any) -> bool:
     return len(layer.lora_A) == 1 and not layer.lora_variant and not any(layer.lora_bias.values())
 
 
-def _lora(layer: Any, x: Tensor) -> Tensor:
-    (name,) = layer.lora_A
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    rate = _dropout(layer.lora_dropout[name])
-    y: Tensor = _Lora.apply(x, _weight(layer.base_layer), a, b, layer.scaling[name], rate)
+def _lora_matrices(layer: Any, name: str) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) of an adapter."""
+    first, second = (layer._modules[key]._modules[name] for key in ("lora_A", "lora_B"))
+    return first._parameters["weight"], second._parameters["weight"]
+
+
+def _lora(layer: Any, name: str, weight: Tensor, x: Tensor) -> Tensor:
+    rate = _dropout(layer._modules["lora_dropout"]._modules[name])
+    a, b = _lora_matrices(layer, name)
+    y: Tensor = _Lora.apply(x, weight, a, b, layer.scaling[name], rate)
     return y
 
 
 def _add_lora(layer: Any, rows: slice, weight: Tensor) -> None:
     (name,) = layer.lora_A
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    a, b = _lora_matrices(layer, name)
     weight.addmm_(b[rows], a, alpha=layer.scaling[name])
 
 
@@ -102,24 +119,23 @@ def _serves_miss(layer: Any) -> bool:
     return len(layer.miss_block) == 1 and layer.miss_fn != "bat"
 
 
-def _miss(layer: Any, x: Tensor) -> Tensor:
-    (name,) = layer.miss_block
-    rate = _dropout(layer.miss_dropout[name])
-    y: Tensor = _Miss.apply(x, _weight(layer.base_layer), _miss_block(layer), rate)
+def _miss(layer: Any, name: str, weight: Tensor, x: Tensor) -> Tensor:
+    rate = _dropout(layer._modules["miss_dropout"]._modules[name])
+    y: Tensor = _Miss.apply(x, weight, _miss_block(layer, name), rate)
     return y
 
 
-def _miss_block(layer: Any) -> Tensor:
+def _miss_block(layer: Any, name: str) -> Tensor:
     """What every shard of r columns is multiplied with, (r, out)."""
-    (name,) = layer.miss_block
-    block: Tensor = layer.miss_block[name]
+    block: Tensor = layer._modules["miss_block"]._parameters[name]
     if layer.miss_fn == "mini":
         block = block.repeat(1, layer.out_features // layer.miss_mini_r[name])
     return block
 
 
 def _add_miss(layer: Any, rows: slice, weight: Tensor) -> None:
-    shard = _miss_block(layer)[:, rows].t()
+    (name,) = layer.miss_block
+    shard = _miss_block(layer, name)[:, rows].t()
     whole = weight.shape[1] // shard.shape[1] * shard.shape[1]
     weight[:, :whole].unflatten(1, (-1, shard.shape[1])).add_(shard.unsqueeze(1))
     weight[:, whole:].add_(shard[:, : weight.shape[1] - whole])
@@ -135,11 +151,22 @@ def _drop(x: Tensor, rate: float) -> tuple[Tensor, Tensor | None]:
     return torch.native_dropout(x, rate, True)
 
 
-def _product(x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+def _product(x: Tensor, y: Tensor, scale: float) -> Tensor:
     """scale x @ y in one kernel."""
+    if scale == 1:
+        return torch.mm(x, y)
     out: Tensor = x.new_empty(x.shape[0], y.shape[1])
-    out.addmm_(x, y, beta=0, alpha=scale)
-    return out
+    return out.addmm_(x, y, beta=0, alpha=scale)
+
+
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`once_differentiable`, whose own work is spared where no second derivative can come."""
+    guarded = once_differentiable(backward)
+
+    def choose(ctx: Any, dy: Tensor) -> Any:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, dy)
+
+    return choose
 
 
 class _Lora(torch.autograd.Function):
@@ -150,28 +177,29 @@ class _Lora(torch.autograd.Function):
         # rows are made here, where no view is an operation to differentiate
         rows = x.reshape(-1, x.shape[-1])
         dropped, mask = _drop(rows, rate)
-        u = dropped @ a.t()
-        y = _product(u, b.t(), scale).addmm_(rows, w.t())
+        # the narrow one is scaled, and kept so, as B's gradient wants it too
+        u = _product(dropped, a.t(), scale)
+        y = torch.mm(u, b.t()).addmm_(rows, w.t())
         ctx.scale, ctx.keep = scale, 1 - rate
         ctx.save_for_backward(x, w, a, b, u, mask)
-        return y.view(*x.shape[:-1], len(w))
+        return y.view(*x.shape[:-1], w.shape[0])
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         x, w, a, b, u, mask = ctx.saved_tensors
-        shape, x, dy = x.shape, x.reshape(-1, x.shape[-1]), dy.reshape(-1, len(w))
-        dx = da = db = None
+        needs_x, _, needs_a, needs_b, *_ = ctx.needs_input_grad
+        rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, w.shape[0])
+        dx = da = None
         g = _product(dy, b, ctx.scale)
-        if ctx.needs_input_grad[3]:
-            db = _product(dy.t(), u, ctx.scale)
-        if ctx.needs_input_grad[2]:
-            da = g.t() @ (x if mask is None else (x * mask).div_(ctx.keep))
-        if ctx.needs_input_grad[0]:
-            dx = g @ a
+        db = torch.mm(dy.t(), u) if needs_b else None
+        if needs_a:
+            da = torch.mm(g.t(), rows if mask is None else (rows * mask).div_(ctx.keep))
+        if needs_x:
+            dx = torch.mm(g, a)
             if mask is not None:
                 dx.mul_(mask).div_(ctx.keep)
-            dx = dx.addmm_(dy, w).view(shape)
+            dx = dx.addmm_(dy, w).view_as(x)
         return dx, None, da, db, None, None
 
 
@@ -185,36 +213,40 @@ class _Miss(torch.autograd.Function):
     def forward(ctx: Any, x, w, d, rate):  # type: ignore[no-untyped-def]
         rows = x.reshape(-1, x.shape[-1])
         dropped, mask = _drop(rows, rate)
-        u = _fold(dropped, len(d))
-        y = (u @ d).addmm_(rows, w.t())
+        u = _fold(dropped, d.shape[0])
+        y = torch.mm(u, d).addmm_(rows, w.t())
         ctx.keep, ctx.shape = 1 - rate, x.shape
         ctx.save_for_backward(w, d, u, mask)
-        return y.view(*x.shape[:-1], len(w))
+        return y.view(*x.shape[:-1], w.shape[0])
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         w, d, u, mask = ctx.saved_tensors
-        dy = dy.reshape(-1, len(w))
-        dd = u.t() @ dy if ctx.needs_input_grad[2] else None
+        needs_x, _, needs_d, _ = ctx.needs_input_grad
+        dy = dy.reshape(-1, w.shape[0])
+        dd = torch.mm(u.t(), dy) if needs_d else None
         dx = None
-        if ctx.needs_input_grad[0]:
-            dx = _unfold(dy @ d.t(), ctx.shape[-1])
+        if needs_x:
+            dx = _unfold(torch.mm(dy, d.t()), w.shape[1])
             if mask is not None:
                 dx.mul_(mask).div_(ctx.keep)
-            dx = dx.addmm_(dy, w).view(ctx.shape)
+            dx = dx.addmm_(dy, w).view(*ctx.shape)
         return dx, None, dd, None
 
 
 def _fold(x: Tensor, r: int) -> Tensor:
-    whole = x.shape[1] // r * r
-    u: Tensor = x[:, :whole].unflatten(1, (-1, r)).sum(1)
-    if rest := x.shape[1] - whole:
-        u[:, :rest] += x[:, whole:]
+    rows, width = x.shape
+    rest = width % r
+    if not rest:
+        return x.view(rows, width // r, r).sum(1)
+    u = _fold(x[:, :-rest], r)
+    u[:, :rest] += x[:, -rest:]
     return u
 
 
 def _unfold(g: Tensor, width: int) -> Tensor:
-    shards = -(-width // g.shape[1])
-    spread = g.unsqueeze(1).expand(-1, shards, -1).flatten(1)
-    return spread if spread.shape[1] == width else spread[:, :width].contiguous()
+    rows, r = g.shape
+    shards = -(-width // r)
+    spread = g.unsqueeze(1).expand(rows, shards, r).reshape(rows, shards * r)
+    return spread if shards * r == width else spread[:, :width].contiguous()

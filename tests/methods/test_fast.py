@@ -113,6 +113,56 @@ def test_gradients_of_the_fused_layer_equal_finite_differences(name: str) -> Non
     assert torch.autograd.gradcheck(run, (x.requires_grad_(), *trained), fast_mode=True)
 
 
+def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+    for name in ("lora", "miss"):
+        model = adapted(name, torch.float64, is_fused=True)
+        x = torch.randn(5, 64, dtype=torch.float64, requires_grad=True)
+        (dx,) = torch.autograd.grad(model.key(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dx.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["lora", "miss"])
+def test_what_changes_after_fusing_is_heeded(name: str) -> None:
+    fused, plain = (adapted(name, torch.float64, is_fused=f) for f in (True, False))
+    x = torch.randn(5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    base = x @ fused.key.base_layer.weight.T
+
+    def assert_same() -> Tensor:
+        ours: Tensor = fused.key(x)
+        torch.testing.assert_close(ours, plain.key(x), rtol=1e-12, atol=1e-12)
+        return ours
+
+    changed = assert_same()
+    for model in (fused, plain):  # other tensors, not other values in the same
+        generator = torch.Generator().manual_seed(5)
+        values = {
+            k: torch.randn(v.shape, generator=generator) for k, v in model.state_dict().items()
+        }
+        model.load_state_dict({k: v.double() for k, v in values.items()}, assign=True)
+        model.requires_grad_(False)
+    assert not torch.equal(assert_same(), changed)
+    for model in (fused, plain):
+        model.float().double()
+        model.key.set_scale("default", 3.0) if name == "lora" else None
+    base = x @ fused.key.base_layer.weight.T
+    changed = assert_same()
+    for model in (fused, plain):
+        model.key.enable_adapters(False)
+    assert torch.equal(assert_same(), base)
+    for model in (fused, plain):
+        model.key.enable_adapters(True)
+        model.key.merge()
+    torch.testing.assert_close(assert_same(), changed)
+    for model in (fused, plain):
+        model.key.unmerge()
+        model.key.set_adapter([])
+    torch.testing.assert_close(assert_same(), base, rtol=0, atol=1e-12)
+    for model in (fused, plain):
+        model.key.delete_adapter("default")
+    assert_same()
+
+
 def test_dropout_drops_the_adapters_input_alone_and_keeps_its_mean() -> None:
     model = adapted("lora with dropout", torch.float64, is_fused=True)
     x = torch.ones(4000, 64, dtype=torch.float64)
