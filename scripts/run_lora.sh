@@ -28,8 +28,5 @@ peft_config=${peft_config:-'{"r":64,"lora_alpha":128,"lora_dropout":0.01}'}
     --load_model "$load_model" --proj_dir "$proj_dir" --data_file "$data_file" \
     --n_layer "$n_layer" --n_embd "$n_embd" --ctx_len "$ctx_len" --micro_bsz "$micro_bsz" \
     --epoch_steps "$epoch_steps" --epoch_count "$epoch_count" --epoch_save "$epoch_save" \
-    --lr_init "$lr_init" --lr_final "$lr_final" --warmup_steps 0 \
-    --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 \
-    --accelerator auto --devices 1 --strategy auto --precision auto --grad_cp 1 \
-    --quant "$QUANT" --data_type auto --loss_mask "$loss_mask" \
-    --peft lora --peft_config "$peft_config" "$@"
+    --lr_init "$lr_init" --lr_final "$lr_final" \
+    --quant "$QUANT" --loss_mask "$loss_mask" --peft lora --peft_config "$peft_config" "$@"

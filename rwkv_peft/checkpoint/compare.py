@@ -29,7 +29,7 @@ IDS = (
 )
 # a divergence of k nats costs k nats of loss a token on the adapter model's own text
 TOLERABLE_KL = 0.01
-TOLERABLE_AGREEMENT = 0.95
+TOLERABLE_AGREEMENT = 0.9
 # tokens of one document, so that several are met; positions whose logits exist at a time
 LONGEST, POSITIONS = 64, 64
 
@@ -103,7 +103,7 @@ def sample(vocab_size: int, count: int, data_file: str = "") -> Sample:
 
 
 @torch.no_grad()
-def compare(adapted: RWKV, merged: RWKV, given: Sample) -> Comparison:
+def compare_models(adapted: RWKV, merged: RWKV, given: Sample) -> Comparison:
     """Runs both models, which may be `mapped`, over a sample."""
     hidden = [_hidden(model, given.rows).split(POSITIONS) for model in (adapted, merged)]
     largest, total, kl, same, count = 0.0, 0.0, 0.0, 0, 0

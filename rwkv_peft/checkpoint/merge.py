@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.checkpoint.adapter import attach_values, read_adapter, require_base
-from rwkv_peft.checkpoint.compare import Comparison, compare, sample
+from rwkv_peft.checkpoint.compare import Comparison, compare_models, sample
 from rwkv_peft.checkpoint.files import atomic_write
 from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.mapped import mapped
@@ -30,7 +30,7 @@ StoredType = Literal["keep", "bf16", "fp16", "fp32"]
 # a change of which rounding takes more than this is worth another type
 TOLERABLE = 0.05
 # tokens on which a merged file is compared with the adapter model
-COMPARED_TOKENS = 64
+COMPARED = 64
 
 # an adapter or a state, and the weight of its change
 Source: TypeAlias = tuple[str | Path, float]
@@ -113,7 +113,7 @@ def merge(
     lora_alpha: float | None = None,
     pissa_init: str | Path = "",
     force: bool = False,
-    compared_tokens: int = COMPARED_TOKENS,
+    compare: int = COMPARED,
     data_file: str = "",
 ) -> MergeReport:
     """Writes `output`: the official file `base_model` with adapters or learned states added.
@@ -130,7 +130,7 @@ def merge(
         lora_alpha: of the training of an older LoRA file, which does not hold it.
         pissa_init: for PiSSA in its place, the run's init_pissa.pth.
         force: add an adapter that was trained on another base.
-        compared_tokens: on so many the file is compared with the adapter model; 0 for none.
+        compare: on so many the file is compared with the adapter model; 0 for none.
         data_file: held-out rows for that, in any form that training reads; a built-in text if
             empty.
     Raises:
@@ -143,7 +143,7 @@ def merge(
         raise ConfigError(f"{len(sources)} adapters came with {len(factors)} weights")
     base = read_weights(base_model)
     geometry = geometry_of(base)
-    text = sample(geometry.vocab_size, compared_tokens, data_file)
+    text = sample(geometry.vocab_size, compare, data_file)
     pairs = list(zip(sources, factors, strict=True))
     states = _states(base, [pair for pair in pairs if is_state_file(pair[0])])
     adapters = [pair for pair in pairs if not is_state_file(pair[0])]
@@ -156,7 +156,9 @@ def merge(
     _write(base, merged, states, dtype, report)
     if text.rows:
         adapted = _adapted(base, merged, additions, states)
-        report.comparison = compare(adapted, mapped(_plain_model(read_weights(output))), text)
+        report.comparison = compare_models(
+            adapted, mapped(_plain_model(read_weights(output))), text
+        )
     report.write()
     return report
 

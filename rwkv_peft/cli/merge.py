@@ -63,7 +63,7 @@ def run(args: Sequence[str]) -> int:
         lora_alpha=options.lora_alpha,
         pissa_init=options.pissa_init,
         force=options.force,
-        compared_tokens=options.compare,
+        compare=options.compare,
         data_file=options.data_file,
     )
     print(f"wrote {options.output}", *report.lines(), sep="\n")

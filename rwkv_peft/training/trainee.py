@@ -135,7 +135,7 @@ class Weights:
         )
         if not config.merge:
             return Saved(None, adapter)
-        report = merge(config.load_model, adapter, weights, force=True, compared_tokens=0)
+        report = merge(config.load_model, adapter, weights, force=True, compare=0)
         remarks = (report.lines()[0],) if report.is_lossy else ()
         return Saved(weights, adapter, remarks)
 

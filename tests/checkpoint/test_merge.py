@@ -14,7 +14,7 @@ from torch import Tensor
 
 import rwkv_peft
 from rwkv_peft.checkpoint.adapter import write_adapter
-from rwkv_peft.checkpoint.compare import TEXTS, Comparison, Sample, compare, sample
+from rwkv_peft.checkpoint.compare import TEXTS, Comparison, Sample, compare_models, sample
 from rwkv_peft.checkpoint.merge import MergeReport
 from rwkv_peft.checkpoint.pth import read_weights, write_weights
 from rwkv_peft.checkpoint.state import write_state
@@ -46,6 +46,7 @@ def make_adapter(
 ) -> Path:
     """An adapter drawn at random, as if trained."""
     model = rwkv_peft.load_model(base)
+    torch.manual_seed(1)
     trained = attach(model, method, options, train_parts=["ln_x"] if method == "miss" else [])
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -139,7 +140,7 @@ def test_states_and_weighted_adapters_are_compared_with_what_they_stand_for(
     name = "blocks.1.att.key.weight"
     total = tensors[name].double()
     for adapter, weight in ((one, 0.5), (other, -0.25)):
-        rwkv_peft.merge(base, adapter, tmp_path / "alone.pth", dtype="fp32", compared_tokens=0)
+        rwkv_peft.merge(base, adapter, tmp_path / "alone.pth", dtype="fp32", compare=0)
         total += weight * (read_weights(tmp_path / "alone.pth")[name].double() - tensors[name])
     torch.testing.assert_close(merged[name].double(), total, rtol=0, atol=1e-6)
     states = read_weights(state)
@@ -233,7 +234,7 @@ def test_answers_that_differ_are_measured(make_model_file: Callable[..., Path]) 
     one = rwkv_peft.load_model(make_model_file("one.pth", seed=1))
     other = rwkv_peft.load_model(make_model_file("other.pth", seed=2))
     rows = [[1, 2, 3, 4, 5], [7], [9, 8]]
-    found = compare(one, other, Sample("rows", rows))
+    found = compare_models(one, other, Sample("rows", rows))
     wanted = [[m(torch.tensor([row]))[0][0].detach() for row in rows] for m in (one, other)]
     assert found.tokens == 8 and found.is_far
     for key, value in differences(*wanted).items():

@@ -108,7 +108,7 @@ def test_merged_files_open_in_the_official_runtime_with_the_adapters_logits(
         moved(trained)
         wanted[case] = model.eval()(TOKENS)[0][0].detach()
         write_adapter(tmp_path / case, trained, trained, base=base)
-        rwkv_peft.merge(base, tmp_path / case, tmp_path / f"{case}.pth", compared_tokens=0)
+        rwkv_peft.merge(base, tmp_path / case, tmp_path / f"{case}.pth", compare=0)
     code = (
         "import sys, json, torch\n"
         "from rwkv.model import RWKV\n"
