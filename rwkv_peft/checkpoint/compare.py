@@ -1,5 +1,6 @@
 """How far the answers of a merged file are from those of the adapter model."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,8 +105,10 @@ def sample(vocab_size: int, count: int, data_file: str = "") -> Sample:
 
 @torch.no_grad()
 def compare_models(adapted: RWKV, merged: RWKV, given: Sample) -> Comparison:
-    """Runs both models, which may be `mapped`, over a sample."""
-    hidden = [_hidden(model, given.rows).split(POSITIONS) for model in (adapted, merged)]
+    """Runs both models, which may be `mapped`, over a sample, beside each other."""
+    with ThreadPoolExecutor(2) as pool:
+        both = pool.map(_hidden, (adapted, merged), (given.rows, given.rows))
+        hidden = [x.split(POSITIONS) for x in both]
     largest, total, kl, same, count = 0.0, 0.0, 0.0, 0, 0
     for one, other in zip(*hidden, strict=True):
         # float64 of few positions at a time, as a vocabulary is large
@@ -122,6 +125,7 @@ def compare_models(adapted: RWKV, merged: RWKV, given: Sample) -> Comparison:
     return Comparison(given.text, count, largest, total / count, kl / count, same / count)
 
 
+@torch.no_grad()
 def _hidden(model: RWKV, rows: list[list[int]]) -> Tensor:
     """The last hidden states (positions, D) of all rows, one behind the other."""
     model.eval()
