@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -162,17 +161,6 @@ def merge(
         )
     report.write()
     return report
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Operations on small pieces in one thread: where cores are busy, two wait for each other."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
 
 
 def _write(
