@@ -106,8 +106,8 @@ def test_pytorch_finds_nothing_wrong_with_the_operators_of_wkv6() -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     forward = operators.wkv6_emulated_32_float32.default
     torch.library.opcheck(forward, (*inputs, state, case.segment_ids, True), test_utils=checks)
-    *_, states = forward(*inputs, state, case.segment_ids, True)
-    given = (*case.inputs.values(), case.segment_ids, states, case.dy, case.dstate)
+    _, _, *kept = forward(*inputs, state, case.segment_ids, True)
+    given = (*case.inputs.values(), case.segment_ids, *kept, case.dy, case.dstate)
     backward = operators.wkv6_emulated_32_float32_backward.default
     torch.library.opcheck(backward, given, test_utils=checks)
 
@@ -116,9 +116,9 @@ def test_wkv6_without_gradients_keeps_nothing() -> None:
     case = OPERATORS["wkv6"].make_case(B=1, T=40, H=1)
     forward = torch.ops.rwkv_peft.wkv6_emulated_32_float32.default
     arguments = (*case.inputs.values(), case.initial_state, None)
-    y, state, states = forward(*arguments, True)
+    y, state, states, _ = forward(*arguments, True)
     assert states.shape == (1, 1, 2, 64, 64)
-    y_alone, state_alone, nothing = forward(*arguments, False)
+    y_alone, state_alone, nothing, _ = forward(*arguments, False)
     assert torch.equal(y_alone, y) and torch.equal(state_alone, state) and nothing.numel() == 0
 
 

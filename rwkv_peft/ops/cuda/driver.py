@@ -4,7 +4,6 @@ import ctypes
 import functools
 import struct
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 PARAM_END, PARAM_BUFFER_POINTER, PARAM_BUFFER_SIZE = 0, 1, 2
 INVALID_CONTEXT = 201
+# CUlaunchConfig: grid, block, shared memory; stream; attributes and their number
+CONFIG, STREAM = struct.Struct("@7I4xPPI4x"), 32
 # what a block may use without asking
 SHARED_BYTES = 48 * 1024
 
@@ -45,73 +46,54 @@ class Kernel:
         return Launch(self, grid, block, numbers).queue
 
 
-class _Config(ctypes.Structure):
-    """The driver's CUlaunchConfig."""
-
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.c_void_p),
-        ("attribute_count", ctypes.c_uint),
-    )
-
-
 class Launch:
     """A kernel with its grid and numbers; `queue(*addresses)` puts it on the current stream.
 
-    An address is a tensor's `data_ptr()`, or 0 for none. It may be called from any thread, and
-    costs about 1 µs.
+    An address is a tensor's `data_ptr()`, or 0 for none. One thread may call it, from its own copy
+    of what the driver is given; that costs about 1 µs.
     """
 
     def __init__(
         self, kernel: Kernel, grid: tuple[int, int, int], block: int, numbers: Sequence[float]
     ) -> None:
-        self._kernel, self._device_index = kernel, kernel.device_index
-        whole = struct.Struct("@" + kernel.signature)
-        pointers = struct.Struct("@" + kernel.signature[: kernel.signature.rfind("P") + 1])
-        self._packed = ctypes.create_string_buffer(max(whole.size, 1))
-        whole.pack_into(self._packed, 0, *pointers.unpack_from(self._packed), *numbers)
-        self._pack_into = pointers.pack_into
+        self._kernel, self._shape = kernel, (*grid, block)
+        self._index = kernel.device_index
+        # the driver's CUlaunchConfig, then the kernel's parameters
+        parameters, start = struct.Struct("@" + kernel.signature), CONFIG.size
+        self._memory = memory = ctypes.create_string_buffer(start + parameters.size)
+        CONFIG.pack_into(memory, 0, *grid, block, 1, 1, kernel.shared_bytes, 0, 0, 0)
+        pointers = kernel.signature[: kernel.signature.rfind("P") + 1]
+        zeros = struct.unpack_from("@" + pointers, memory, start)
+        parameters.pack_into(memory, start, *zeros, *numbers)
+        # what changes lies together, but for zeros: the stream, no attributes, the addresses
+        self._pack_into = struct.Struct(f"@P{start - STREAM - 8}x{pointers}").pack_into
         # the array points to the size, which is kept alive with it
-        self._size = ctypes.c_size_t(whole.size)
-        address, length = ctypes.addressof(self._packed), ctypes.addressof(self._size)
+        self._size = ctypes.c_size_t(parameters.size)
+        address, length = ctypes.addressof(memory) + start, ctypes.addressof(self._size)
         given = (PARAM_BUFFER_POINTER, address, PARAM_BUFFER_SIZE, length, PARAM_END)
-        extra = (ctypes.c_void_p * 5)(*given)
-        self._config = _Config(grid, (block, 1, 1), kernel.shared_bytes)
+        extra = ctypes.byref((ctypes.c_void_p * 5)(*given))
         # ready-made C values: ctypes then has nothing to convert, which halves the cost of a call
-        self._arguments = (
-            ctypes.byref(self._config),
-            ctypes.c_void_p(kernel.handle),
-            None,
-            ctypes.byref(extra),
-        )
+        self._arguments = (ctypes.byref(memory), ctypes.c_void_p(kernel.handle), None, extra)
         self._start = driver().cuLaunchKernelEx
         self._current_stream, self._current_device = _queries()
-        # autograd's backward runs in threads of its own
-        self._lock = threading.Lock()
 
     def queue(self, *addresses: float) -> None:
         """Raises BackendUnavailableError if the driver refuses."""
-        index = self._device_index
+        index = self._index
         if self._current_device() != index:
             with torch.cuda.device(index):
                 return self.queue(*addresses)
-        with self._lock:
-            self._pack_into(self._packed, 0, *addresses)
-            self._config.stream = self._current_stream(index)
+        self._pack_into(self._memory, STREAM, self._current_stream(index), *addresses)
+        code = self._start(*self._arguments)
+        if code == INVALID_CONTEXT:
+            # a thread in which nothing has used the GPU yet
+            _enter_context(index)
             code = self._start(*self._arguments)
-            if code == INVALID_CONTEXT:
-                # a thread in which nothing has used the GPU yet
-                _enter_context(index)
-                code = self._start(*self._arguments)
         if code:
-            config = self._config
+            *grid, block = self._shape
             raise BackendUnavailableError(
                 f"kernel {self._kernel.name} was not started: {error_name(code)} (grid "
-                f"{tuple(config.grid)}, block {config.block[0]}, {config.shared_bytes} bytes of "
-                "shared memory)"
+                f"{tuple(grid)}, block {block}, {self._kernel.shared_bytes} bytes of shared memory)"
             )
 
 

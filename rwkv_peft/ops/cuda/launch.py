@@ -1,11 +1,12 @@
 """What the CUDA backends of the recurrences share: how kernels are built, loaded and started."""
 
 import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -150,17 +151,34 @@ class Starts:
         return kernel((N // 16, self._rows, 1), 32, self._numbers[-1], int(reverse), depth)
 
 
-def per_shape(
-    direction: Callable[[Starts], Callable[..., Any]], load: Load, length: Length
-) -> Callable[..., Any]:
-    """A function of (r, ...) that makes a direction ready once for inputs like r, and runs it."""
+class Direction(Protocol):
+    """A forward or a backward pass with its launches made ready."""
 
-    @functools.lru_cache(SHAPES)
-    def ready(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Callable[..., Any]:
-        return direction(Starts(load, length, shape, dtype, device))
+    @property
+    def run(self) -> Callable[..., Any]:
+        """Its function of tensors."""
+
+
+def per_shape(
+    direction: Callable[[Starts], Direction], load: Load, length: Length
+) -> Callable[..., Any]:
+    """A function of (r, ...) that makes a direction ready for inputs like r, and runs it.
+
+    It is made ready once in each thread.
+    """
+
+    def prepare(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Callable[..., Any]:
+        return direction(Starts(load, length, shape, dtype, device)).run
+
+    # a launch is a thread's own, and autograd's backward runs in threads of its own
+    class Ready(threading.local):
+        def __init__(self) -> None:
+            self.of = functools.lru_cache(SHAPES)(prepare)
+
+    ready = Ready()
 
     def run(r: Tensor, *others: Any) -> Any:
-        return ready(r.shape, r.dtype, r.device)(r, *others)
+        return ready.of(r.shape, r.dtype, r.device)(r, *others)
 
     return run
 

@@ -16,7 +16,7 @@ from rwkv_peft.ops.cuda.launch import (
     readable,
     row_bytes,
 )
-from rwkv_peft.ops.staged import Function
+from rwkv_peft.ops.staged import Function, Memory
 from rwkv_peft.ops.wkv6.stages import declare
 
 _FORWARD = Path(__file__).parent / "kernels" / "forward.cu"
@@ -55,15 +55,17 @@ class _Forward:
         own = starts.layout
         self._state, self._matrices = starts.like(own.state), starts.like(own.matrices)
         self._vectors, self._nothing = starts.like(own.vectors), starts.like(own.nothing)
+        self._wide_u = starts.like(Memory(own.vectors.shape[1::2], torch.float32))
         self._chunk = starts.over_chunks("wkv6_chunk", 4, False)
         self._over_states = starts.over_states(reverse=False)
         self._output = starts.over_chunks("wkv6_output", 4)
 
-    def __call__(  # type: ignore[no-untyped-def]
+    def run(  # type: ignore[no-untyped-def]
         self, r, w, k, v, u, initial_state, segment_ids, keep
     ) -> tuple[Tensor, ...]:
         inputs, (r_at, w_at, k_at, v_at) = readable(r, w, k, v)
-        u = u.float().contiguous()
+        # also of float32: a result of an operator must not be its input
+        wide_u = empty_like(self._wide_u).copy_(u)
         initial_state, first_at = located(initial_state)
         segment_ids, segments_at = located(segment_ids)
         y, last_state = empty_like(inputs[0]), empty_like(self._state)
@@ -72,9 +74,9 @@ class _Forward:
         states_at, decay_at = states.data_ptr(), decay.data_ptr()
         self._chunk(w_at, k_at, v_at, segments_at, states_at, decay_at)
         self._over_states(0, states_at, decay_at, first_at, states_at, last_state.data_ptr())
-        given = (u.data_ptr(), segments_at, states_at)
+        given = (wide_u.data_ptr(), segments_at, states_at)
         self._output(r_at, w_at, k_at, v_at, *given, y.data_ptr())
-        return y, last_state, states if keep else empty_like(self._nothing)
+        return y, last_state, states if keep else empty_like(self._nothing), wide_u
 
 
 class _Backward:
@@ -88,11 +90,10 @@ class _Backward:
         self._over_states = starts.over_states(reverse=True)
         self._gradients = starts.over_chunks("wkv6_gradients", 4)
 
-    def __call__(  # type: ignore[no-untyped-def]
-        self, r, w, k, v, u, segment_ids, states, dy, dlast_state
+    def run(  # type: ignore[no-untyped-def]
+        self, r, w, k, v, u, segment_ids, states, wide_u, dy, dlast_state
     ) -> tuple[Tensor, ...]:
         inputs, (r_at, w_at, k_at, v_at, dy_at) = readable(r, w, k, v, dy)
-        float_u = u.float().contiguous()
         dlast_state, first_at = located(dlast_state)
         segment_ids, segments_at = located(segment_ids)
         dinitial_state, du = empty_like(self._state), empty_like(self._vectors)
@@ -103,7 +104,7 @@ class _Backward:
         self._over_states(0, dstates_at, decay_at, first_at, dstates_at, last_at)
         grads = [*map(empty_like, inputs[:4])]
         self._gradients(
-            *(r_at, w_at, k_at, v_at, dy_at, float_u.data_ptr(), segments_at),
+            *(r_at, w_at, k_at, v_at, dy_at, wide_u.data_ptr(), segments_at),
             *(states.data_ptr(), dstates_at),
             *map(Tensor.data_ptr, grads),
             du.data_ptr(),

@@ -25,11 +25,12 @@ from rwkv_peft.ops.staged import Function, Part, contiguous, layout
 # of the two registered functions, as `torch.library` has it
 FORWARD = (
     "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, Tensor? initial_state, "
-    "Tensor? segment_ids, bool keep) -> (Tensor, Tensor, Tensor)"
+    "Tensor? segment_ids, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 BACKWARD = (
     "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, Tensor? segment_ids, Tensor states, "
-    "Tensor dy, Tensor? dlast_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor wide_u, Tensor dy, Tensor? dlast_state) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -73,18 +74,20 @@ def declare(
 ) -> Function:
     """The operator `wkv6_{name}` of two functions, each of which goes through its stages.
 
-    Kept for the backward pass are the inputs and the states that enter the chunks.
+    Kept for the backward pass are the inputs, the states that enter the chunks and u in
+    float32.
 
     Args:
-        forward: see FORWARD; gives y, the last state and the states, these as `Layout.nothing` if
-            nothing is to be kept.
+        forward: see FORWARD; gives y, the last state, the states, these as `Layout.nothing` if
+            nothing is to be kept, and u in float32.
         backward: see BACKWARD; gives the gradients of the inputs and of the initial state.
     """
 
     def fake_forward(r, w, k, v, u, initial_state, segment_ids, keep):  # type: ignore[no-untyped-def]
         own = layout(r.shape, r.dtype, chunk_length(r.dtype, r.device))
         states = own.matrices if keep else own.nothing
-        return r.new_empty(r.shape), own.state.beside(r), states.beside(r)
+        wide_u = u.new_empty(u.shape, dtype=torch.float32)
+        return r.new_empty(r.shape), own.state.beside(r), states.beside(r), wide_u
 
     def fake_backward(r, w, k, v, u, *others):  # type: ignore[no-untyped-def]
         state = layout(r.shape, r.dtype, chunk_length(r.dtype, r.device)).state
@@ -109,14 +112,18 @@ def _forward(stages: Stages) -> Callable[..., tuple[Tensor, ...]]:
         y, last_state = torch.empty_like(r), own.state.beside(r)
         stages.chunk(w, k, v, segment_ids, False, added, decay)
         stages.state(added, decay, initial_state, False, states, last_state)
-        stages.output(r, w, k, v, u.float().contiguous(), segment_ids, states, y)
-        return y, last_state, states if keep else own.nothing.beside(r)
+        # also of float32: a result of an operator must not be its input
+        wide_u = torch.empty(u.shape, dtype=torch.float32, device=u.device).copy_(u)
+        stages.output(r, w, k, v, wide_u, segment_ids, states, y)
+        return y, last_state, states if keep else own.nothing.beside(r), wide_u
 
     return forward
 
 
 def _backward(stages: Stages) -> Callable[..., tuple[Tensor, ...]]:
-    def backward(r, w, k, v, u, segment_ids, states, dy, dlast_state):  # type: ignore[no-untyped-def]
+    def backward(  # type: ignore[no-untyped-def]
+        r, w, k, v, u, segment_ids, states, wide_u, dy, dlast_state
+    ):
         r, w, k, v, dy = (x.contiguous() for x in (r, w, k, v, dy))
         segment_ids, dlast_state = contiguous(segment_ids), contiguous(dlast_state)
         own = layout(r.shape, r.dtype, stages.chunk_length(r.dtype, r.device))
@@ -125,8 +132,7 @@ def _backward(stages: Stages) -> Callable[..., tuple[Tensor, ...]]:
         stages.chunk(w, r, dy, segment_ids, True, added, decay)
         stages.state(added, decay, dlast_state, True, dstates, dinitial_state)
         grads = [torch.empty_like(r) for _ in range(4)]
-        own_u = u.float().contiguous()
-        stages.gradients(r, w, k, v, own_u, segment_ids, states, dstates, dy, *grads, du)
+        stages.gradients(r, w, k, v, wide_u, segment_ids, states, dstates, dy, *grads, du)
         return *grads, du.sum((0, 2)).to(u.dtype), dinitial_state
 
     return backward

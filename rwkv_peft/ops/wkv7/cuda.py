@@ -62,7 +62,7 @@ class _Forward:
         self._state_forward = starts.over_states(reverse=False)
         self._output = starts.over_chunks("wkv7_output", 2)
 
-    def __call__(  # type: ignore[no-untyped-def]
+    def run(  # type: ignore[no-untyped-def]
         self, r, w, k, v, a, b, initial_state, segment_ids, keep
     ) -> tuple[Tensor, ...]:
         inputs, inputs_at = readable(r, w, k, v, a, b)
@@ -103,7 +103,7 @@ class _Backward:
         self._state_backward = starts.over_states(reverse=True)
         self._gradients = starts.over_chunks("wkv7_gradients", 4)
 
-    def __call__(  # type: ignore[no-untyped-def]
+    def run(  # type: ignore[no-untyped-def]
         self, r, w, k, v, a, b, segment_ids, last_state, states, inverse, dy, dlast_state
     ) -> tuple[Tensor, ...]:
         tensors, (*inputs_at, dy_at) = readable(r, w, k, v, a, b, dy)

@@ -188,11 +188,12 @@ def test_a_kernel_of_another_gpu_than_the_current_is_launched_there(
 def test_threads_that_launch_at_once_do_not_mix_their_arguments(
     fake: ctypes.CDLL, load: Any
 ) -> None:
-    launch = load()((1, 1, 1), 32, 1.0, 2, 3)
+    kernel = load()
     # the driver reads the first parameter before its pause and the others after
     fake.fake_pause(20)
 
     def launch_often(number: int) -> None:
+        launch = kernel((1, 1, 1), 32, 1.0, 2, 3)
         for _ in range(200):
             launch(number, 0, number)
 
