@@ -12,9 +12,11 @@ last state; and at its peak, beside these and the gradients. The host's time is 
 the operator and of its backward pass until all is queued, checks of the arguments included, at a
 shape so small that the device is done first: of one call with a backward pass of its own, which
 autograd hands to another thread, and of a call in a row of several, each reading what the one
-before gave, with one backward pass through all, as the layers of a model have it. Backends of other
-programs are measured where they can be imported. fla tries the settings of its kernels at their
-first call, which is not timed but takes minutes unless --fla_configs says how many of them to try.
+before gave, with one backward pass through all, as the layers of a model have it. Beside it is the
+time of an autograd function that makes results and gradients and fills none: what PyTorch, and the
+checks, take of every operator. Backends of other programs are measured where they can be imported.
+fla tries the settings of its kernels at their first call, which is not timed but takes minutes
+unless --fla_configs says how many of them to try.
 """
 
 import argparse
@@ -236,12 +238,27 @@ def host_time(
     return statistics.median(times) / calls * 1e6
 
 
+class _Nothing(torch.autograd.Function):
+    """Of an operator no more than its tensors."""
+
+    @staticmethod
+    def forward(ctx, r, *others):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(r, *others)
+        ctx.set_materialize_grads(False)
+        B, _, H, N = r.shape
+        return torch.empty_like(r), r.new_empty((B, H, N, N), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, dy, dlast_state):  # type: ignore[no-untyped-def]
+        return tuple(None if x is None else torch.empty_like(x) for x in ctx.saved_tensors)
+
+
 def host_table(op: str, kernels: dict[str, Kernel], dtype: torch.dtype) -> list[str]:
     """The lines of the host's times."""
     counts = [f"{n} in a row" if n > 1 else "one alone" for n in HOST_CALLS]
     head = f"| {op}: host µs a call | {' | '.join(counts)} |"
     lines = ["", head, "|---|" + "---|" * len(counts)]
-    for name, kernel in kernels.items():
+    for name, kernel in {**kernels, "(nothing)": _Nothing.apply}.items():
         found = (host_time(op, kernel, dtype, torch.device("cuda"), n) for n in HOST_CALLS)
         lines.append(f"| {name} | " + " | ".join(f"{x:.0f}" for x in found) + " |")
     return lines

@@ -59,6 +59,10 @@ def test_the_hosts_time_is_that_of_a_call_alone_and_of_one_in_a_row(benchmark: M
     for number in (1, 3):
         calls.clear()
         assert benchmark.host_time("wkv7", counted, torch.float32, device, number) > 0
+        nothing = benchmark.host_time(
+            "wkv7", benchmark._Nothing.apply, torch.float32, device, number
+        )
+        assert nothing > 0
         assert len(calls) >= 20 * number and calls[:number] == [True] + [False] * (number - 1)
 
 
