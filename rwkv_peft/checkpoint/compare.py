@@ -125,7 +125,8 @@ def compare_models(adapted: RWKV, merged: RWKV, given: Sample) -> Comparison:
     return Comparison(given.text, count, largest, total / count, kl / count, same / count)
 
 
-@torch.no_grad()
+# of a caller's mode a thread knows nothing, and a model made in this one has views in it alone
+@torch.inference_mode()
 def _hidden(model: RWKV, rows: list[list[int]]) -> Tensor:
     """The last hidden states (positions, D) of all rows, one behind the other."""
     model.eval()

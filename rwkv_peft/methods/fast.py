@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from rwkv_peft.ops.autograd import once_differentiable
 
 
 def fuse(model: nn.Module) -> int:
@@ -159,16 +160,6 @@ def _product(x: Tensor, y: Tensor, scale: float) -> Tensor:
     return out.addmm_(x, y, beta=0, alpha=scale)
 
 
-def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`once_differentiable`, whose own work is spared where no second derivative can come."""
-    guarded = once_differentiable(backward)
-
-    def choose(ctx: Any, dy: Tensor) -> Any:
-        return (guarded if torch.is_grad_enabled() else backward)(ctx, dy)
-
-    return choose
-
-
 class _Lora(torch.autograd.Function):
     """y = x W^T + s drop(x) A^T B^T for x (..., in), W (out, in) frozen, A (r, in), B (out, r)."""
 
@@ -185,7 +176,7 @@ class _Lora(torch.autograd.Function):
         return y.view(*x.shape[:-1], w.shape[0])
 
     @staticmethod
-    @_once
+    @once_differentiable
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         x, w, a, b, u, mask = ctx.saved_tensors
         needs_x, _, needs_a, needs_b, *_ = ctx.needs_input_grad
@@ -220,7 +211,7 @@ class _Miss(torch.autograd.Function):
         return y.view(*x.shape[:-1], w.shape[0])
 
     @staticmethod
-    @_once
+    @once_differentiable
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         w, d, u, mask = ctx.saved_tensors
         needs_x, _, needs_d, _ = ctx.needs_input_grad

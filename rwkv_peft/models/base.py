@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_peft.errors import ShapeError
 from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.models.layers import Borders
 from rwkv_peft.ops.dispatch import Choice
 from rwkv_peft.ops.validation import require_segments
 from rwkv_peft.state import LayerState, RWKVState
@@ -85,15 +86,13 @@ class RWKV(nn.Module):
                 f"the model and tokens of {(len(self.blocks), len(tokens))}"
             )
         require_segments("the model", segment_ids, tokens)
-        x, carry = self.emb(tokens), None
+        x, carry, borders = self.emb(tokens), None, Borders.of(segment_ids)
         given = [None] * len(self.blocks) if state is None else state.layers()
         layers: list[LayerState] = []
         for block, layer in zip(self.blocks, given, strict=True):
             if self.grad_cp and torch.is_grad_enabled():
-                x, carry, layer = checkpoint(
-                    block, x, carry, layer, segment_ids, use_reentrant=False
-                )
+                x, carry, layer = checkpoint(block, x, carry, layer, borders, use_reentrant=False)
             else:
-                x, carry, layer = block(x, carry, layer, segment_ids)
+                x, carry, layer = block(x, carry, layer, borders)
             layers.append(layer)
         return self.ln_out(x), layers

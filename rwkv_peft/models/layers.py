@@ -1,9 +1,12 @@
 """Layers that several versions share. B batch, T time, D width."""
 
+from typing import NamedTuple, Self
+
 import torch
 from torch import Tensor, nn
 
 from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.ops.autograd import once_differentiable
 from rwkv_peft.ops.segments import goes_on
 from rwkv_peft.state import LayerState
 
@@ -11,16 +14,112 @@ from rwkv_peft.state import LayerState
 GROUP_NORM_EPS = 64e-5
 
 
-def token_shift(x_BTD: Tensor, shift_BD: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+class Borders(NamedTuple):
+    """Where further documents begin in the rows of a batch; None both if a row is one document.
+
+    Attributes:
+        segment_ids: (B, T) int32, numbers the documents of a row.
+        begins: (B, T, 1) bool, whether a token is the first of a further document.
+    """
+
+    segment_ids: Tensor | None = None
+    begins: Tensor | None = None
+
+    @classmethod
+    def of(cls, segment_ids: Tensor | None) -> Self:
+        """Made once a forward, for all layers."""
+        if segment_ids is None:
+            return cls()
+        return cls(segment_ids, ~goes_on(segment_ids).unsqueeze(-1))
+
+
+def token_shift(x_BTD: Tensor, shift_BD: Tensor | None, borders: Borders) -> Tensor:
     """The previous token's vector at each position; `shift_BD`, or zero, at the first.
 
-    Zero also at the first token of each further document of a row (segment_ids (B, T)).
+    Zero also at the first token of each further document of a row.
     """
     first = torch.zeros_like(x_BTD[:, :1]) if shift_BD is None else shift_BD.unsqueeze(1)
     shifted = torch.cat((first.to(x_BTD.dtype), x_BTD[:, :-1]), 1)
-    if segment_ids is None:
-        return shifted
-    return shifted.masked_fill(~goes_on(segment_ids).unsqueeze(-1), 0)
+    return shifted if borders.begins is None else shifted.masked_fill(borders.begins, 0)
+
+
+def shift_mix(x: Tensor, shift: Tensor | None, borders: Borders, mix: Tensor) -> tuple[Tensor, ...]:
+    """x + (token_shift(x) - x) * m for each m of `mix`, as rows (B*T, D).
+
+    Args:
+        x: (B, T, D).
+        shift: (B, D), as in `token_shift`.
+        mix: (M, 1, D), or (M, B*T, D) where it depends on the token.
+    """
+    mixed: tuple[Tensor, ...] = _ShiftMix.apply(x, shift, borders.begins, mix)
+    return mixed
+
+
+class _ShiftMix(torch.autograd.Function):
+    """As operations of autograd it would take 3 launches more forward, and 12 more backward."""
+
+    @staticmethod
+    def forward(ctx, x, shift, begins, mix):  # type: ignore[no-untyped-def]
+        xx = _to_last(x, shift, begins)
+        # x and not xx, so that a second mix of the same x keeps nothing more
+        ctx.save_for_backward(mix, begins, *((x, shift) if ctx.needs_input_grad[3] else ()))
+        ctx.shape = x.shape
+        rows = x.reshape(xx.shape)
+        return tuple(torch.addcmul(rows, xx, m) for m in mix.unbind())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dy):  # type: ignore[no-untyped-def]
+        mix, begins, *kept = ctx.saved_tensors
+        dshift = dmix = None
+        dys = torch.stack(dy) if len(dy) > 1 else dy[0].unsqueeze(0)
+        if kept:
+            x, shift = kept
+            dmix = (dys * _to_last(x, shift, begins)).sum_to_size(mix.shape)
+        if len(dy) > 1:
+            total, dlast = dys.sum(0), dys.mul_(mix).sum(0)
+        else:
+            total, dlast = dy[0], dy[0] * mix[0]
+        dx, dlast = (total - dlast).view(ctx.shape), dlast.view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            dshift = dlast[:, 0]
+        before = dlast[:, 1:]
+        if begins is not None:
+            before = before.masked_fill(begins[:, 1:], 0)
+        dx[:, :-1].add_(before)
+        return dx, dshift, None, dmix
+
+
+def _to_last(x: Tensor, shift: Tensor | None, begins: Tensor | None) -> Tensor:
+    """token_shift(x) - x, as rows (B*T, D)."""
+    xx = x.neg()
+    last = x[:, :-1]
+    xx[:, 1:].add_(last if begins is None else last.masked_fill(begins[:, 1:], 0))
+    if shift is not None:
+        xx[:, 0].add_(shift)
+    return xx.view(-1, x.shape[-1])
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """Two passes backward over the widest tensor of a layer, where autograd's powers take four."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        relu = torch.relu(x)
+        ctx.save_for_backward(relu)
+        return relu * relu
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        (relu,) = ctx.saved_tensors
+        return (dy * relu).mul_(2)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2 of any shape."""
+    y: Tensor = _SquaredReLU.apply(x)
+    return y
 
 
 class PlainBlock(nn.Module):
@@ -36,14 +135,14 @@ class PlainBlock(nn.Module):
         self.is_first = layer == 0
 
     def forward(
-        self, x: Tensor, carry: None, state: LayerState | None, segment_ids: Tensor | None
+        self, x: Tensor, carry: None, state: LayerState | None, borders: Borders
     ) -> tuple[Tensor, None, LayerState]:
         """x (B, T, D) for the next block, nothing beside it, and this layer's new state."""
         if self.is_first:
             x = self.ln0(x)
         att_in = self.ln1(x)
-        mixed, wkv = self.att(att_in, state, segment_ids)
+        mixed, wkv = self.att(att_in, state, borders)
         x = x + mixed
         ffn_in = self.ln2(x)
-        x = x + self.ffn(ffn_in, None if state is None else state.ffn_shift, segment_ids)
+        x = x + self.ffn(ffn_in, None if state is None else state.ffn_shift, borders)
         return x, carry, LayerState(att_in[:, -1], ffn_in[:, -1], wkv)

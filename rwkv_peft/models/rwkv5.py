@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_peft.models.geometry import Geometry
-from rwkv_peft.models.layers import GROUP_NORM_EPS, PlainBlock, token_shift
+from rwkv_peft.models.layers import GROUP_NORM_EPS, Borders, PlainBlock, squared_relu, token_shift
 from rwkv_peft.ops.wkv6 import Kernel, wkv6
 from rwkv_peft.state import LayerState
 
@@ -44,13 +44,13 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(H, D, eps=GROUP_NORM_EPS)
 
     def forward(
-        self, x: Tensor, state: LayerState | None, segment_ids: Tensor | None
+        self, x: Tensor, state: LayerState | None, borders: Borders
     ) -> tuple[Tensor, Tensor]:
         """Mixed x (B, T, D) and the new wkv state."""
         B, T, D = x.shape
         heads = (B, T, self.n_head, self.head_size)
 
-        last = token_shift(x, None if state is None else state.att_shift, segment_ids)
+        last = token_shift(x, None if state is None else state.att_shift, borders)
         k = self.key(torch.lerp(last, x, self.time_mix_k))
         v = self.value(torch.lerp(last, x, self.time_mix_v))
         r = self.receptance(torch.lerp(last, x, self.time_mix_r))
@@ -63,7 +63,7 @@ class TimeMix(nn.Module):
             v.view(heads),
             u.view(self.n_head, -1).expand(heads[2:]),
             initial_state=None if state is None else state.wkv,
-            segment_ids=segment_ids,
+            segment_ids=borders.segment_ids,
             kernel=self.kernel,
         )
         y = self.ln_x(y.reshape(B * T, D)).view(B, T, D)
@@ -85,10 +85,10 @@ class ChannelMix(nn.Module):
         self.receptance = nn.Linear(D, D, bias=False)
         self.value = nn.Linear(geometry.dim_ffn, D, bias=False)
 
-    def forward(self, x: Tensor, shift: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None, borders: Borders) -> Tensor:
         """Mixed x (B, T, D)."""
-        last = token_shift(x, shift, segment_ids)
-        k = torch.relu(self.key(torch.lerp(last, x, self.time_mix_k))) ** 2
+        last = token_shift(x, shift, borders)
+        k = squared_relu(self.key(torch.lerp(last, x, self.time_mix_k)))
         r = torch.sigmoid(self.receptance(torch.lerp(last, x, self.time_mix_r)))
         mixed: Tensor = r * self.value(k)
         return mixed

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_peft.models.geometry import Geometry
-from rwkv_peft.models.layers import GROUP_NORM_EPS, PlainBlock, token_shift
+from rwkv_peft.models.layers import GROUP_NORM_EPS, Borders, PlainBlock, shift_mix, squared_relu
 from rwkv_peft.ops.wkv6 import Kernel, wkv6
 from rwkv_peft.state import LayerState
 
@@ -44,21 +44,25 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(H, D, eps=GROUP_NORM_EPS)
 
     def forward(
-        self, x: Tensor, state: LayerState | None, segment_ids: Tensor | None
+        self, x: Tensor, state: LayerState | None, borders: Borders
     ) -> tuple[Tensor, Tensor]:
         """Mixed x (B, T, D) and the new wkv state."""
         B, T, D = x.shape
         heads = (B, T, self.n_head, self.head_size)
 
-        xx = token_shift(x, None if state is None else state.att_shift, segment_ids) - x
-        mixes = torch.tanh((x + xx * self.time_maa_x) @ self.time_maa_w1).view(B, T, 5, -1)
-        mw, mk, mv, mr, mg = torch.einsum("btir,ird->ibtd", mixes, self.time_maa_w2).unbind()
-        xw = x + xx * (self.time_maa_w + mw)
-        w = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
-        k = self.key(x + xx * (self.time_maa_k + mk))
-        v = self.value(x + xx * (self.time_maa_v + mv))
-        r = self.receptance(x + xx * (self.time_maa_r + mr))
-        g = F.silu(self.gate(x + xx * (self.time_maa_g + mg)))
+        shift = None if state is None else state.att_shift
+        (xx,) = shift_mix(x, shift, borders, self.time_maa_x)
+        mixes = torch.tanh(xx @ self.time_maa_w1).view(B * T, 5, -1).transpose(0, 1)
+        names = ("w", "k", "v", "r", "g")
+        fixed = torch.cat([getattr(self, f"time_maa_{name}") for name in names])
+        mix = torch.baddbmm(fixed, mixes, self.time_maa_w2)
+        xw, xk, xv, xr, xg = shift_mix(x, shift, borders, mix)
+        narrow = torch.tanh(xw @ self.time_decay_w1)
+        w = torch.addmm(self.time_decay.view(D), narrow, self.time_decay_w2)
+        k = self.key(xk)
+        v = self.value(xv)
+        r = self.receptance(xr)
+        g = F.silu(self.gate(xg))
 
         y, wkv = wkv6(
             r.view(heads),
@@ -67,12 +71,12 @@ class TimeMix(nn.Module):
             v.view(heads),
             self.time_faaaa,
             initial_state=None if state is None else state.wkv,
-            segment_ids=segment_ids,
+            segment_ids=borders.segment_ids,
             kernel=self.kernel,
         )
-        y = self.ln_x(y.reshape(B * T, D)).view(B, T, D)
+        y = self.ln_x(y.reshape(B * T, D))
         mixed: Tensor = self.output(y * g)
-        return mixed, wkv
+        return mixed.view(B, T, D), wkv
 
 
 class ChannelMix(nn.Module):
@@ -87,12 +91,13 @@ class ChannelMix(nn.Module):
         self.receptance = nn.Linear(D, D, bias=False)
         self.value = nn.Linear(geometry.dim_ffn, D, bias=False)
 
-    def forward(self, x: Tensor, shift: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None, borders: Borders) -> Tensor:
         """Mixed x (B, T, D)."""
-        xx = token_shift(x, shift, segment_ids) - x
-        k = torch.relu(self.key(x + xx * self.time_maa_k)) ** 2
-        mixed: Tensor = torch.sigmoid(self.receptance(x + xx * self.time_maa_r)) * self.value(k)
-        return mixed
+        mix = torch.cat((self.time_maa_k, self.time_maa_r))
+        xk, xr = shift_mix(x, shift, borders, mix)
+        k = squared_relu(self.key(xk))
+        mixed: Tensor = torch.sigmoid(self.receptance(xr)) * self.value(k)
+        return mixed.view_as(x)
 
 
 class Block(PlainBlock):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_peft.models.geometry import Geometry
-from rwkv_peft.models.layers import GROUP_NORM_EPS, token_shift
+from rwkv_peft.models.layers import GROUP_NORM_EPS, Borders, shift_mix, squared_relu
 from rwkv_peft.ops.wkv7 import Kernel, wkv7
 from rwkv_peft.state import LayerState
 
@@ -62,28 +62,32 @@ class TimeMix(nn.Module):
         x: Tensor,
         v_first: Tensor | None,
         state: LayerState | None,
-        segment_ids: Tensor | None,
+        borders: Borders,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mixed x (B, T, D), the first layer's values (B, T, D), the new wkv state."""
+        """Mixed x (B, T, D), the first layer's values (B*T, D), the new wkv state."""
         B, T, D = x.shape
-        heads = (B, T, self.n_head, self.head_size)
+        N = self.head_size
+        heads = (B, T, self.n_head, N)
 
-        xx = token_shift(x, None if state is None else state.att_shift, segment_ids) - x
-        r = self.receptance(x + xx * self.x_r)
-        w = self.w0 + torch.tanh((x + xx * self.x_w) @ self.w1) @ self.w2
-        k = self.key(x + xx * self.x_k)
-        xv = x + xx * self.x_v
+        mix = torch.cat((self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        shift = None if state is None else state.att_shift
+        xr, xw, xk, xv, xa, xg = shift_mix(x, shift, borders, mix)
+        r = self.receptance(xr)
+        w = torch.addmm(self.w0.view(D), torch.tanh(xw @ self.w1), self.w2)
+        k = self.key(xk)
         v = self.value(xv)
-        a = torch.sigmoid(self.a0 + ((x + xx * self.x_a) @ self.a1) @ self.a2)
-        g = torch.sigmoid((x + xx * self.x_g) @ self.g1) @ self.g2
+        a = torch.sigmoid(torch.addmm(self.a0.view(D), xa @ self.a1, self.a2))
+        g = torch.sigmoid(xg @ self.g1) @ self.g2
 
         if self.is_first or v_first is None:
             v_first = v
         else:
-            v = v + (v_first - v) * torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2)
-        precise = torch.promote_types(k.dtype, torch.float32)
-        kk = F.normalize((k * self.k_k).view(heads).to(precise), dim=-1, eps=1e-12).to(k.dtype)
-        k = k * (1 + (a - 1) * self.k_a)
+            share = torch.sigmoid(torch.addmm(self.v0.view(D), xv @ self.v1, self.v2))
+            v = torch.lerp(v, v_first, share)
+        # a and b hold -kk and kk a for kk of length 1; this kk has length sqrt(N), which is one
+        # kernel, and only their product counts
+        kk = F.rms_norm((k * self.k_k.view(D)).view(heads), (N,), eps=1e-24 / N)
+        k = k * (1 + (a - 1) * self.k_a.view(D))
 
         r, k, v = r.view(heads), k.view(heads), v.view(heads)
         y, wkv = wkv7(
@@ -91,16 +95,16 @@ class TimeMix(nn.Module):
             w.view(heads),
             k,
             v,
-            -kk,
+            kk * (-1 / N),
             kk * a.view(heads),
             initial_state=None if state is None else state.wkv,
-            segment_ids=segment_ids,
+            segment_ids=borders.segment_ids,
             kernel=self.kernel,
         )
         y = self.ln_x(y.reshape(B * T, D)).view(heads)
         y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v
-        mixed: Tensor = self.output(y.reshape(B, T, D) * g)
-        return mixed, v_first, wkv
+        mixed: Tensor = self.output(y.view(B * T, D) * g)
+        return mixed.view(B, T, D), v_first, wkv
 
 
 class ChannelMix(nn.Module):
@@ -112,11 +116,11 @@ class ChannelMix(nn.Module):
         self.key = nn.Linear(geometry.n_embd, geometry.dim_ffn, bias=False)
         self.value = nn.Linear(geometry.dim_ffn, geometry.n_embd, bias=False)
 
-    def forward(self, x: Tensor, shift: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None, borders: Borders) -> Tensor:
         """Mixed x (B, T, D)."""
-        k = x + (token_shift(x, shift, segment_ids) - x) * self.x_k
-        mixed: Tensor = self.value(torch.relu(self.key(k)) ** 2)
-        return mixed
+        (k,) = shift_mix(x, shift, borders, self.x_k)
+        mixed: Tensor = self.value(squared_relu(self.key(k)))
+        return mixed.view_as(x)
 
 
 class Block(nn.Module):
@@ -138,14 +142,14 @@ class Block(nn.Module):
         x: Tensor,
         v_first: Tensor | None,
         state: LayerState | None,
-        segment_ids: Tensor | None,
+        borders: Borders,
     ) -> tuple[Tensor, Tensor, LayerState]:
-        """x (B, T, D) and v_first (B, T, D) for the next block, and this layer's new state."""
+        """x (B, T, D) and v_first (B*T, D) for the next block, and this layer's new state."""
         if self.is_first:
             x = self.ln0(x)
         att_in = self.ln1(x)
-        mixed, v_first, wkv = self.att(att_in, v_first, state, segment_ids)
+        mixed, v_first, wkv = self.att(att_in, v_first, state, borders)
         x = x + mixed
         ffn_in = self.ln2(x)
-        x = x + self.ffn(ffn_in, None if state is None else state.ffn_shift, segment_ids)
+        x = x + self.ffn(ffn_in, None if state is None else state.ffn_shift, borders)
         return x, v_first, LayerState(att_in[:, -1], ffn_in[:, -1], wkv)

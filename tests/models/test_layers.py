@@ -1,0 +1,109 @@
+"""The layers with a backward of their own, against autograd's."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rwkv_peft
+from rwkv_peft.models.layers import Borders, shift_mix, squared_relu, token_shift
+from rwkv_peft.ops.testing import packed_segments
+
+B, D = 2, 6
+
+
+def by_autograd(x: Tensor, shift: Tensor | None, borders: Borders, mix: Tensor) -> list[Tensor]:
+    last = token_shift(x, shift, borders)
+    x, last = x.flatten(0, 1), last.flatten(0, 1)
+    return [x + (last - x) * m for m in mix]
+
+
+def results(
+    form: Callable[..., Any], dtype: torch.dtype, T: int, num: int, *, has_all: bool
+) -> list[Tensor]:
+    """Outputs, and the gradients of x, mix, and the shift if there is one."""
+    generator = torch.Generator().manual_seed(T)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x, mix, shift = draw(B, T, D), draw(num, B * T if has_all else 1, D), draw(B, D)
+    inputs = [t.requires_grad_() for t in ((x, mix, shift) if has_all else (x, mix))]
+    borders = Borders.of(packed_segments(B, T)) if has_all else Borders()
+    mixed = form(x, shift if has_all else None, borders, mix)
+    loss = torch.stack([(y * draw(B * T, D)).double().sum() for y in mixed]).sum()
+    return [*(y.detach() for y in mixed), *torch.autograd.grad(loss, inputs)]
+
+
+@pytest.mark.parametrize("has_all", [False, True], ids=["plain", "state, documents, by token"])
+@pytest.mark.parametrize("num", [1, 3])
+@pytest.mark.parametrize("T", [1, 2, 40])
+def test_the_mix_with_the_last_token_equals_its_formula(T: int, num: int, has_all: bool) -> None:
+    ours, formula = (
+        results(form, torch.float64, T, num, has_all=has_all) for form in (shift_mix, by_autograd)
+    )
+    assert len(ours) == num + 2 + has_all
+    for one, other in zip(ours, formula, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("has_all", [False, True], ids=["plain", "state, documents, by token"])
+def test_the_mix_in_bf16_is_within_the_error_budget(has_all: bool) -> None:
+    formula, plain, ours = (
+        results(form, dtype, 40, 6, has_all=has_all)
+        for form, dtype in (
+            (by_autograd, torch.float64),
+            (by_autograd, torch.bfloat16),
+            (shift_mix, torch.bfloat16),
+        )
+    )
+    for exact, p, o in zip(formula, plain, ours, strict=True):
+        budget = 2 * (p - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
+        assert (o - exact).abs().max() <= budget
+
+
+def test_the_squared_relu_has_the_gradient_of_its_formula() -> None:
+    x = torch.linspace(-2, 2, 8, dtype=torch.float64).requires_grad_()
+    assert torch.equal(squared_relu(x), torch.relu(x) ** 2)
+    assert torch.autograd.gradcheck(squared_relu, x)
+
+
+@pytest.mark.parametrize("version", ["x070", "x060", "x052"])
+def test_gradients_of_all_weights_equal_finite_differences(
+    version: str, make_model_file: Callable[..., Path]
+) -> None:
+    ranks = {"x060": {"maa": 16, "decay": 32}, "x052": {}}
+    changes = {"version": version, "ranks": ranks[version]} if version in ranks else {}
+    model = rwkv_peft.load_model(make_model_file(**changes), dtype="float64")
+    tokens = torch.arange(1, 25).view(1, 24)
+    generator = torch.Generator().manual_seed(0)
+
+    def loss() -> Tensor:
+        return model(tokens)[0].square().sum()
+
+    parameters = [p.requires_grad_() for p in model.parameters()]
+    value = loss()
+    gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+    step = 1e-5
+    # the rounding of the two losses, over the distance between them
+    rounding = 16 * torch.finfo(torch.float64).eps * value.item() / step
+    for (name, p), gradient in zip(model.named_parameters(), gradients, strict=True):
+        if gradient is None:
+            assert name in {f"blocks.0.att.v{i}" for i in range(3)}
+            continue
+        # along the signs of the gradient nothing cancels, so no entry of it may be wrong
+        drawn = torch.rand(p.shape, generator=generator, dtype=torch.float64) / 20
+        direction = gradient.sign() * drawn
+        slope = (gradient * direction).sum()
+        assert slope.abs() > 1000 * rounding, name
+        with torch.no_grad():
+            ends = []
+            for sign in (1, -2):
+                p += sign * step * direction
+                ends.append(loss())
+            p += step * direction
+        found = (ends[0] - ends[1]) / (2 * step)
+        torch.testing.assert_close(found, slope, rtol=1e-6, atol=rounding)
