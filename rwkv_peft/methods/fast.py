@@ -40,7 +40,7 @@ class Form(NamedTuple):
     """The arithmetic of one kind of layer.
 
     Attributes:
-        forward: y (..., out) of x (..., in), called with a layer, its adapter's name, its frozen
+        forward: y (T, out) of x (T, in), called with a layer, its adapter's name, its frozen
             weight, and x.
         add: adds the change of a layer's rows to these rows of its weight (rows, in), in place;
             called with the layer, the rows as a slice, and the weight.
@@ -72,8 +72,9 @@ def _fast_class(layer: Any, form: Any) -> type[nn.Module]:
         if not is_at_work or self.merged or x.dtype != weight.dtype:
             plain: Tensor = layer.forward(self, x)
             return plain
-        y: Tensor = form(self, name, weight, x)
-        return y
+        # the models give rows, for which no view has to be made and differentiated
+        y: Tensor = form(self, name, weight, x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
     return type(f"Fast{layer.__name__}", (layer,), {"forward": forward})
 
@@ -161,68 +162,61 @@ def _product(x: Tensor, y: Tensor, scale: float) -> Tensor:
 
 
 class _Lora(torch.autograd.Function):
-    """y = x W^T + s drop(x) A^T B^T for x (..., in), W (out, in) frozen, A (r, in), B (out, r)."""
+    """y = x W^T + s drop(x) A^T B^T for x (T, in), W (out, in) frozen, A (r, in), B (out, r)."""
 
     @staticmethod
     def forward(ctx: Any, x, w, a, b, scale, rate):  # type: ignore[no-untyped-def]
-        # rows are made here, where no view is an operation to differentiate
-        rows = x.reshape(-1, x.shape[-1])
-        dropped, mask = _drop(rows, rate)
+        dropped, mask = _drop(x, rate)
         # the narrow one is scaled, and kept so, as B's gradient wants it too
         u = _product(dropped, a.t(), scale)
-        y = torch.mm(u, b.t()).addmm_(rows, w.t())
         ctx.scale, ctx.keep = scale, 1 - rate
         ctx.save_for_backward(x, w, a, b, u, mask)
-        return y.view(*x.shape[:-1], w.shape[0])
+        return torch.mm(u, b.t()).addmm_(x, w.t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         x, w, a, b, u, mask = ctx.saved_tensors
         needs_x, _, needs_a, needs_b, *_ = ctx.needs_input_grad
-        rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, w.shape[0])
         dx = da = None
         g = _product(dy, b, ctx.scale)
         db = torch.mm(dy.t(), u) if needs_b else None
         if needs_a:
-            da = torch.mm(g.t(), rows if mask is None else (rows * mask).div_(ctx.keep))
+            da = torch.mm(g.t(), x if mask is None else (x * mask).div_(ctx.keep))
         if needs_x:
             dx = torch.mm(g, a)
             if mask is not None:
                 dx.mul_(mask).div_(ctx.keep)
-            dx = dx.addmm_(dy, w).view_as(x)
+            dx.addmm_(dy, w)
         return dx, None, da, db, None, None
 
 
 class _Miss(torch.autograd.Function):
-    """y = x W^T + fold(drop(x)) D for x (..., in), W (out, in) frozen, D (r, out).
+    """y = x W^T + fold(drop(x)) D for x (T, in), W (out, in) frozen, D (r, out).
 
     fold sums the shards of r columns, the last of which may be short.
     """
 
     @staticmethod
     def forward(ctx: Any, x, w, d, rate):  # type: ignore[no-untyped-def]
-        rows = x.reshape(-1, x.shape[-1])
-        dropped, mask = _drop(rows, rate)
+        dropped, mask = _drop(x, rate)
         u = _fold(dropped, d.shape[0])
-        y = torch.mm(u, d).addmm_(rows, w.t())
-        ctx.keep, ctx.shape = 1 - rate, x.shape
+        ctx.keep = 1 - rate
         ctx.save_for_backward(w, d, u, mask)
-        return y.view(*x.shape[:-1], w.shape[0])
+        return torch.mm(u, d).addmm_(x, w.t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         w, d, u, mask = ctx.saved_tensors
         needs_x, _, needs_d, _ = ctx.needs_input_grad
-        dy = dy.reshape(-1, w.shape[0])
         dd = torch.mm(u.t(), dy) if needs_d else None
         dx = None
         if needs_x:
             dx = _unfold(torch.mm(dy, d.t()), w.shape[1])
             if mask is not None:
                 dx.mul_(mask).div_(ctx.keep)
-            dx = dx.addmm_(dy, w).view(*ctx.shape)
+            dx.addmm_(dy, w)
         return dx, None, dd, None
 
 
