@@ -1,5 +1,6 @@
 """AdamW over float32 masters of the trained tensors, with clipping and loss scaling."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
@@ -123,19 +124,21 @@ class Optimizer:
             nn.utils.clip_grad_norm_(masters, limit, foreach=True)
             for masters in self._clipped_together
         ]
-        norm = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt()
+        total = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt()
+        # waits for the gradients, and nothing after it waits: a device steps while the host goes on
+        norm = total.item()
         if self.uses_loss_scale:
             self._scaler.step(self._adamw)
             self._scaler.update()
-        elif norm.isfinite():
+        elif math.isfinite(norm):
             self._adamw.step()
-        if after_step and norm.isfinite():
+        if after_step and math.isfinite(norm):
             after_step(self.masters)
         self._adamw.zero_grad(set_to_none=True)
         with torch.no_grad():
             for to, values in self._copied.values():
                 torch._foreach_copy_(to, values)
-        return norm.item()
+        return norm
 
 
 class _Gradients:
