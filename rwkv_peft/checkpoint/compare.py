@@ -1,6 +1,5 @@
 """How far the answers of a merged file are from those of the adapter model."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,10 +104,8 @@ def sample(vocab_size: int, count: int, data_file: str = "") -> Sample:
 
 @torch.no_grad()
 def compare_models(adapted: RWKV, merged: RWKV, given: Sample) -> Comparison:
-    """Runs both models, which may be `mapped`, over a sample, beside each other."""
-    with ThreadPoolExecutor(2) as pool:
-        both = pool.map(_hidden, (adapted, merged), (given.rows, given.rows))
-        hidden = [x.split(POSITIONS) for x in both]
+    """Runs both models, which may be `mapped`, over a sample, one after the other."""
+    hidden = [_hidden(model, given.rows).split(POSITIONS) for model in (adapted, merged)]
     largest, total, kl, same, count = 0.0, 0.0, 0.0, 0, 0
     for one, other in zip(*hidden, strict=True):
         # float64 of few positions at a time, as a vocabulary is large

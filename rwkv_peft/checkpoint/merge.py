@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -103,6 +104,18 @@ class MergeReport:
         return path
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Pieces are small: on busy cores the threads of an operation mostly wait for each other."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
+@_one_thread()
 def merge(
     base_model: str | Path,
     adapter: str | Path | Sequence[str | Path],
