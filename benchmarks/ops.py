@@ -32,6 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv_peft.ops import fla
 from rwkv_peft.ops.dispatch import Backend, Request, is_installed
 from rwkv_peft.ops.testing import (
     OPERATORS,
@@ -87,10 +88,28 @@ def _flashrwkv2_objection(request: Request) -> str | None:
     return None if request.dtype == torch.bfloat16 else "takes bf16 alone"
 
 
+def _load_fla_recurrent() -> Kernel:
+    from fla.ops.rwkv6 import fused_recurrent_rwkv6
+
+    def wkv6(
+        r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None, _: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        start = None if state is None else state.mT.contiguous()
+        log_decay = -w.float().exp()
+        y, last = fused_recurrent_rwkv6(
+            r, k, v, log_decay, u, scale=1.0, initial_state=start, output_final_state=True
+        )
+        return y.to(r.dtype), last.mT.float()
+
+    return wkv6
+
+
 # of other programs; measured without packing
 PEERS: dict[str, tuple[Backend, ...]] = {
     "wkv7": (Backend("flashrwkv2", _load_flashrwkv2, _flashrwkv2_objection, "TileLang, untuned"),),
-    "wkv6": (),
+    "wkv6": (
+        Backend("fla recurrent", _load_fla_recurrent, fla.objection, "token by token, in Triton"),
+    ),
 }
 
 
