@@ -115,7 +115,6 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(count)
 
 
-@_one_thread()
 def merge(
     base_model: str | Path,
     adapter: str | Path | Sequence[str | Path],
@@ -166,12 +165,14 @@ def merge(
     names = [str(s) for s in sources]
     report = MergeReport(str(base_model), names, factors, str(output), "", geometry.version)
     report.states = len(states)
-    _write(base, merged, states, dtype, report)
+    with _one_thread():
+        _write(base, merged, states, dtype, report)
     if text.rows:
+        # not in one thread: methods that decompose the base give other factors there
         adapted = _adapted(base, merged, additions, states)
-        report.comparison = compare_models(
-            adapted, mapped(_plain_model(read_weights(output))), text
-        )
+        plain = mapped(_plain_model(read_weights(output)))
+        with _one_thread():
+            report.comparison = compare_models(adapted, plain, text)
     report.write()
     return report
 
