@@ -1,5 +1,6 @@
 // Stands in for NVIDIA's driver where there is no GPU: it records what it is given.
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -34,10 +35,15 @@ struct Record {
 
 static Record record;
 static int next_launch_error = 0, pause_us = 0;
+static std::atomic<uint64_t> counted_launches{0}, counted_mixed{0};
 static thread_local bool has_context = false;
 
 extern "C" {
-Record* fake_record() { return &record; }
+Record* fake_record() {
+  record.launches = counted_launches;
+  record.mixed = counted_mixed;
+  return &record;
+}
 void fake_pause(int microseconds) { pause_us = microseconds; }
 void fake_fail_next_launch(int code) { next_launch_error = code; }
 
@@ -78,12 +84,16 @@ int cuLaunchKernelEx(const Config* config, void* f, void** params, void** extra)
   std::copy_n(config->block, 3, record.block);
   record.attributes = config->attributes || config->attribute_count;
   record.marks_valid = !params && extra[0] == (void*)1 && extra[2] == (void*)2 && !extra[4];
-  record.size = *static_cast<size_t*>(extra[3]);
+  const size_t size = *static_cast<size_t*>(extra[3]);
   void* x = *static_cast<void**>(extra[1]);
   if (pause_us) usleep(pause_us);
-  if (record.size <= sizeof record.params) memcpy(&record.params, extra[1], record.size);
-  record.mixed += pause_us && (record.params.x != x || record.params.y != x);
-  ++record.launches;
+  Params given = {};
+  memcpy(&given, extra[1], std::min(size, sizeof given));
+  record.size = size;
+  record.params = given;
+  // threads launch at once, and only what is counted has to hold for all of them
+  counted_mixed += pause_us && (given.x != x || given.y != x);
+  ++counted_launches;
   return 0;
 }
 
