@@ -25,13 +25,21 @@ def dot(x, y, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def power(x, OPERAND: tl.constexpr):
-    """2^x; beside float32 operands to their last digit, of which the unit's own lacks two."""
+    """2^x; beside float32 operands to its last digit, which the unit for 2^x does not promise."""
     if OPERAND == tl.float32:  # noqa: SIM300
         n = tl.floor(x + 0.5)
         f = (x - n) * 0.6931471805599453
-        p = 1 + f * (1 / 2 + f * (1 / 6 + f * (1 / 24 + f * (1 / 120 + f * (1 / 720 + f / 5040)))))
-        return (1 + f * p) * tl.exp2(n)
+        p = 1 / 24 + f * (1 / 120 + f * (1 / 720 + f * (1 / 5040)))
+        p = 1 + f * (1 / 2 + f * (1 / 6 + f * p))
+        exponent = (tl.maximum(n, -127.0) + 127).to(tl.int32)  # of -127 comes zero
+        return (1 + f * p) * (exponent << 23).to(tl.float32, bitcast=True)
     return tl.exp2(x)
+
+
+@triton.jit
+def reciprocal(x, OPERAND: tl.constexpr):
+    """1 / x; beside float32 operands to its last digit."""
+    return tl.div_rn(1.0, x) if OPERAND == tl.float32 else 1 / x  # noqa: SIM300
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from rwkv_peft.ops.triton_kernels import (
     load,
     matrix,
     place,
+    power,
     store,
     tile,
 )
@@ -34,9 +35,9 @@ SLAB, LEVELS = tl.constexpr(16), tl.constexpr(4)
 
 
 @triton.jit
-def log_decays(w, exists):
+def log_decays(w, exists, OPERAND: tl.constexpr):
     """Zero for tokens that do not exist: they leave the state as it is."""
-    rate = tl.exp2(tl.where(w > MAX_LOGIT, MAX_LOGIT, w) * LOG2_E)
+    rate = power(tl.where(w > MAX_LOGIT, MAX_LOGIT, w) * LOG2_E, OPERAND)
     return tl.where(exists, rate * -LOG2_E, 0.0)
 
 
@@ -75,12 +76,12 @@ def advance(
     token = ((batch * T + slab * SLAB) * H + head) * N
     offsets, exists = tile(token, T - slab * SLAB, H, SLAB, N)
     _, enters, leaves, carried = documents(segment_ids, batch, slab, T, SLAB, SEGMENTS)
-    log = log_decays(load(w, offsets, exists), exists)
+    log = log_decays(load(w, offsets, exists), exists, OPERAND)
     t, i = pair()
     rest = total(i < t if REVERSE else i > t, log, PRECISION)
-    k = load(keys, offsets, exists) * tl.exp2(rest)
+    k = load(keys, offsets, exists) * power(rest, OPERAND)
     k = tl.where(enters if REVERSE else leaves, k, 0.0)
-    left = tl.exp2(tl.sum(log, 0)) * carried
+    left = power(tl.sum(log, 0), OPERAND) * carried
     added = dot(tl.trans(load(values, offsets, exists)), k, OPERAND, PRECISION)
     return S * left[None, :] + added, left
 
@@ -151,14 +152,14 @@ def output(
 
     offsets, exists = tile(token, T - slab * SLAB, H, SLAB, N)
     same, enters, _, _ = documents(segment_ids, batch, slab, T, SLAB, SEGMENTS)
-    log = log_decays(load(w, offsets, exists), exists)
+    log = log_decays(load(w, offsets, exists), exists, OPERAND)
     rt, kt, values = load(r, offsets, exists), load(k, offsets, exists), load(v, offsets, exists)
     t, i = pair()
-    before = tl.exp2(total(i < t, log, PRECISION))
+    before = power(total(i < t, log, PRECISION), OPERAND)
     out = dot(tl.where(enters, rt * before, 0.0), tl.trans(S), OPERAND, PRECISION)
     for level in range(LEVELS):
         meet, between = border(level)
-        factor = tl.exp2(total(between, log, PRECISION))
+        factor = power(total(between, log, PRECISION), OPERAND)
         pairs = dot(rt * factor, tl.trans(kt * factor), OPERAND, PRECISION)
         out += dot(tl.where(meet & same, pairs, 0.0), values, OPERAND, PRECISION)
     own = tl.load(u + head * N + tl.arange(0, N))[None, :]
@@ -187,27 +188,27 @@ def gradients(
 
     offsets, exists = tile(token, T - slab * SLAB, H, SLAB, N)
     same, enters, leaves, carried = documents(segment_ids, batch, slab, T, SLAB, SEGMENTS)
-    log = log_decays(load(w, offsets, exists), exists)
+    log = log_decays(load(w, offsets, exists), exists, OPERAND)
     rt, kt = load(r, offsets, exists), load(k, offsets, exists)
     values, d_y = load(v, offsets, exists), load(dy, offsets, exists)
     own = tl.load(u + head * N + tl.arange(0, N))[None, :]
     dvalues = tl.sum(rt * own * kt, 1)[:, None] * d_y
     t, i = pair()
-    before = tl.exp2(total(i < t, log, PRECISION))
-    after = tl.exp2(total(i > t, log, PRECISION))
+    before = power(total(i < t, log, PRECISION), OPERAND)
+    after = power(total(i > t, log, PRECISION), OPERAND)
     dA = dot(d_y, tl.trans(values), OPERAND, PRECISION)
     dreader = tl.where(enters, dot(d_y, S, OPERAND, PRECISION) * before, 0.0)
     dwriter = tl.where(leaves, dot(values, D, OPERAND, PRECISION) * after, 0.0)
     dvalues += dot(tl.where(leaves, kt * after, 0.0), tl.trans(D), OPERAND, PRECISION)
     # a decay is in what the state keeps, in what later tokens read of it or of earlier ones, and
     # in what it has of those
-    kept = tl.exp2(tl.sum(log, 0)) * carried
+    kept = power(tl.sum(log, 0), OPERAND) * carried
     dlog = (tl.sum(S.to(tl.float32) * D.to(tl.float32), 0) * kept)[None, :]
     dlog += total(i > t, rt * dreader, PRECISION) + total(i < t, kt * dwriter, PRECISION)
 
     for level in range(LEVELS):
         meet, between = border(level)
-        factor = tl.exp2(total(between, log, PRECISION))
+        factor = power(total(between, log, PRECISION), OPERAND)
         r_, k_ = (rt * factor).to(OPERAND), (kt * factor).to(OPERAND)
         pairs = tl.where(meet & same, dot(r_, tl.trans(k_), OPERAND, PRECISION), 0.0)
         dvalues += dot(tl.trans(pairs), d_y, OPERAND, PRECISION)

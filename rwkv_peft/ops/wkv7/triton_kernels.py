@@ -15,6 +15,7 @@ from rwkv_peft.ops.triton_kernels import (
     matrix,
     place,
     power,
+    reciprocal,
     scaled,
     store,
     tile,
@@ -30,7 +31,7 @@ def decays(w, exists, C: tl.constexpr, OPERAND: tl.constexpr):
     """g_t and g_{t-1} from the middle, that of all tokens, that of the first half; dl/dw."""
     # by the smaller of sigmoid(w) and sigmoid(-w), which keeps its digits
     e = power(tl.minimum(w, -w) * LOG2_E, OPERAND)
-    gate = 1 / (1 + e)
+    gate = reciprocal(1 + e, OPERAND)
     slope = gate * gate * e * -SCALE
     log_decay = tl.where(exists, tl.where(w < 0, gate * e, gate) * (-SCALE * LOG2_E), 0.0)
     is_first = (tl.arange(0, C) < C // 2)[:, None]
