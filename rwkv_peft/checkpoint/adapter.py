@@ -1,5 +1,6 @@
 """Adapters in the format of Hugging Face peft: written, read, attached."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from rwkv_peft.checkpoint.folder import SavedAdapter, read_folder, write_folder
 from rwkv_peft.checkpoint.older import Unsaved, old_method, read_old_adapter, with_start
 from rwkv_peft.checkpoint.state import is_state_file
 from rwkv_peft.errors import CheckpointError, ConfigError
-from rwkv_peft.methods import fast, residual
+from rwkv_peft.methods import factors, fast, residual
 from rwkv_peft.methods.attach import (
     ADAPTER,
     PREFIX,
@@ -196,6 +197,15 @@ def _attach(model: RWKV, adapter: SavedAdapter, folder: str | Path) -> Attachmen
     with_parts(model, attachment, plain)
     expected = {n: tuple(x.shape) for n, x in adapter_tensors(attachment).items()}
     found = {n: tuple(x.shape) for n, x in adapter.tensors.items()}
+    made = expected.keys() & set(attachment.factors)
+    if made.isdisjoint(found) and (made or factors.leaves_out(adapter.config)):
+        warnings.warn(
+            f"{folder} lacks the factors that its method makes of the base weights: they are made "
+            "again, and where the number of threads or the machine is another than in training, "
+            "the adapter may change the model otherwise than it did there",
+            stacklevel=2,
+        )
+        expected = {n: shape for n, shape in expected.items() if n not in made}
     if expected != found:
         differ = sorted(
             n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n)

@@ -106,7 +106,7 @@ class MergeReport:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Pieces are small: on busy cores the threads of an operation mostly wait for each other."""
+    """For operations on small pieces, whose threads mostly wait for each other on busy cores."""
     count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -161,17 +161,16 @@ def merge(
     adapters = [pair for pair in pairs if not is_state_file(pair[0])]
     additions = _adapters(base, adapters, Unsaved(lora_alpha, pissa_init), force)
     merged = MergedWeights(base, additions)
-    _require_change(base, merged, states, sources)
     names = [str(s) for s in sources]
     report = MergeReport(str(base_model), names, factors, str(output), "", geometry.version)
     report.states = len(states)
+    # attaching, above, may decompose whole matrices, which threads make quicker
     with _one_thread():
+        _require_change(base, merged, states, sources)
         _write(base, merged, states, dtype, report)
-    if text.rows:
-        # not in one thread: methods that decompose the base give other factors there
-        adapted = _adapted(base, merged, additions, states)
-        plain = mapped(_plain_model(read_weights(output)))
-        with _one_thread():
+        if text.rows:
+            adapted = _adapted(base, merged, additions, states)
+            plain = mapped(_plain_model(read_weights(output)))
             report.comparison = compare_models(adapted, plain, text)
     report.write()
     return report

@@ -1,8 +1,10 @@
 """`rwkv-peft COMMAND …`: finds the command, prints errors as one line."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from rwkv_peft import __version__
 from rwkv_peft.errors import RwkvPeftError
@@ -39,7 +41,9 @@ def main(args: Sequence[str] | None = None) -> int:
     shows_trace = "--debug" in arguments
     command, *rest = [a for a in arguments if a != "--debug"]
     try:
-        return run(command, rest)
+        with warnings.catch_warnings():
+            warnings.showwarning = _as_note
+            return run(command, rest)
     except RwkvPeftError as error:
         if shows_trace:
             raise
@@ -69,6 +73,10 @@ def run(command: str, args: Sequence[str]) -> int:
         raise ConfigError(f"unknown command '{command}': {hint}")
     code: int = import_module(f"rwkv_peft.cli.{command}").run(args)
     return code
+
+
+def _as_note(message: Warning | str, *_: Any, **__: Any) -> None:
+    print("note:", " ".join(str(message).split()), file=sys.stderr)
 
 
 def _help() -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_peft.errors import ConfigError
-from rwkv_peft.methods import Method, fast, residual
+from rwkv_peft.methods import Method, factors, fast, residual
 from rwkv_peft.methods.catalog import is_residual, method_config
 from rwkv_peft.models.base import RWKV
 
@@ -32,6 +32,7 @@ class Attachment(dict[str, nn.Parameter]):
         plain: names of the base's own tensors among them.
         start: an adapter's first values by name, if they were taken out of the base.
         init: peft's name of the initialisation that did so.
+        factors: names, in files, of what the method made of the base weights; see `factors.keep`.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class Attachment(dict[str, nn.Parameter]):
         plain: Sequence[str] = (),
         start: Mapping[str, Tensor] | None = None,
         init: str = "",
+        factors: Sequence[str] = (),
     ) -> None:
         super().__init__(trained)
         self.peft_model, self.plain = peft_model, tuple(plain)
-        self.start, self.init = dict(start or {}), init
+        self.start, self.init, self.factors = dict(start or {}), init, tuple(factors)
 
 
 def attach(
@@ -87,9 +89,10 @@ def attach_config(model: RWKV, config: "PeftConfig", *, is_fused: bool = True) -
     if not any(p.numel() for p in trained.values()):
         raise ConfigError("peft_config leaves nothing to train: name modules, or tokens, to adapt")
     start = residual.begin(model, init) if init else {}
+    kept = factors.keep(peft_model, config)
     if is_fused:
         fast.fuse(model)
-    return Attachment(trained, peft_model, start=start, init=init)
+    return Attachment(trained, peft_model, start=start, init=init, factors=kept)
 
 
 def named_parts(model: nn.Module, parts: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -186,4 +189,6 @@ def load_values(attachment: Attachment, values: Mapping[str, Tensor]) -> None:
     """Puts the tensors of an adapter's file into an adapted model."""
     from peft import set_peft_model_state_dict
 
+    assert attachment.peft_model is not None
+    factors.follow(attachment.peft_model, values)
     set_peft_model_state_dict(attachment.peft_model, dict(values), ADAPTER)
