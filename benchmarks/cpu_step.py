@@ -18,12 +18,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from gpu_step import make_optimizer, random_batch, timed_step
+from report import report
 
 from rwkv_peft.checkpoint.pth import load_weights
 from rwkv_peft.data.batching import Batch
-from rwkv_peft.methods.attach import attach
 from rwkv_peft.models import build
-from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.geometry import Geometry
 from rwkv_peft.models.initial import default_ranks, initial_weights
 from rwkv_peft.ops.testing import (
@@ -38,8 +38,6 @@ from rwkv_peft.ops.wkv6.chunked import wkv6_chunked
 from rwkv_peft.ops.wkv6.reference import wkv6_reference
 from rwkv_peft.ops.wkv7.chunked import wkv7_chunked
 from rwkv_peft.ops.wkv7.reference import wkv7_reference
-from rwkv_peft.training.optim import Optimizer
-from rwkv_peft.training.step import full_step
 
 # the loop as the rwkv package writes it, our own, and the chunked form
 FORMS = ("package", "reference", "torch")
@@ -89,27 +87,10 @@ def operator_rows(rounds: int) -> list[str]:
 
 def make_step(geometry: Geometry, op: str, batch: Batch) -> Callable[[], float]:
     """A LoRA step (rank 32) of a fresh model, and its loss."""
-    model: RWKV = build(geometry, op=op)
+    model = build(geometry, op=op)
     load_weights(model, initial_weights(geometry, seed=0))
-    torch.manual_seed(0)
-    trained = attach(model, "lora", {"r": 32, "lora_alpha": 32})
-    optimizer = Optimizer(
-        trained,
-        betas=(0.9, 0.99),
-        eps=1e-8,
-        grad_clip=1.0,
-        plain=(),
-        raises_rates=False,
-        uses_loss_scale=False,
-    )
-
-    def step() -> float:
-        output = full_step(model, batch, l2wrap=1e-4)
-        optimizer.backward(output.objective_sum / output.num_tokens)
-        optimizer.step(lr=0.0)
-        return output.loss_sum.item() / output.num_tokens
-
-    return step
+    optimizer = make_optimizer(model, "lora")
+    return lambda: timed_step(model, optimizer, batch)[0]
 
 
 def step_rows(rounds: int) -> list[str]:
@@ -119,9 +100,7 @@ def step_rows(rounds: int) -> list[str]:
         geometry = Geometry(
             "x070", n_layer, n_embd, n_embd, 4 * n_embd, 64, vocab_size, default_ranks(n_embd)
         )
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(1, vocab_size, (num_rows, T + 1), generator=generator)
-        batch = Batch(tokens[:, :-1], tokens[:, 1:], list(range(num_rows)))
+        batch = random_batch(num_rows, T, vocab_size)
         steps = {op: make_step(geometry, op, batch) for op in ("reference", "torch")}
         losses = [step() for step in steps.values()]
         assert abs(losses[0] - losses[1]) < 1e-5 * losses[0], losses
@@ -161,10 +140,7 @@ def main() -> None:
         "|---|---|---|---|---|---|",
         *step_rows(max(3, options.rounds // 3)),
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.output:
-        options.output.write_text(text, encoding="utf-8")
+    report(lines, options.output)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report import report
 
 from rwkv_peft.data.batching import Batch
 from rwkv_peft.methods import Method
@@ -167,10 +168,7 @@ def main() -> None:
         for size in options.sizes:
             lines += rows(size, method, options.ops, options.rounds)
             print(lines[-1], flush=True)
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.output:
-        options.output.write_text(text, encoding="utf-8")
+    report(lines, options.output)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from gpu_step import SIZES, device_name, make_model, make_optimizer, random_batch, timed_step
+from report import report
 
 from rwkv_peft.data.batching import Batch
 from rwkv_peft.methods import Method
@@ -95,10 +96,7 @@ def main(args: list[str] | None = None) -> None:
                 setting = (options.size, method, options.rows, ctx_len, options.rounds)
                 lines.append(row(*setting, grad_cp=grad_cp))
                 print(lines[-1], flush=True)
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.output:
-        options.output.write_text(text, encoding="utf-8")
+    report(lines, options.output)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from report import report
 from torch import Tensor
 
 from rwkv_peft.ops import fla
@@ -367,10 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = [setting(options, device), ""]
     for op in options.ops:
         lines += tables(op, options, device)
-    text = "\n".join(lines).rstrip() + "\n"
-    print(text)
-    if options.output:
-        options.output.write_text(text, encoding="utf-8")
+    report(lines, options.output)
 
 
 if __name__ == "__main__":

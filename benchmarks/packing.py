@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from gpu_step import SIZES, device_name, make_model, make_optimizer, timed_step
+from report import report
 
 from rwkv_peft.data.batching import IGNORE, Batch, Batches
 from rwkv_peft.data.prepare import Documents
@@ -121,10 +122,7 @@ def main(args: list[str] | None = None) -> None:
             for way in ways
         ),
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.output:
-        options.output.write_text(text, encoding="utf-8")
+    report(lines, options.output)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,13 @@ from rwkv_peft.ops.dispatch import Backend
 from rwkv_peft.ops.wkv7.chunked import wkv7_chunked
 from rwkv_peft.ops.wkv7.reference import wkv7_reference
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "ops.py"
+    path = BENCHMARKS / "ops.py"
+    monkeypatch.syspath_prepend(BENCHMARKS)
     spec = importlib.util.spec_from_file_location("benchmark_of_operators", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -102,9 +105,7 @@ def test_a_file_of_seven_billion_parameters_is_merged_in_two_minutes(method: str
 
 
 def measured_merges(*arguments: str) -> list[dict[str, Any]]:
-    script = Path(__file__).parents[1] / "benchmarks" / "merge.py"
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments], check=True, capture_output=True, text=True
-    )
+    command = [sys.executable, str(BENCHMARKS / "merge.py"), *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return rows
