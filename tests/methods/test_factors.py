@@ -89,6 +89,23 @@ def test_whoever_decomposes_otherwise_reads_the_same_adapter(
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_what_was_trained_in_bf16_is_read_in_float32(
+    method: str, model_file: Path, tmp_path: Path
+) -> None:
+    def model(dtype: str, **given: Any) -> RWKV:
+        return rwkv_peft.load_model(model_file, dtype=dtype, **given)
+
+    # float32 weights decompose into other factors than the same ones in bf16
+    rounding = (answers(model("bfloat16")) - answers(model("float32"))).abs().max()
+    adapted = model("bfloat16")
+    attachment = attach(adapted, method, {})
+    move(iter(attachment.values()))
+    write_adapter(tmp_path / "adapter", attachment, attachment, base=model_file)
+    finer = model("float32", adapter=tmp_path / "adapter")
+    assert (answers(finer) - answers(adapted)).abs().max() < 2 * rounding
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_another_number_of_threads_reads_the_same_adapter(
     method: str, base: Path, tmp_path: Path
 ) -> None:
