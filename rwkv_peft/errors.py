@@ -18,7 +18,7 @@ class DataError(RwkvPeftError, ValueError):
 
 
 class CheckpointError(RwkvPeftError, ValueError):
-    """A weight or adapter file cannot be read, does not fit, or cannot be written."""
+    """A weight or adapter file cannot be read or does not fit, or a file cannot be written."""
 
 
 class BackendUnavailableError(RwkvPeftError, RuntimeError):

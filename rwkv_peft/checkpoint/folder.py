@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from rwkv_peft.checkpoint.files import atomic_write
 from rwkv_peft.errors import CheckpointError
+from rwkv_peft.writing import atomic_write
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rwkv_peft.checkpoint.adapter import attach_values, read_adapter, require_base
 from rwkv_peft.checkpoint.compare import Comparison, compare_models, sample
-from rwkv_peft.checkpoint.files import atomic_write
 from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.mapped import mapped
 from rwkv_peft.checkpoint.older import Unsaved
@@ -26,6 +25,7 @@ from rwkv_peft.methods.merge import Addition, MergedWeights, split
 from rwkv_peft.methods.state import state_from
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
+from rwkv_peft.writing import atomic_write
 
 StoredType = Literal["keep", "bf16", "fp16", "fp32"]
 # a change of which rounding takes more than this is worth another type

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv_peft.checkpoint.files import atomic_write
 from rwkv_peft.errors import CheckpointError
+from rwkv_peft.writing import atomic_write
 
 # where PyTorch puts a tensor's first byte, so that a mapped file gives aligned tensors
 ALIGNMENT = 64

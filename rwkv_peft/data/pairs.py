@@ -8,6 +8,7 @@ from rwkv_peft.data.prepare import Documents
 from rwkv_peft.data.sources import Source
 from rwkv_peft.data.tokenfiles import open_tokens, write_index
 from rwkv_peft.errors import DataError
+from rwkv_peft.writing import atomic_write
 
 BLOCK = 1 << 20
 
@@ -18,10 +19,10 @@ def write_pair(path: Path, documents: Documents, copies: int = 1, seed: int = 0)
     Args:
         copies: times that every document is written; each copy in an order of its own if above 1.
     Raises:
+        CheckpointError: they cannot be written; a pair of that name stays as it was.
         DataError: what was read again differs.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parts = [path.with_name(f"{path.name}{ending}.part") for ending in (".bin", ".idx")]
+    tokens_file, index_file = (path.with_name(path.name + ending) for ending in (".bin", ".idx"))
     sizes = np.diff(documents.starts)
     orders = [np.arange(len(documents))]
     if copies > 1:
@@ -29,7 +30,8 @@ def write_pair(path: Path, documents: Documents, copies: int = 1, seed: int = 0)
         orders = [generator.permutation(len(documents)) for _ in range(copies)]
     dtype = documents.tokens.dtype
     sums = []
-    with open(parts[0], "wb") as file:
+    with atomic_write(index_file) as index, atomic_write(tokens_file) as file:
+        write_index(index, np.concatenate([sizes[order] for order in orders]), dtype)
         for order in orders:
             if copies == 1:
                 for start in range(0, len(documents.tokens), BLOCK):
@@ -41,10 +43,6 @@ def write_pair(path: Path, documents: Documents, copies: int = 1, seed: int = 0)
                 document = documents.tokens[documents.starts[i] : documents.starts[i + 1]]
                 sums.append(int(document.sum()))
                 file.write(document.tobytes())
-    with open(parts[1], "wb") as file:
-        write_index(file, np.concatenate([sizes[order] for order in orders]), dtype)
-    for part in parts:
-        part.replace(part.with_suffix(""))
     tokens, starts = open_tokens(Source(str(path), "binidx"), 1 << 31)
     total = sum(int(tokens[i : i + BLOCK].sum()) for i in range(0, len(tokens), BLOCK))
     if len(starts) - 1 != len(documents) * copies or total != sum(sums):

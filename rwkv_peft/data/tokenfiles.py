@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,7 +131,7 @@ def _ends_of_documents(tokens: Tokens) -> NDArray[np.int64]:
     return np.unique(np.concatenate([[0], *ends, [len(tokens)]])).astype(np.int64)
 
 
-def write_index(file: BinaryIO, sizes: NDArray[np.int64], dtype: np.dtype[Any]) -> None:
+def write_index(file: IO[bytes], sizes: NDArray[np.int64], dtype: np.dtype[Any]) -> None:
     """The .idx of a pair whose documents have `sizes` tokens of `dtype`."""
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]) if len(sizes) else sizes
     file.write(_HEADER.pack(MAGIC, 1, _CODES[dtype], len(sizes), len(sizes) + 1))

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from rwkv_peft.checkpoint.files import atomic_write
 from rwkv_peft.config import TEMPLATE_FILE, TrainConfig
+from rwkv_peft.writing import atomic_write
 
 # without a terminal, at most one line of progress in so many seconds
 PLAIN_INTERVAL = 10.0

@@ -1,6 +1,8 @@
 """The commands data and data prepare."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,6 +91,31 @@ def test_prepare_writes_a_pair_that_reads_as_the_file(
     cli("data", "prepare", path, "--output", tmp_path / "bare", "--append_eod", 0)
     bare = read_documents(DataConfig(data_file=str(tmp_path / "bare")), TOKENIZER)
     assert bare.report.num_endless == 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
+def test_a_pair_that_does_not_fit_on_the_disk_leaves_the_previous_one_and_no_rest(
+    cli: CLI, make_data_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, folder = make_data_file(["word " * 2000]), tmp_path / "pair"
+    given = ["data", "prepare", str(path), "--output", str(folder / "out")]
+    assert cli(*given).code == 0
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    # a limit on the size of files fails a write just as a full disk does
+    code = (
+        "import resource, sys\n"
+        "from rwkv_peft.cli.main import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", code, *given, "--copies", "50"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    said = (
+        f"error: cannot write {folder / 'out'}.bin: File too large; the previous file is untouched"
+    )
+    assert done.stderr.splitlines()[-1].startswith(said)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_prepare_takes_the_arguments_of_json2binidx(

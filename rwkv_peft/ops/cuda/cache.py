@@ -4,9 +4,11 @@ import contextlib
 import hashlib
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from rwkv_peft.errors import CheckpointError
+from rwkv_peft.writing import atomic_write
 
 DIGEST = hashlib.sha256().digest_size
 
@@ -14,7 +16,8 @@ DIGEST = hashlib.sha256().digest_size
 def cached(key: str, make: Callable[[], bytes]) -> bytes:
     """What `make` gives, kept under `key`; a file that is broken is made anew.
 
-    Any number of processes may call it at once. Where the folder cannot be written nothing is kept.
+    Any number of processes and threads may call it at once. Where the folder cannot be
+    written nothing is kept.
     """
     path = folder() / key
     with contextlib.suppress(OSError):
@@ -22,8 +25,8 @@ def cached(key: str, make: Callable[[], bytes]) -> bytes:
         if hashlib.sha256(kept[DIGEST:]).digest() == kept[:DIGEST]:
             return kept[DIGEST:]
     made = make()
-    with contextlib.suppress(OSError):
-        _write(path, hashlib.sha256(made).digest() + made)
+    with contextlib.suppress(CheckpointError), atomic_write(path) as file:
+        file.write(hashlib.sha256(made).digest() + made)
     return made
 
 
@@ -34,15 +37,3 @@ def folder() -> Path:
     else:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "rwkv-peft" / "kernels"
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise

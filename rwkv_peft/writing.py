@@ -1,6 +1,7 @@
 """Writing files as if the power could fail."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,19 +18,20 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         CheckpointError: the folder cannot be written or the disk is full; `path` is as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         kept = "; the previous file is untouched" if path.exists() else ""
         raise CheckpointError(
             f"cannot write {path}: {error.strerror or error}{kept}. Free space or choose another "
             "folder"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
