@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 
 import numpy as np
@@ -106,7 +107,7 @@ class Encoder:
             chunk.forms.append(record.form)
             chunk.num_bytes += len(data)
             key = record.state.encode() + b"\0" + data if record.state else data
-            chunk.digests.append(int.from_bytes(blake2b(key, digest_size=8).digest(), "little"))
+            chunk.digests.append(_number(_hash(key)))
         chunk.tokens = np.concatenate([chunk.tokens, *tokens])
         chunk.weights = _joined(weights, chunk.sizes)
         return chunk
@@ -174,9 +175,7 @@ class Encoder:
                 weights.append(document_weights)
                 chunk.sizes.append(len(ids))
                 chunk.lines.append(number)
-                chunk.digests.append(
-                    int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
-                )
+                chunk.digests.append(_number(_hash(data)))
             chunk.states, chunk.forms = [""] * len(kept), ["tokens"] * len(kept)
             chunk.tokens = np.concatenate([tokens[:0], *kept])
             chunk.weights = _joined(weights, chunk.sizes)
@@ -184,7 +183,7 @@ class Encoder:
 
     def encode_text(self, blocks_of_text: Iterable[str]) -> Iterator[Chunk]:
         """One document that is read piece by piece; its tokens are those of the whole text."""
-        held, size, digest = "", 0, blake2b(digest_size=8)
+        held, size, digest = "", 0, _hash()
         for block in blocks_of_text:
             held += block
             ids, rest = self._settled(held)
@@ -203,7 +202,7 @@ class Encoder:
             np.array(ids, dtype=self.dtype),
             sizes=[size + len(ids)],
             lines=[1],
-            digests=[int.from_bytes(digest.digest(), "little")],
+            digests=[_number(digest)],
             states=[""],
             forms=["text"],
             num_rows=1,
@@ -241,6 +240,14 @@ class Encoder:
             count -= 1
         end = int(ends[count - 1]) if count else 0
         return ids[:count], data[end:].decode()
+
+
+# eight bytes: a number of 64 bits
+_hash = partial(blake2b, digest_size=8)
+
+
+def _number(digest: blake2b) -> int:
+    return int.from_bytes(digest.digest(), "little")
 
 
 def _joined(
