@@ -9,10 +9,11 @@ from rwkv_peft.checkpoint.convert import convert
 from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.merge import merge
 from rwkv_peft.checkpoint.older import Unsaved
-from rwkv_peft.checkpoint.pth import load_official, read_weights
+from rwkv_peft.checkpoint.pth import geometry_of, load_weights, read_weights
 from rwkv_peft.checkpoint.state import load_state
 from rwkv_peft.device import dtype_of
 from rwkv_peft.generation.engine import generate
+from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.training.loop import train
 
@@ -49,9 +50,11 @@ def load_model(
         BackendUnavailableError: `op` cannot serve on this device and type.
     """
     dtype = dtype_of(dtype) if isinstance(dtype, str) else dtype
-    model = load_official(path, device=device, dtype=dtype, op=op)
+    weights = read_weights(path)
+    model = build(geometry_of(weights), op=op, device=device, dtype=dtype)
+    load_weights(model, weights, device=device, dtype=dtype)
     if adapter is not None:
-        own = fingerprint(read_weights(path))
+        own = fingerprint(weights)
         unsaved = Unsaved(lora_alpha, pissa_init)
         load_adapter(model, adapter, unsaved=unsaved, base_fingerprint=own, force=force)
     if state is not None:

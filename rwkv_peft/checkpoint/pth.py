@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from rwkv_peft.checkpoint.stream import Spec, map_safetensors, write_tensors
 from rwkv_peft.errors import CheckpointError
 from rwkv_peft.methods.state import shapes, state_from
-from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.geometry import Geometry, read_geometry
 
@@ -129,21 +128,6 @@ def load_weights(
         owner, _, leaf = name.rpartition(".")
         value = weights[name].to(device=device, dtype=dtype)
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-
-
-def load_official(
-    path: str | Path, *, device: torch.device | str, dtype: torch.dtype, op: str
-) -> RWKV:
-    """A model with the weights of an official file, all frozen.
-
-    Raises:
-        CheckpointError: the file cannot be read or is no complete model.
-        BackendUnavailableError: `op` cannot serve on that device and type.
-    """
-    weights = read_weights(path)
-    model = build(geometry_of(weights), op=op, device=device, dtype=dtype)
-    load_weights(model, weights, device=device, dtype=dtype)
-    return model
 
 
 def write_like(path: str | Path, base: str | Path, changed: Mapping[str, Tensor]) -> None:
