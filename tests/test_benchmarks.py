@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,14 @@ def test_a_backend_over_the_error_budget_is_not_timed(
     out = capsys.readouterr().out
     assert "| 1, 40, 1 | wrong | not timed: y: error" in out
     assert "| wrong | 0" not in out
+
+
+def test_the_kernels_are_not_checked_without_a_gpu() -> None:
+    command = [sys.executable, str(BENCHMARKS / "sanitize.py")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    said = "error: wkv7, bfloat16, one document: the CUDA backend needs an NVIDIA GPU\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads RssAnon of Linux")
