@@ -7,7 +7,6 @@ import torch
 
 import rwkv_peft
 from rwkv_peft.config import DataConfig
-from rwkv_peft.data.batching import Batches
 from rwkv_peft.data.prepare import read_documents
 from rwkv_peft.device import resolve_device
 from rwkv_peft.training.step import evaluate_loss
@@ -20,15 +19,7 @@ def bits_per_byte(path: str, data: str) -> tuple[float, float]:
     documents = read_documents(
         DataConfig(data_file=data), rwkv_peft.Tokenizer(model.geometry.vocab_size)
     )
-    batches = Batches(
-        documents,
-        dataload="pad",
-        ctx_len=documents.longest,
-        micro_bsz=8,
-        seed=0,
-        is_shuffled=False,
-    )
-    loss, num_tokens = evaluate_loss(model, map(batches.__getitem__, range(len(batches))))
+    loss, num_tokens = evaluate_loss(model, documents)
     return loss / math.log(2) / documents.report.num_bytes, loss / num_tokens
 
 

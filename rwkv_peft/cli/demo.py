@@ -83,7 +83,6 @@ def run(args: Sequence[str]) -> int:
 
 def held_out_loss(model: "RWKV") -> float:
     """Mean loss per token on the dialogues kept aside, in nats."""
-    from rwkv_peft.data.batching import Batches
     from rwkv_peft.data.prepare import read_documents
     from rwkv_peft.data.tokenizer import Tokenizer
     from rwkv_peft.training.step import evaluate_loss
@@ -91,15 +90,7 @@ def held_out_loss(model: "RWKV") -> float:
     documents = read_documents(
         DataConfig(data_file=str(HELD_OUT)), Tokenizer(model.geometry.vocab_size)
     )
-    batches = Batches(
-        documents,
-        dataload="pad",
-        ctx_len=documents.longest,
-        micro_bsz=8,
-        seed=0,
-        is_shuffled=False,
-    )
-    loss, num_tokens = evaluate_loss(model, map(batches.__getitem__, range(len(batches))))
+    loss, num_tokens = evaluate_loss(model, documents)
     return loss / num_tokens
 
 

@@ -1,12 +1,13 @@
 """One micro-batch through a model."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rwkv_peft.data.batching import IGNORE, Batch
+from rwkv_peft.data.batching import IGNORE, Batch, Batches
+from rwkv_peft.data.prepare import Documents
 from rwkv_peft.loss import head_loss
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.state import LayerState, RWKVState
@@ -48,12 +49,23 @@ def full_step(
 
 
 @torch.no_grad()
-def evaluate_loss(model: RWKV, batches: Iterable[Batch]) -> tuple[float, float]:
-    """Summed cross-entropy in nats over batches, and the tokens predicted, each by its weight."""
+def evaluate_loss(model: RWKV, documents: Documents) -> tuple[float, float]:
+    """Summed cross-entropy in nats over whole documents, and the tokens predicted.
+
+    Each token counts by its weight.
+    """
+    batches = Batches(
+        documents,
+        dataload="pad",
+        ctx_len=documents.longest,
+        micro_bsz=8,
+        seed=0,
+        is_shuffled=False,
+    )
     was_training = model.training
     model.eval()
     total, weight = 0.0, 0.0
-    for batch in batches:
+    for batch in map(batches.__getitem__, range(len(batches))):
         total += full_step(model, batch).loss_sum.item()
         weight += batch.weight
     model.train(was_training)
