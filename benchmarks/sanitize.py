@@ -5,9 +5,9 @@
     compute-sanitizer --tool racecheck --error-exitcode 1 python benchmarks/sanitize.py
 
 Each operator in bf16 and fp32, over one document and over packed ones, with a state given: 130
-tokens, two more than whole chunks. `compute-sanitizer` is part of the CUDA
-toolkit. Without the variable PyTorch cuts its tensors out of larger allocations, and what is read
-or written beside one of them is not noticed. The kernels that the cache has not are compiled first.
+tokens, two more than whole chunks. `compute-sanitizer` is part of the CUDA toolkit. Without the
+variable PyTorch cuts its tensors out of larger allocations, and what is read or written beside one
+of them is not noticed. The kernels that the cache has not are compiled first.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Writing files as if the power could fail."""
 
 import os
-import threading
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +18,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         CheckpointError: the folder cannot be written or the disk is full; `path` is as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
+    # machines that share a folder may count their processes and threads alike
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
