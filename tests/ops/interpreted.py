@@ -3,7 +3,7 @@
 A process of its own, since the interpreter is chosen when Triton is imported.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 
 import pytest
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from rwkv_peft.errors import ShapeError
 from rwkv_peft.ops.testing import DECAYS, OPERATORS, Case, assert_within_budget, run
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # a package has the shared module `ops.triton` under the name of its own
 MODULES = {op: import_module(f"rwkv_peft.ops.{op}.triton") for op in OPERATORS}
@@ -28,14 +30,6 @@ CASES = [
     # not 'fastest': the interpreter cuts bf16 off instead of rounding it
     (BF16, 65, "mixed", True, True),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def check(op: str, function: Callable[..., tuple[Tensor, Tensor]], case: Case) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The CUDA kernels, and the host code that starts them, emulated on a CPU."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -15,7 +15,7 @@ from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
 from rwkv_peft.ops.wkv7 import cuda as wkv7_cuda
 from tests.ops.emulation import emulator
 
-pytestmark = emulator.needs_compiler
+pytestmark = [emulator.needs_compiler, pytest.mark.usefixtures("poisoned_memory")]
 
 
 class Form(NamedTuple):
@@ -54,14 +54,6 @@ def _function(form: Form) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 FUNCTIONS = {form: _function(form) for form in FORMS}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def check(form: Form, T: int, decay: str = "trained", **shape: int | bool) -> None:

@@ -36,15 +36,6 @@ def operator(request: pytest.FixtureRequest) -> Operator:
     return OPERATORS[request.param]
 
 
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """Uninitialised tensors are filled with NaN, so that a value nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def part(case: Case, rows: Any = slice(None), times: Any = slice(None)) -> list[torch.Tensor]:
     """The inputs of some rows and tokens; u belongs to all."""
     return [x if n == "u" else x[rows][:, times] for n, x in case.inputs.items()]

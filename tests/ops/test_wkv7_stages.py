@@ -1,7 +1,5 @@
 """The six stages of WKV-7: their formulas, and what PyTorch knows of an operator made of them."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,14 +21,6 @@ wkv7_64 = register("formulas_64", torch_stages(chunk=64))
 wkv7_rounded = register("rounded", torch_stages(64, torch.bfloat16, torch.bfloat16))
 FORWARD = torch.ops.rwkv_peft.wkv7_formulas_16.default
 BACKWARD = torch.ops.rwkv_peft.wkv7_formulas_16_backward.default
-
-
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def arguments(case: Case) -> list[Tensor | None]:
