@@ -28,16 +28,18 @@ SCALE = tl.constexpr(DECAY_SCALE)
 
 @triton.jit
 def decays(w, exists, C: tl.constexpr, OPERAND: tl.constexpr):
-    """g_t and g_{t-1} from the middle, that of all tokens, that of the first half; dl/dw."""
+    """g_t and g_{t-1} from the middle, the log decays of the first and the second half; dl/dw."""
     # by the smaller of sigmoid(w) and sigmoid(-w), which keeps its digits
     e = power(tl.minimum(w, -w) * LOG2_E, OPERAND)
     gate = reciprocal(1 + e, OPERAND)
     slope = gate * gate * e * -SCALE
     log_decay = tl.where(exists, tl.where(w < 0, gate * e, gate) * (-SCALE * LOG2_E), 0.0)
-    is_first = (tl.arange(0, C) < C // 2)[:, None]
-    middle = tl.sum(tl.where(is_first, log_decay, 0.0), 0)
-    g = tl.cumsum(log_decay, 0) - middle[None, :]
-    return g, g - log_decay, tl.sum(log_decay, 0), middle, slope
+    t = tl.arange(0, C)[:, None]
+    middle = tl.sum(tl.where(t < C // 2, log_decay, 0.0), 0)
+    rest = tl.sum(tl.where(t < C // 2, 0.0, log_decay), 0)
+    # summed from the middle on: taken off afterwards, it would leave the rounding of larger sums
+    g = tl.cumsum(log_decay - tl.where(t == 0, middle[None, :], 0.0), 0)
+    return g, g - log_decay, middle, rest, slope
 
 
 @triton.jit
@@ -78,10 +80,10 @@ def ordered(same, C: tl.constexpr):
 
 
 @triton.jit
-def state_transition(W, b_out, middle, whole, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+def state_transition(W, b_out, middle, rest, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """X, which a chunk multiplies a state by beside its decay."""
     X = dot(tl.trans(W), b_out, OPERAND, PRECISION)
-    return X * power(middle, OPERAND)[:, None] * power(whole - middle, OPERAND)[None, :]
+    return X * power(middle, OPERAND)[:, None] * power(rest, OPERAND)[None, :]
 
 
 @triton.jit
@@ -106,7 +108,7 @@ def chunk_forward(
     offsets, exists = tile(token, T - c * C, H, C, N)
     same, enters, leaves, carried = documents(segment_ids, batch, c, T, C, SEGMENTS)
     strict, causal = ordered(same, C)
-    g, before, whole, middle, _ = decays(load(w, offsets, exists), exists, C, OPERAND)
+    g, before, middle, rest, _ = decays(load(w, offsets, exists), exists, C, OPERAND)
 
     at = scaled(a, offsets, exists, before, OPERAND)
     bt = scaled(b, offsets, exists, -g, OPERAND).to(OPERAND)
@@ -117,9 +119,9 @@ def chunk_forward(
     W = dot(L, tl.where(enters, at, 0.0), OPERAND, PRECISION).to(OPERAND)
     bt_out = tl.where(leaves, bt, 0.0)
     square = chunk * N * N + matrix(N, N)
-    X = state_transition(W, bt_out, middle, whole, OPERAND, PRECISION)
+    X = state_transition(W, bt_out, middle, rest, OPERAND, PRECISION)
     tl.store(transition + square, X.to(transition.dtype.element_ty))
-    tl.store(decay + chunk * N + tl.arange(0, N), power(whole, OPERAND) * carried)
+    tl.store(decay + chunk * N + tl.arange(0, N), power(middle + rest, OPERAND) * carried)
 
     rt = scaled(r, offsets, exists, g, OPERAND)
     A_rb, R = state_readout(rt, bt, W, causal, enters, middle, OPERAND, PRECISION)
@@ -133,7 +135,7 @@ def chunk_forward(
     out = dot(A_rk, values, OPERAND, PRECISION) + dot(A_rb, u, OPERAND, PRECISION)
     store(y, offsets, out, exists)
     P = dot(tl.trans(values), tl.where(leaves, kt, 0.0), OPERAND, PRECISION)
-    P = (P + dot(tl.trans(u), bt_out, OPERAND, PRECISION)) * power(whole - middle, OPERAND)[None, :]
+    P = (P + dot(tl.trans(u), bt_out, OPERAND, PRECISION)) * power(rest, OPERAND)[None, :]
     tl.store(added + square, P.to(added.dtype.element_ty))
 
 
@@ -163,16 +165,16 @@ def chunk_backward(
     offsets, exists = tile(token, T - c * C, H, C, N)
     same, enters, leaves, carried = documents(segment_ids, batch, c, T, C, SEGMENTS)
     _, causal = ordered(same, C)
-    g, before, whole, middle, _ = decays(load(w, offsets, exists), exists, C, OPERAND)
+    g, before, middle, rest, _ = decays(load(w, offsets, exists), exists, C, OPERAND)
 
     at = scaled(a, offsets, exists, before, OPERAND)
     bt = scaled(b, offsets, exists, -g, OPERAND).to(OPERAND)
     L = tl.load(inverse + chunk * C * C + matrix(C, C)).to(OPERAND)
     W = dot(L, tl.where(enters, at, 0.0), OPERAND, PRECISION).to(OPERAND)
     square = chunk * N * N + matrix(N, N)
-    X = state_transition(W, tl.where(leaves, bt, 0.0), middle, whole, OPERAND, PRECISION)
+    X = state_transition(W, tl.where(leaves, bt, 0.0), middle, rest, OPERAND, PRECISION)
     tl.store(transition + square, X.to(transition.dtype.element_ty))
-    tl.store(decay + chunk * N + tl.arange(0, N), power(whole, OPERAND) * carried)
+    tl.store(decay + chunk * N + tl.arange(0, N), power(middle + rest, OPERAND) * carried)
 
     rt = scaled(r, offsets, exists, g, OPERAND)
     _, R = state_readout(rt, bt, W, causal, enters, middle, OPERAND, PRECISION)
@@ -223,7 +225,7 @@ def gradients(
     offsets, exists = tile(token, T - c * C, H, C, N)
     same, enters, leaves, carried = documents(segment_ids, batch, c, T, C, SEGMENTS)
     strict, causal = ordered(same, C)
-    g, before, whole, middle, slope = decays(load(w, offsets, exists), exists, C, OPERAND)
+    g, before, middle, rest, slope = decays(load(w, offsets, exists), exists, C, OPERAND)
 
     at, rt = scaled(a, offsets, exists, before, OPERAND), scaled(r, offsets, exists, g, OPERAND)
     bt, kt = scaled(b, offsets, exists, -g, OPERAND), scaled(k, offsets, exists, -g, OPERAND)
@@ -231,7 +233,7 @@ def gradients(
     values, d_y = load(v, offsets, exists).to(OPERAND), load(dy, offsets, exists).to(OPERAND)
     square = chunk * N * N + matrix(N, N)
     S = tl.load(states + square).to(tl.float32) * power(middle, OPERAND)[None, :]
-    D = tl.load(dstates + square).to(tl.float32) * power(whole - middle, OPERAND)[None, :]
+    D = tl.load(dstates + square).to(tl.float32) * power(rest, OPERAND)[None, :]
     dlog_all = tl.sum(S * D, 0) * carried
     S, D = S.to(OPERAND), D.to(OPERAND)
 
