@@ -3,7 +3,12 @@
 T rows, r rank. A low-rank product is written into the output first; the product with the frozen
 weight then adds to it in its epilogue, where reading the output costs next to nothing beside the
 arithmetic. So there are no sums or scalings over (T, out), and nothing is kept for backward but
-what a gradient needs: x and x A for LoRA, the folded x alone for MiSS.
+what a gradient needs: x and x A^T for LoRA, x A^T alone for MiSS.
+
+MiSS adds the sum of x over shards of r columns, times D (r, out). That is LoRA with an A that says
+which column belongs where and is not trained, and with B = D^T. On a GPU such a product is quicker
+than a sum over shards, and its transpose than a copy to them. It is as exact: all factors are 1 or
+0, and sums are in float32 (where TF32 is allowed, x is rounded for W too).
 
 A short step is bound by the host, a dozen microseconds a layer, so tensors are read from the
 dictionaries of modules: `nn.Module.__getattr__` and peft's containers cost as much as a product.
@@ -16,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rwkv_peft.methods.miss import shards
 from rwkv_peft.ops.autograd import once_differentiable
 
 
@@ -107,7 +113,7 @@ def _lora_matrices(layer: Any, name: str) -> tuple[Tensor, Tensor]:
 def _lora(layer: Any, name: str, weight: Tensor, x: Tensor) -> Tensor:
     rate = _dropout(layer._modules["lora_dropout"]._modules[name])
     a, b = _lora_matrices(layer, name)
-    y: Tensor = _Lora.apply(x, weight, a, b, layer.scaling[name], rate)
+    y: Tensor = _LowRank.apply(x, weight, a, b, layer.scaling[name], rate, False)
     return y
 
 
@@ -123,8 +129,19 @@ def _serves_miss(layer: Any) -> bool:
 
 def _miss(layer: Any, name: str, weight: Tensor, x: Tensor) -> Tensor:
     rate = _dropout(layer._modules["miss_dropout"]._modules[name])
-    y: Tensor = _Miss.apply(x, weight, _miss_block(layer, name), rate)
+    d = _miss_block(layer, name)
+    a = _shards(d.shape[0], x.shape[1], x.device, x.dtype)
+    y: Tensor = _LowRank.apply(x, weight, a, d, 1, rate, True)
     return y
+
+
+# of the process and not of a layer: it is never trained, saved or moved, and a few hundred KiB
+@cache
+def _shards(rank: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A (r, in) of MiSS: 1 where column mod r is the row; one for all layers of a shape."""
+    # an answer may ask for it before training does
+    with torch.inference_mode(False):
+        return shards(rank, width, device).to(dtype)
 
 
 def _miss_block(layer: Any, name: str) -> Tensor:
@@ -161,26 +178,31 @@ def _product(x: Tensor, y: Tensor, scale: float) -> Tensor:
     return out.addmm_(x, y, beta=0, alpha=scale)
 
 
-class _Lora(torch.autograd.Function):
-    """y = x W^T + s drop(x) A^T B^T for x (T, in), W (out, in) frozen, A (r, in), B (out, r)."""
+class _LowRank(torch.autograd.Function):
+    """y = x W^T + s drop(x) A^T B^T for x (T, in), W (out, in) frozen, A (r, in).
+
+    B is (out, r), or (r, out) if `is_turned`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x, w, a, b, scale, rate):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, w, a, b, scale, rate, is_turned):  # type: ignore[no-untyped-def]
         dropped, mask = _drop(x, rate)
         # the narrow one is scaled, and kept so, as B's gradient wants it too
         u = _product(dropped, a.t(), scale)
-        ctx.scale, ctx.keep = scale, 1 - rate
-        ctx.save_for_backward(x, w, a, b, u, mask)
-        return torch.mm(u, b.t()).addmm_(x, w.t())
+        ctx.scale, ctx.keep, ctx.is_turned = scale, 1 - rate, is_turned
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, w, a, b, u, mask)
+        return torch.mm(u, b if is_turned else b.t()).addmm_(x, w.t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         x, w, a, b, u, mask = ctx.saved_tensors
         needs_x, _, needs_a, needs_b, *_ = ctx.needs_input_grad
-        dx = da = None
-        g = _product(dy, b, ctx.scale)
-        db = torch.mm(dy.t(), u) if needs_b else None
+        dx = da = db = None
+        if needs_b:
+            db = torch.mm(u.t(), dy) if ctx.is_turned else torch.mm(dy.t(), u)
+        if needs_x or needs_a:
+            g = _product(dy, b.t() if ctx.is_turned else b, ctx.scale)
         if needs_a:
             da = torch.mm(g.t(), x if mask is None else (x * mask).div_(ctx.keep))
         if needs_x:
@@ -188,50 +210,4 @@ class _Lora(torch.autograd.Function):
             if mask is not None:
                 dx.mul_(mask).div_(ctx.keep)
             dx.addmm_(dy, w)
-        return dx, None, da, db, None, None
-
-
-class _Miss(torch.autograd.Function):
-    """y = x W^T + fold(drop(x)) D for x (T, in), W (out, in) frozen, D (r, out).
-
-    fold sums the shards of r columns, the last of which may be short.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x, w, d, rate):  # type: ignore[no-untyped-def]
-        dropped, mask = _drop(x, rate)
-        u = _fold(dropped, d.shape[0])
-        ctx.keep = 1 - rate
-        ctx.save_for_backward(w, d, u, mask)
-        return torch.mm(u, d).addmm_(x, w.t())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
-        w, d, u, mask = ctx.saved_tensors
-        needs_x, _, needs_d, _ = ctx.needs_input_grad
-        dd = torch.mm(u.t(), dy) if needs_d else None
-        dx = None
-        if needs_x:
-            dx = _unfold(torch.mm(dy, d.t()), w.shape[1])
-            if mask is not None:
-                dx.mul_(mask).div_(ctx.keep)
-            dx.addmm_(dy, w)
-        return dx, None, dd, None
-
-
-def _fold(x: Tensor, r: int) -> Tensor:
-    rows, width = x.shape
-    rest = width % r
-    if not rest:
-        return x.view(rows, width // r, r).sum(1)
-    u = _fold(x[:, :-rest], r)
-    u[:, :rest] += x[:, -rest:]
-    return u
-
-
-def _unfold(g: Tensor, width: int) -> Tensor:
-    rows, r = g.shape
-    shards = -(-width // r)
-    spread = g.unsqueeze(1).expand(rows, shards, r).reshape(rows, shards * r)
-    return spread if shards * r == width else spread[:, :width].contiguous()
+        return dx, None, da, db, None, None, None

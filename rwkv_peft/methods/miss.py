@@ -26,7 +26,7 @@ def lay_along_inputs(model: nn.Module) -> None:
 def as_lora(layer: Any) -> tuple[Tensor, Tensor] | None:
     """A (R, in) and B (out, R) with B A equal to the change of a MiSS layer, None for bat.
 
-    Input j meets row j mod R of the block D (R, out): A is that choice, and B is D transposed.
+    Input j meets row j mod R of the block D (R, out): A says so, and B is D transposed.
     """
     (name,) = layer.miss_block
     block = layer.miss_block[name].detach()
@@ -34,6 +34,11 @@ def as_lora(layer: Any) -> tuple[Tensor, Tensor] | None:
         return None
     if layer.miss_fn == "mini":
         block = block.repeat(1, layer.out_features // layer.miss_mini_r[name])
-    rank = len(block)
-    chosen = torch.arange(layer.in_features) % rank == torch.arange(rank).unsqueeze(1)
-    return chosen.to(block), block.T.contiguous()
+    a = shards(len(block), layer.in_features, block.device)
+    return a.to(block.dtype), block.T.contiguous()
+
+
+def shards(rank: int, width: int, device: torch.device) -> Tensor:
+    """Which inputs meet which row of a block, (R, in): identity matrices, the last perhaps cut."""
+    columns = torch.arange(width, device=device)
+    return columns % rank == torch.arange(rank, device=device).unsqueeze(1)

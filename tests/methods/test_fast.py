@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import rwkv_peft
 from rwkv_peft.methods.attach import attach
-from rwkv_peft.methods.fast import fuse
+from rwkv_peft.methods.fast import _shards, fuse
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"r": 4, "lora_alpha": 12}),
@@ -143,7 +143,10 @@ def test_what_changes_after_fusing_is_heeded(name: str) -> None:
         model.requires_grad_(False)
     assert not torch.equal(assert_same(), changed)
     for model in (fused, plain):
-        model.float().double()
+        model.float()
+    torch.testing.assert_close(fused.key(x.float()), plain.key(x.float()))
+    for model in (fused, plain):
+        model.double()
         model.key.set_scale("default", 3.0) if name == "lora" else None
     base = x @ fused.key.base_layer.weight.T
     changed = assert_same()
@@ -211,18 +214,61 @@ def test_what_no_fast_form_serves_is_left_to_peft(
     assert not any(type(m).__name__.startswith("Fast") for m in model.modules())
 
 
-def test_nothing_of_the_output_is_kept_for_backward() -> None:
-    kept: list[tuple[int, ...]] = []
-    for name in ("lora", "miss"):
-        model = adapted(name, torch.float32, is_fused=True)
-        x = torch.randn(50, 64, requires_grad=True)
+@pytest.mark.parametrize(("name", "expected"), [("lora", {64, 4}), ("miss", {8})])
+def test_nothing_but_what_a_gradient_needs_is_kept_for_backward(
+    name: str, expected: set[int]
+) -> None:
+    model = adapted(name, torch.float32, is_fused=True)
+    x = torch.randn(50, 64, requires_grad=True)
+
+    def widths() -> set[int]:
+        kept: list[Tensor] = []
 
         def pack(t: Tensor) -> Tensor:
-            kept.append(tuple(t.shape))
+            kept.append(t)
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             model.key(x)
-    assert (50, 96) not in kept
-    # LoRA keeps its input, MiSS its folded input only
-    assert kept.count((50, 64)) == 1
+        return {t.shape[1] for t in kept if len(t) == len(x)}
+
+    # MiSS needs no input, nor does LoRA whose first matrix is not trained
+    assert widths() == expected
+    if name == "lora":
+        model.key.lora_A.requires_grad_(False)
+        assert widths() == {4}
+
+
+def test_the_fixed_matrix_of_miss_is_shared_and_in_no_state() -> None:
+    x = torch.randn(50, 64)
+    fixed: list[int] = []
+
+    def pack(t: Tensor) -> Tensor:
+        if t.shape == (8, 64):
+            assert not t.requires_grad
+            fixed.append(t.data_ptr())
+        return t
+
+    def names(model: nn.Module) -> list[str]:
+        parameters, buffers = model.named_parameters(), model.named_buffers()
+        return [*model.state_dict(), *dict(parameters), *dict(buffers)]
+
+    models = [adapted("miss", torch.float32, is_fused=True) for _ in range(2)]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        for model in models:
+            model.key(x)
+    assert len(fixed) == 2 and len(set(fixed)) == 1
+    plain = adapted("miss", torch.float32, is_fused=False)
+    assert [names(model) for model in models] == [names(plain)] * 2
+
+
+def test_a_layer_that_answered_first_is_trained_all_the_same() -> None:
+    _shards.cache_clear()
+    model = adapted("miss", torch.float64, is_fused=True)
+    x = torch.randn(5, 64, dtype=torch.float64)
+    with torch.inference_mode():
+        answer = model.key(x)
+    trained = model.key(x)
+    trained.sum().backward()
+    assert torch.equal(trained, answer)
+    assert model.key.miss_block["default"].grad.abs().min() > 0
