@@ -61,37 +61,40 @@ DEVICE Documents read_documents(const u32* shared) {
 }
 
 // Which columns a row of pair products keeps: the tokens of its document that it sees (those before
-// it), or that see it (those after), with itself or without.
+// it), or that see it (those after), itself included.
 struct Bounds {
-    Documents documents;
     int begin, end;  // 16-token blocks outside of which a product has nothing
     int slab;
-    bool is_later;
+    bool is_later, is_packed;
+    int first[2], count[2];  // columns of the two rows of the slab that this lane has of a result
 };
 
 DEVICE Bounds bounds(int slab, const Documents& d, bool is_later) {
-    return {d, is_later ? slab : 0, is_later ? C / 16 : slab + 1, slab, is_later};
+    Bounds b{is_later ? slab : 0, is_later ? C / 16 : slab + 1, slab, is_later, d.is_packed()};
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int row = slab * 16 + half * 8 + thread_index() % 32 / 4;
+        int low = is_later ? row : 0, high = is_later ? C - 1 : row;
+        if (b.is_packed) {
+            if (is_later) high = d.last(row);
+            else low = d.first(row);
+        }
+        b.first[half] = low, b.count[half] = high - low + 1;
+    }
+    return b;
 }
 
 // Zeroes what a 16x16 block of pair products has beyond the bounds.
 DEVICE void mask_block(float (&c)[2][4], int block, const Bounds& b, bool with_itself) {
-    Documents d = b.documents;
-    // where it is needed, so that it holds no registers where it is not
-    d.starts = computed_here(d.starts);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        int row = b.slab * 16 + half * 8 + thread_index() % 32 / 4;
-        int low = b.is_later ? row : 0, high = b.is_later ? C - 1 : row;
-        if (d.is_packed()) {
-            low = b.is_later ? row : d.first(row);
-            high = b.is_later ? d.last(row) : row;
-        }
+        // a token is the last that it sees, and the first that sees it
+        int first = b.first[half] + (b.is_later && !with_itself), count = b.count[half] - !with_itself;
+        int column = block * 16 + thread_index() % 4 * 2 - first;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            int column = block * 16 + i / 2 * 8 + thread_index() % 4 * 2 + i % 2;
-            bool keeps = column >= low && column <= high && (with_itself || column != row);
             float& x = c[i / 2][half * 2 + i % 2];
-            x = keeps ? x : 0.0f;
+            x = (u32)(column + i / 2 * 8 + i % 2) < (u32)count ? x : 0.0f;
         }
     }
 }
@@ -103,21 +106,53 @@ DEVICE void set_block(float (&c)[2][4], const Rows& left, const Rows& right, int
     for (int i = 0; i < 8; i++) c[i / 4][i % 4] = 0.0f;
     add_outer(c, left, right);
     // with one document, only the block on the diagonal is cut
-    if (b.documents.is_packed() || block == b.slab) mask_block(c, block, b, with_itself);
+    if (b.is_packed || block == b.slab) mask_block(c, block, b, with_itself);
 }
 
+DEVICE Fragment block_fragment(const float (&c)[2][4]) {
+    Fragment a;
+#pragma unroll
+    for (int i = 0; i < 4; i++) set_fragment(a, i, c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
+    return a;
+}
+
+// Pair products of a slab's rows with the rows of `right`, times those of `values`.
+struct Pairs {
+    Tile right, values;
+    bool with_itself;
+};
+
 // s += (left right^T within bounds) values
-DEVICE void add_pairs(Slab<>& s, const Rows& left, Tile right, Tile values, const Bounds& b,
-                      bool with_itself) {
+DEVICE void add_pairs(Slab<>& s, const Rows& left, const Pairs& p, const Bounds& b) {
 #pragma unroll 1
     for (int block = b.begin; block < b.end; block++) {
-        Rows right_rows = load_right_rows(right, block * 16), value_rows = load_values(values, block * 16);
+        Rows right = load_right_rows(p.right, block * 16), values = load_values(p.values, block * 16);
         float c[2][4];
-        set_block(c, left, right_rows, block, b, with_itself);
-        Fragment a;
+        set_block(c, left, right, block, b, p.with_itself);
+        add_piece(s, block_fragment(c), values);
+    }
+}
+
+// Twice that, side by side: neither waits for its own products alone.
+DEVICE void add_pairs(Slab<>& s, const Rows& left, const Pairs& p, const Pairs& q, const Bounds& b) {
+#pragma unroll 1
+    for (int block = b.begin; block < b.end; block++) {
+        Rows right = load_right_rows(p.right, block * 16), other = load_right_rows(q.right, block * 16);
+        float c[2][4] = {}, d[2][4] = {};
 #pragma unroll
-        for (int i = 0; i < 4; i++) set_fragment(a, i, c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
-        add_piece(s, a, value_rows);
+        for (int k = 0; k < N / 16; k++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                mma(c[half], left.k[k], right.k[k], half);
+                mma(d[half], left.k[k], other.k[k], half);
+            }
+        Rows values = load_values(p.values, block * 16), others = load_values(q.values, block * 16);
+        if (b.is_packed || block == b.slab) {
+            mask_block(c, block, b, p.with_itself);
+            mask_block(d, block, b, q.with_itself);
+        }
+        add_piece(s, block_fragment(c), values);
+        add_piece(s, block_fragment(d), others);
     }
 }
 
@@ -131,6 +166,25 @@ DEVICE void zero_rows(Tile tile, int begin, int end) {
 // This thread's share: tokens own_token() and the next, eight channels from own_channel() on.
 DEVICE int own_token() { return thread_index() / 32 * WARP_TOKENS + thread_index() % 32 / 8 * TOKENS; }
 DEVICE int own_channel() { return thread_index() % 8 * 8; }
+
+// This thread's eight channels of a row of N in shared memory. Half the threads begin with the later
+// four: eight of them, which meet the memory at once, then meet all its banks.
+DEVICE int first_four() { return own_channel() / (N / 2) * 4; }
+DEVICE void read_eight(float (&x)[8], const float* row) {
+    int first = first_four();
+    const float* here = row + own_channel();
+    FloatFour a = *(const FloatFour*)(here + first), b = *(const FloatFour*)(here + 4 - first);
+#pragma unroll
+    for (int c = 0; c < 4; c++) x[c] = first ? b.x[c] : a.x[c], x[4 + c] = first ? a.x[c] : b.x[c];
+}
+DEVICE void write_eight(float* row, const float (&x)[8]) {
+    int first = first_four();
+    float* here = row + own_channel();
+    FloatFour a, b;
+#pragma unroll
+    for (int c = 0; c < 4; c++) a.x[c] = first ? x[4 + c] : x[c], b.x[c] = first ? x[c] : x[4 + c];
+    *(FloatFour*)(here + first) = a, *(FloatFour*)(here + 4 - first) = b;
+}
 
 struct Tokens { RawEight x[TOKENS]; };
 
@@ -172,46 +226,57 @@ DEVICE void put_scaled(Tile tile, const Tokens& tokens, const float (&first)[8],
 }
 
 // ------------------------------------------------------------------------------------------------
-// Slabs in global memory, rows of 16 tokens at row0. Of 16-bit numbers neighbouring lanes exchange
-// halves, so that each writes or reads eight bytes and each row whole sectors of 32 bytes.
+// Slabs in global memory, rows of 16 tokens at row0. Of 16-bit numbers the four lanes of a row
+// exchange what they have of 32 columns, so that each writes or reads eight neighbours.
 #if IO < 2
-struct __align__(8) Quad { u32 x, y; };
-DEVICE void store_rows(Io* tensor, const Position& at, int row0, const Slab<>& s) {
-    int g = thread_index() % 32 / 4, q = thread_index() % 4, odd = q % 2;
+// x[i] of lane q of four = x[q] of lane i
+DEVICE void transpose_quad(u32 (&x)[4]) {
+    int q = thread_index() % 4;
 #pragma unroll
-    for (int j = 0; j < N / 16; j++)
+    for (int bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i & bit) continue;
+            u32 other = warp_shuffle(q & bit ? x[i] : x[i + bit], bit);
+            x[i] = q & bit ? other : x[i], x[i + bit] = q & bit ? x[i + bit] : other;
+        }
+}
+DEVICE void store_rows(Io* tensor, const Position& at, int row0, const Slab<>& s) {
+    int g = thread_index() % 32 / 4, q = thread_index() % 4;
+#pragma unroll
+    for (int j = 0; j < N / 32; j++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            u32 low = pack(s.x[2 * j][2 * i], s.x[2 * j][2 * i + 1]);
-            u32 high = pack(s.x[2 * j + 1][2 * i], s.x[2 * j + 1][2 * i + 1]);
-            u32 other = warp_shuffle(odd ? low : high, 1);
-            Quad quad = odd ? Quad{other, high} : Quad{low, other};
-            int row = row0 + g + 8 * i, column = 16 * j + 8 * odd + 2 * (q - odd);
+            Vector v;
+#pragma unroll
+            for (int k = 0; k < 4; k++) v.x[k] = pack(s.x[4 * j + k][2 * i], s.x[4 * j + k][2 * i + 1]);
+            transpose_quad(v.x);
+            int row = row0 + g + 8 * i;
             if (row < at.length)
-                *(Quad*)(tensor + at.first + (u64)row * at.stride + column) = quad;
+                store_global(tensor + at.first + (u64)row * at.stride + 32 * j + 8 * q, v);
         }
 }
 DEVICE void load_rows(Slab<>& s, const Io* tensor, const Position& at, int row0) {
-    int g = thread_index() % 32 / 4, q = thread_index() % 4, odd = q % 2;
+    int g = thread_index() % 32 / 4, q = thread_index() % 4;
 #pragma unroll
-    for (int j = 0; j < N / 16; j++)
+    for (int j = 0; j < N / 32; j++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            int row = row0 + g + 8 * i, column = 16 * j + 8 * odd + 2 * (q - odd);
-            Quad quad{0, 0};
+            Vector v{};
+            int row = row0 + g + 8 * i;
             if (row < at.length)
-                quad = *(const Quad*)(tensor + at.first + (u64)row * at.stride + column);
-            u32 other = warp_shuffle(odd ? quad.x : quad.y, 1);
-            unpack(odd ? other : quad.x, s.x[2 * j][2 * i], s.x[2 * j][2 * i + 1]);
-            unpack(odd ? quad.y : other, s.x[2 * j + 1][2 * i], s.x[2 * j + 1][2 * i + 1]);
+                v = *(const Vector*)(tensor + at.first + (u64)row * at.stride + 32 * j + 8 * q);
+            transpose_quad(v.x);
+#pragma unroll
+            for (int k = 0; k < 4; k++) unpack(v.x[k], s.x[4 * j + k][2 * i], s.x[4 * j + k][2 * i + 1]);
         }
 }
 #else
 DEVICE void store_rows(Io* tensor, const Position& at, int row0, const Slab<>& s) {
     each_pair([&](int j, int i, int row, int column) {
         if (row0 + row < at.length)
-            *(RawPair*)(tensor + at.first + (u64)(row0 + row) * at.stride + column) =
-                RawPair{s.x[j][2 * i], s.x[j][2 * i + 1]};
+            store_global(tensor + at.first + (u64)(row0 + row) * at.stride + column,
+                         FloatPair{s.x[j][2 * i], s.x[j][2 * i + 1]});
     });
 }
 DEVICE void load_rows(Slab<>& s, const Io* tensor, const Position& at, int row0) {

@@ -26,6 +26,10 @@ constexpr int N = 64;             // head size
 constexpr int SLABS = N / 16;     // slabs of 16 channels
 constexpr float LOG2E = 1.4426950408889634f;
 
+struct __align__(16) Vector { u32 x[4]; };
+struct __align__(16) FloatFour { float x[4]; };
+struct __align__(8) FloatPair { float x, y; };
+
 // ------------------------------------------------------------------------------------------------
 // instructions
 #ifndef EMULATED
@@ -78,9 +82,18 @@ DEVICE u16 float_to_half(float x) {
     return y;
 }
 // x, in a way that nothing computed from it is done ahead of this place
-DEVICE u64 computed_here(u64 x) {
-    asm volatile("" : "+l"(x));
+DEVICE int computed_here(int x) {
+    asm volatile("" : "+r"(x));
     return x;
+}
+// In one instruction: the compiler would write a struct number by number.
+DEVICE void store_global(void* p, const Vector& v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+                 "r"(v.x[0]), "r"(v.x[1]), "r"(v.x[2]), "r"(v.x[3]) : "memory");
+}
+DEVICE void store_global(void* p, const FloatPair& v) {
+    asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "f"(v.x),
+                 "f"(v.y) : "memory");
 }
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 DEVICE u32 shared_base() { return shared_address(shared_memory); }
@@ -124,9 +137,6 @@ template <int PENDING> DEVICE void wait_copies() {
 
 // ------------------------------------------------------------------------------------------------
 // numbers in global memory
-struct __align__(16) Vector { u32 x[4]; };
-struct __align__(8) FloatPair { float x, y; };
-
 #if IO == 0
 typedef u16 Io;
 typedef u16 Op;  // operands and intermediate matrices
@@ -168,6 +178,12 @@ DEVICE RawEight pack(const float (&x)[8]) {
 #pragma unroll
     for (int i = 0; i < 4; i++) ((RawPair*)&raw)[i] = pack(x[2 * i], x[2 * i + 1]);
     return raw;
+}
+
+DEVICE void store_eight(Io* p, const float (&x)[8]) {
+    RawEight raw = pack(x);
+#pragma unroll
+    for (int i = 0; i < (int)(sizeof(RawEight) / 16); i++) store_global((Vector*)p + i, raw.x[i]);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -371,7 +387,7 @@ DEVICE const Op* piece(const Op* matrix, int slab, int k, int pieces = N / 16) {
 constexpr int VECTORS = sizeof(Fragment) / 16;  // 16-byte vectors of a lane's fragment
 DEVICE void store(Op* p, const Fragment& f) {
 #pragma unroll
-    for (int i = 0; i < VECTORS; i++) ((Vector*)p)[i] = ((const Vector*)&f)[i];
+    for (int i = 0; i < VECTORS; i++) store_global((Vector*)p + i, ((const Vector*)&f)[i]);
 }
 DEVICE void load(Fragment& f, const Op* p) {
 #pragma unroll

@@ -175,7 +175,8 @@ DEVICE float shuffle_up(float x, int n) {
 DEVICE float shuffle_down(float x, int n) {
     return exchange(x, [=](const float* in, int i) { return in[i + n < 32 ? i + n : i]; });
 }
-DEVICE u64 computed_here(u64 x) { return x; }
+template <class T> DEVICE void store_global(void* p, const T& v) { *(T*)p = v; }
+DEVICE int computed_here(int x) { return x; }
 DEVICE int leading_zeros(u64 x) { return x ? __builtin_clzll(x) : 64; }
 DEVICE int first_set(u64 x) { return x ? __builtin_ctzll(x) + 1 : 0; }
 DEVICE float power_of_two(float x) { return std::exp2f(x); }

@@ -80,9 +80,7 @@ template <class F> DEVICE Factors decay_factors(const Tokens& w, const Position&
         for (int c = 0; c < 8; c++) other[c] = warp_shuffle(total[c], 8 * level);
         merge(f, total, other, is_late);
     }
-    if (group == 0)
-#pragma unroll
-        for (int c = 0; c < 8; c++) shared.totals[warp][own_channel() + c] = total[c];
+    if (group == 0) write_eight(shared.totals[warp], total);
     sync_block();
 #pragma unroll
     for (int level = 3; level < LEVELS; level++) {
@@ -91,14 +89,15 @@ template <class F> DEVICE Factors decay_factors(const Tokens& w, const Position&
         use_level(f, level, is_late, use);
 #pragma unroll
         for (int c = 0; c < 8; c++) other[c] = 1.0f;
-        for (int i = first; i < first + size; i++)
+        for (int i = first; i < first + size; i++) {
+            float next[8];
+            read_eight(next, shared.totals[i]);
 #pragma unroll
-            for (int c = 0; c < 8; c++) other[c] *= shared.totals[i][own_channel() + c];
+            for (int c = 0; c < 8; c++) other[c] *= next[c];
+        }
         merge(f, total, other, is_late);
     }
-    if (warp == 0 && group == 0)
-#pragma unroll
-        for (int c = 0; c < 8; c++) shared.end[own_channel() + c] = total[c];
+    if (warp == 0 && group == 0) write_eight(shared.end, total);
     return f;
 }
 

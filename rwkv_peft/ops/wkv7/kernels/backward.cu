@@ -4,31 +4,30 @@
 // The saved inverse of the pair products: this warp's pieces, of those on and below the diagonal. To
 // be loaded with the tokens, so that a block waits for memory once.
 constexpr int INVERSE_PIECES = (C / 16) * (C / 16) / WARPS;
-struct Inverse {
-    Fragment f[INVERSE_PIECES];
-    DEVICE static int slab(int i) { return (i * WARPS + warp_index()) / (C / 16); }
-    DEVICE static int column(int i) { return (i * WARPS + warp_index()) % (C / 16); }
-};
+struct Inverse { Fragment f[INVERSE_PIECES]; };
 
 DEVICE Inverse load_inverse(const Op* inverse, const Position& at) {
     Inverse x;
+    int warp = warp_index();
 #pragma unroll
-    for (int i = 0; i < INVERSE_PIECES; i++)
-        load(x.f[i], piece(inverse + at.matrix * C * C, x.slab(i), x.column(i), C / 16));
+    for (int i = 0; i < INVERSE_PIECES; i++) {
+        int index = i * WARPS + warp;
+        load(x.f[i], piece(inverse + at.matrix * C * C, index / (C / 16), index % (C / 16), C / 16));
+    }
     return x;
 }
 
 DEVICE void put_inverse(Tile tile, const Inverse& x) {
-    int g = thread_index() % 32 / 4, q = thread_index() % 4;
+    int warp = warp_index(), g = thread_index() % 32 / 4, q = thread_index() % 4;
 #pragma unroll
     for (int i = 0; i < INVERSE_PIECES; i++) {
-        if (x.column(i) > x.slab(i)) continue;
+        int index = i * WARPS + warp, slab = index / (C / 16), k = index % (C / 16);
+        if (k > slab) continue;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             float value[2];
             get_fragment(x.f[i], j, value[0], value[1]);
-            set_pair(tile, x.slab(i) * 16 + g + j % 2 * 8, x.column(i) * 16 + j / 2 * 8 + 2 * q,
-                     value[0], value[1]);
+            set_pair(tile, slab * 16 + g + j % 2 * 8, k * 16 + j / 2 * 8 + 2 * q, value[0], value[1]);
         }
     }
 }
@@ -89,7 +88,8 @@ KERNEL(wkv7_chunk_backward, ChunkBackward, THREADS, 3) {
     sync_block();
     if (group == 1) {
         clear(s);
-        add_pairs(s, load_rows_of(At::R, row0), At::B, At::A, bounds(slab, documents, false), true);
+        add_pairs(s, load_rows_of(At::R, row0), Pairs{At::B, At::A, true},
+                  bounds(slab, documents, false));
         add_readout(s, At::R, row0, documents, shared.middle);
         sync_warp();  // all lanes have read the rows that are written now
         store_tile(At::R, row0, s);
@@ -208,21 +208,25 @@ DEVICE void leaving_products(const Gradients& p, const Position& at, const State
 
 // Both measured from the chunk's middle, as tiles.
 DEVICE void put_states(const States& s, const Shared& shared) {
-    int g = thread_index() % 32 / 4, q = thread_index() % 4;
+    int warp = warp_index(), g = thread_index() % 32 / 4, q = thread_index() % 4;
+    int columns[2] = {warp % 4 * 16 + 2 * q, warp % 4 * 16 + 8 + 2 * q};
+    FloatPair middle[2], end[2];
 #pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-        int index = i * WARPS + warp_index(), slab = index / 4, k = index % 4;
+    for (int j = 0; j < 2; j++) {
+        middle[j] = *(const FloatPair*)(shared.middle + columns[j]);
+        end[j] = *(const FloatPair*)(shared.end + columns[j]);
+    }
+#pragma unroll
+    for (int i = 0; i < PIECES; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            int row = slab * 16 + g + j / 2 * 8, column = k * 16 + j % 2 * 8 + 2 * q;
-            const float *middle = shared.middle + column, *end = shared.end + column;
+            int row = (i * WARPS + warp) / 4 * 16 + g + j / 2 * 8, column = columns[j % 2];
             float x[2], d[2];
             get_fragment(s.state[i], j, x[0], x[1]);
             get_fragment(s.dstate[i], j, d[0], d[1]);
-            set_pair(At::STATE, row, column, x[0] * middle[0], x[1] * middle[1]);
-            set_pair(At::DSTATE, row, column, d[0] * end[0], d[1] * end[1]);
+            set_pair(At::STATE, row, column, x[0] * middle[j % 2].x, x[1] * middle[j % 2].y);
+            set_pair(At::DSTATE, row, column, d[0] * end[j % 2].x, d[1] * end[j % 2].y);
         }
-    }
 }
 
 DEVICE void load_gradients(const Gradients& p, const Position& at, Shared& shared) {
@@ -236,7 +240,7 @@ DEVICE void load_gradients(const Gradients& p, const Position& at, Shared& share
     put_tokens(At::V, v);
     put_tokens(At::DY, dy);
     Factors factor = decay_factors(w, at, shared);
-    float* rows = &shared_at<float>(At::FACTOR) + own_token() * WIDE + own_channel();
+    float* rows = &shared_at<float>(At::FACTOR) + own_token() * WIDE;
     write_eight(rows, factor.before);
     write_eight(rows + WIDE, factor.first);
     if (own_token() == C - TOKENS) write_eight(rows + 2 * WIDE, factor.second);
@@ -293,7 +297,7 @@ DEVICE void decay_gradient(const Gradients& p, const Position& at, const Inputs&
         float later = shuffle_down(head[c], 8);
         x[1][c] += group < 3 && last[1] >= token + TOKENS ? later : 0.0f;
     }
-    if (group == 0) write_eight(&shared.totals[warp][own_channel()], head);
+    if (group == 0) write_eight(shared.totals[warp], head);
     sync_block();
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -307,11 +311,11 @@ DEVICE void decay_gradient(const Gradients& p, const Position& at, const Inputs&
     }
     sync_warp();
     float rest[8], leaving[8] = {};
-    read_eight(rest, &shared.offsets[warp][own_channel()]);
+    read_eight(rest, shared.offsets[warp]);
 #pragma unroll
     for (int i = 0; i < WARPS / 4; i++) {
         float part[8];
-        read_eight(part, &shared_at<float>(At::LEAVING) + i * N + own_channel());
+        read_eight(part, &shared_at<float>(At::LEAVING) + i * N);
 #pragma unroll
         for (int c = 0; c < 8; c++) leaving[c] += part[c];
     }
@@ -328,15 +332,16 @@ DEVICE void decay_gradient(const Gradients& p, const Position& at, const Inputs&
             d[i][c] *= -DECAY_SCALE * gate[c] * (1.0f - gate[c]);
         }
         if (token + i < at.length)
-            *(RawEight*)(p.dw + at.first + own_channel() + (token + i) * at.stride) = pack(d[i]);
+            store_eight(p.dw + at.first + own_channel() + (token + i) * at.stride, d[i]);
     }
 }
 
 // One output of the gradients stage: left M + sum of two pair products (left right^T) values, where M
 // is the state or its gradient.
 struct Task {
-    Tile left, right, values, other_right, other_values;
-    bool with_itself, other_with_itself, is_later;
+    Tile left;
+    Pairs pairs, others;
+    bool is_later;
     int shift;  // 1: its factor is e^{g_t - m}, 0: e^{g_{t-1} - m}
     Io* output;
 };
@@ -345,15 +350,13 @@ struct Task {
 // and a by the first group of warps, of k and b by the second.
 DEVICE Task task(const Gradients& p, int group, int number) {
     bool is_first = group == 0, is_third = number == 3;
-    if (number == 0)
-        return {is_first ? At::A : At::B, is_first ? At::K : At::R, is_first ? At::V : At::DY, 0, 0,
-                !is_first, false, !is_first, 0, nullptr};
-    if (number == 1)
-        return {At::K, At::R, At::DY, At::A, At::Z, true, false, true, 0, p.dv};
+    if (number == 0 && is_first) return {At::A, {At::K, At::V, false}, {}, false, 0, nullptr};
+    if (number == 0) return {At::B, {At::R, At::DY, true}, {}, true, 0, nullptr};
+    if (number == 1) return {At::K, {At::R, At::DY, true}, {At::A, At::Z, false}, true, 0, p.dv};
     if (is_first)
-        return {is_third ? At::Z : At::DY, At::V, At::K, At::U, At::B, !is_third, !is_third, false,
+        return {is_third ? At::Z : At::DY, {At::V, At::K, !is_third}, {At::U, At::B, !is_third}, false,
                 is_third ? 0 : 1, is_third ? p.da : p.dr};
-    return {is_third ? At::U : At::V, At::DY, At::R, At::Z, At::A, true, false, true,
+    return {is_third ? At::U : At::V, {At::DY, At::R, true}, {At::Z, At::A, false}, true,
             1, is_third ? p.db : p.dk};
 }
 
@@ -372,7 +375,7 @@ DEVICE void solve(Slab<>& s, int group, int row0) {
 KERNEL(wkv7_gradients, Gradients, THREADS, 2) {
     Shared& shared = shared_at<Shared>(At::SHARED);
     Position at = position(p.T, p.H, p.M);
-    int group = warp_index() / GROUP_WARPS, slab = warp_index() % GROUP_WARPS, row0 = slab * 16;
+    int group = warp_index() / GROUP_WARPS, slab = warp_index() % GROUP_WARPS;
     load_gradients(p, at, shared);
     sync_block();
     Documents documents = read_documents(shared.documents);
@@ -382,6 +385,8 @@ KERNEL(wkv7_gradients, Gradients, THREADS, 2) {
     for (int number = 0; number < 4; number++) {
         // dv is shared: the second group has the slabs that look at few tokens
         if (number == 1 && (group == 0) != (slab < GROUP_WARPS / 2)) continue;
+        // addresses of all tasks at once would not fit the registers
+        int row0 = computed_here(slab * 16);
         Task todo = task(p, group, number);
         Rows left = load_rows_of(todo.left, row0);
         clear(s);
@@ -394,14 +399,14 @@ KERNEL(wkv7_gradients, Gradients, THREADS, 2) {
                 x = row0 + row >= begin && row0 + row < end ? x : 0.0f;
             });
         }
-        Bounds limits = bounds(slab, documents, todo.is_later);
-        add_pairs(s, left, todo.right, todo.values, limits, todo.with_itself);
+        Bounds limits = bounds(row0 / 16, documents, todo.is_later);
         if (number == 0) {
+            add_pairs(s, left, todo.pairs, limits);
             solve(s, group, row0);
             sync_block();
             continue;
         }
-        add_pairs(s, left, todo.other_right, todo.other_values, limits, todo.other_with_itself);
+        add_pairs(s, left, todo.pairs, todo.others, limits);
         if (number > 1) {
             const float* factor = &shared_at<float>(At::FACTOR) + (row0 + todo.shift) * WIDE;
             if (group == 0) scale_rows<false>(s, factor);

@@ -19,13 +19,6 @@ struct Shared {
     u32 documents[4];
 };
 
-DEVICE void read_eight(float (&x)[8], const float* row) {
-    *(Vector*)x = *(const Vector*)row, *(Vector*)(x + 4) = *(const Vector*)(row + 4);
-}
-DEVICE void write_eight(float* row, const float (&x)[8]) {
-    *(Vector*)row = *(const Vector*)x, *(Vector*)(row + 4) = *(const Vector*)(x + 4);
-}
-
 // Offsets of a warp, which lie apart from it by the warps up to the middle; two channels a lane.
 DEVICE void set_offsets(Shared& shared) {
     int warp = warp_index();
@@ -86,11 +79,11 @@ DEVICE Factors decay_factors(const Tokens& w, const Position& at, Shared& shared
         float earlier = shuffle_up(product[c], 8);
         factor.before[c] = group >= 1 ? earlier : 1.0f;
     }
-    if (group == 3) write_eight(&shared.totals[warp][own_channel()], product);
+    if (group == 3) write_eight(shared.totals[warp], product);
     sync_block();
     set_offsets(shared);
     float offset[8];
-    read_eight(offset, &shared.offsets[warp][own_channel()]);
+    read_eight(offset, shared.offsets[warp]);
 #pragma unroll
     for (int c = 0; c < 8; c++) {
         factor.before[c] *= offset[c];

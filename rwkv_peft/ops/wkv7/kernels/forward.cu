@@ -115,10 +115,10 @@ KERNEL(wkv7_chunk_forward, ChunkForward, THREADS, 2) {
         invert(pairs, slab);
     } else {
         clear(s);
-        add_pairs(s, load_rows_of(At::A, row0), At::K, At::V, earlier, false);
+        add_pairs(s, load_rows_of(At::A, row0), Pairs{At::K, At::V, false}, earlier);
         store_tile(At::U, row0, s);
         clear(y);
-        add_pairs(y, load_rows_of(At::R, row0), At::K, At::V, earlier, true);
+        add_pairs(y, load_rows_of(At::R, row0), Pairs{At::K, At::V, true}, earlier);
         // compute-sanitizer orders two groups by how many barriers each has passed
         for (int turn = 1; turn < GROUP_WARPS; turn++) sync_group(2, GROUP_THREADS);
     }
@@ -137,7 +137,7 @@ KERNEL(wkv7_chunk_forward, ChunkForward, THREADS, 2) {
     sync_group(1 + group, GROUP_THREADS);
 
     if (group == 0) clear(y);
-    add_pairs(y, load_rows_of(At::R, row0), At::B, solved, earlier, true);
+    add_pairs(y, load_rows_of(At::R, row0), Pairs{At::B, solved, true}, earlier);
     if (group == 0) {
         add_readout(y, At::R, row0, documents, shared.middle);
         store_left(p.readout + at.matrix * C * N, slab, y);
