@@ -68,11 +68,21 @@ def make_model(size: str, op: str, device: torch.device) -> RWKV:
 
 
 def make_optimizer(
-    model: RWKV, method: Method, options: dict[str, Any] | None = None, *, is_fused: bool = True
+    model: RWKV,
+    method: Method,
+    options: dict[str, Any] | None = None,
+    *,
+    is_fused: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Optimizer:
-    """Prepares a model for full tuning (none) or with an adapter, of rank 32 if left open."""
+    """Prepares a model for full tuning (none) or with an adapter, of rank 32 if left open.
+
+    What is trained stays in the model's type unless another is asked for.
+    """
     torch.manual_seed(0)
     trained = attach(model, method, options or ADAPTERS.get(method, {}), is_fused=is_fused)
+    for parameter in trained.values():
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
     return Optimizer(
         trained,
         betas=(0.9, 0.99),

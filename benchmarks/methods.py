@@ -2,21 +2,32 @@
 
     python benchmarks/methods.py [--size 1.5b] [--methods lora miss] [--ctx_len 1024 4096]
 
-Random bf16 weights, rows of random tokens, rank 32 on the default targets, with and without
-recomputing blocks in backward: forward, backward, clip, AdamW on float32 masters. All kinds exist
-at once and take turns; medians. The floor is a step whose only adapter is in the first layer: what
-is left if adapters cost nothing. Memory is the peak of allocated tensors with one alone. A row is
-timed only if the losses agree to 1 %.
+Random bf16 weights (float32 on a CPU), rows of random tokens, rank 32 on the default targets, with
+and without recomputing blocks in backward: forward, backward, clip, AdamW. The kinds are
+
+- peft: peft's own layers as it makes them for a bf16 model, adapters in float32, trained as they
+  are; a layer casts x to float32, multiplies there (in TF32, which is allowed here) and casts back;
+- peft bf16: peft's own layers with adapters in bf16, whose float32 masters are the optimizer's;
+- fused: the same with our layers;
+- floor: an adapter in the first layer only, what is left if adapters cost nothing.
+
+Times are medians of steps that all kinds take in turns, printed only if the losses agree to 1 %. A
+second table says what one step of a kind alone asks of the device: the sum of the durations of its
+kernels, their number, and the peak of allocated tensors. A step that takes longer than its kernels
+waits for the host to launch them. A CPU knows none of these (nan).
 """
 
 import argparse
 import gc
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from gpu_step import SIZES, device_name, make_model, make_optimizer, random_batch, timed_step
 from report import report
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from rwkv_peft.data.batching import Batch
 from rwkv_peft.methods import Method
@@ -24,57 +35,86 @@ from rwkv_peft.models.base import RWKV
 from rwkv_peft.training.optim import Optimizer
 
 WARM_UP = 3
-
-
-# what a model is given: peft's own layers, ours, and next to nothing
-KINDS = ("peft", "fused", "floor")
+KINDS = ("peft", "peft bf16", "fused", "floor")
 FLOOR = {"r": 32, "target_modules": ["blocks.0.att.receptance"]}
 
 
-def prepare(size: str, method: Method, kind: str, *, grad_cp: bool) -> tuple[RWKV, Optimizer]:
+class Setting(NamedTuple):
+    """What the kinds are compared on."""
+
+    size: str
+    method: Method
+    rows: int
+    ctx_len: int
+    grad_cp: bool
+
+    @property
+    def batch(self) -> Batch:
+        """Random tokens."""
+        return random_batch(self.rows, self.ctx_len, SIZES[self.size][-1])
+
+    def __str__(self) -> str:
+        return f"| {self.method} | {self.rows} × {self.ctx_len} | {int(self.grad_cp)} |"
+
+
+def prepare(setting: Setting, kind: str) -> tuple[RWKV, Optimizer]:
     """A model with an adapter, and its optimizer."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model = make_model(size, "auto", device)
-    model.grad_cp = grad_cp
-    options = FLOOR if kind == "floor" else None
-    return model, make_optimizer(model, method, options, is_fused=kind != "peft")
+    model = make_model(setting.size, "auto", device)
+    model.grad_cp = setting.grad_cp
+    optimizer = make_optimizer(
+        model,
+        setting.method,
+        FLOOR if kind == "floor" else None,
+        is_fused=not kind.startswith("peft"),
+        dtype=torch.float32 if kind == "peft" else None,
+    )
+    return model, optimizer
 
 
-def peak_of(size: str, method: Method, batch: Batch, kind: str, *, grad_cp: bool) -> float:
-    """GiB of allocated tensors at the peak of a step; nan on a CPU, which does not count them."""
-    if not torch.accelerator.is_available():
-        return float("nan")
-    gc.collect()
-    torch.accelerator.empty_cache()
-    model, optimizer = prepare(size, method, kind, grad_cp=grad_cp)
-    timed_step(model, optimizer, batch)
-    torch.accelerator.reset_peak_memory_stats()
-    timed_step(model, optimizer, batch)
-    return torch.accelerator.max_memory_allocated() / 2**30
+def times_of(setting: Setting, rounds: int) -> list[float]:
+    """Median milliseconds of a step of each kind.
 
-
-def row(size: str, method: Method, rows: int, ctx_len: int, rounds: int, *, grad_cp: bool) -> str:
-    """A table row."""
-    batch = random_batch(rows, ctx_len, SIZES[size][-1])
-    peaks = [peak_of(size, method, batch, kind, grad_cp=grad_cp) for kind in KINDS[:2]]
-    models = [prepare(size, method, kind, grad_cp=grad_cp) for kind in KINDS]
-    start = f"| {method} | {rows} × {ctx_len} | {int(grad_cp)} | "
+    Raises:
+        ValueError: their losses differ.
+    """
+    models, batch = [prepare(setting, kind) for kind in KINDS], setting.batch
     steps: list[list[tuple[float, float]]] = [[] for _ in KINDS]
     for _ in range(rounds + WARM_UP):
         for found, (model, optimizer) in zip(steps, models, strict=True):
             found.append(timed_step(model, optimizer, batch))
     losses = [found[-1][0] for found in steps]
-    if max(losses) - min(losses) > 0.01 * losses[0]:
-        return start + f"not timed: losses {losses} | | | | | |"
-    times = [statistics.median(s for _, s in found[WARM_UP:]) * 1e3 for found in steps]
-    return (
-        start + " | ".join(f"{x:.1f}" for x in times) + f" | {times[0] / times[1]:.2f} | "
-        f"{peaks[0]:.2f} | {peaks[1]:.2f} |"
-    )
+    if not max(losses) - min(losses) <= 0.01 * losses[0]:
+        raise ValueError(f"losses {losses}")
+    return [statistics.median(s for _, s in found[WARM_UP:]) * 1e3 for found in steps]
+
+
+def work_of(setting: Setting, kind: str) -> tuple[float, float, float]:
+    """Milliseconds of kernels, their number and the peak GiB of a step of a kind alone."""
+    if not torch.cuda.is_available():
+        return float("nan"), float("nan"), float("nan")
+    gc.collect()
+    torch.cuda.empty_cache()
+    (model, optimizer), batch = prepare(setting, kind), setting.batch
+    timed_step(model, optimizer, batch)
+    torch.cuda.reset_peak_memory_stats()
+    timed_step(model, optimizer, batch)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        timed_step(model, optimizer, batch)
+    kernels = [
+        event.time_range.elapsed_us()
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA
+        and not event.is_user_annotation
+        # copies and fills
+        and not event.name.startswith("Mem")
+    ]
+    return sum(kernels) / 1e3, len(kernels), peak
 
 
 def main(args: list[str] | None = None) -> None:
-    """Prints the table, and writes it to a file if asked."""
+    """Prints the tables, and writes them to a file if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="1.5b", choices=list(SIZES))
     parser.add_argument("--methods", nargs="+", default=["lora", "miss"])
@@ -83,20 +123,43 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(args)
-    lines = [
+    torch.set_float32_matmul_precision("high")
+    times = [
         f"{device_name()}, torch {torch.__version__}, model {options.size}",
         "",
-        "| method | rows × ctx_len | grad_cp | peft ms | fused ms | floor ms | times faster | "
-        "peft GiB | fused GiB |",
+        "| method | rows × ctx_len | grad_cp | peft ms | peft bf16 ms | fused ms | floor ms | "
+        "peft / fused | peft bf16 / fused |",
         "|---|---|---|" + "---|" * 6,
+    ]
+    works = [
+        "",
+        "| method | rows × ctx_len | grad_cp | kind | device ms | launches | peak GiB |",
+        "|---|---|---|---|" + "---|" * 3,
     ]
     for method in options.methods:
         for ctx_len in options.ctx_len:
             for grad_cp in (False, True):
-                setting = (options.size, method, options.rows, ctx_len, options.rounds)
-                lines.append(row(*setting, grad_cp=grad_cp))
-                print(lines[-1], flush=True)
-    report(lines, options.output)
+                setting = Setting(options.size, method, options.rows, ctx_len, grad_cp)
+                new = rows_of(setting, options.rounds)
+                print(*new, sep="\n", flush=True)
+                times.append(new[0])
+                works += new[1:]
+    report(times + works, options.output)
+
+
+def rows_of(setting: Setting, rounds: int) -> list[str]:
+    """A row of the table of times, and those of the table of work."""
+    try:
+        times = times_of(setting, rounds)
+    except ValueError as error:
+        return [f"{setting} not timed: {error}" + " |" * 6]
+    peft, peft_bf16, fused, _ = times
+    row = [*(f"{x:.1f}" for x in times), f"{peft / fused:.2f}", f"{peft_bf16 / fused:.2f}"]
+    rows = [f"{setting} {' | '.join(row)} |"]
+    for kind in KINDS:
+        milliseconds, launches, peak = work_of(setting, kind)
+        rows.append(f"{setting} {kind} | {milliseconds:.1f} | {launches:.0f} | {peak:.2f} |")
+    return rows
 
 
 if __name__ == "__main__":

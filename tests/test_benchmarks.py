@@ -13,6 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rwkv_peft.methods import Method
+from rwkv_peft.methods.catalog import method_config
+from rwkv_peft.models.base import RWKV
 from rwkv_peft.ops.dispatch import Backend
 from rwkv_peft.ops.wkv7.chunked import wkv7_chunked
 from rwkv_peft.ops.wkv7.reference import wkv7_reference
@@ -91,6 +94,44 @@ def test_the_kernels_are_not_checked_without_a_gpu() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     said = "error: wkv7, bfloat16, one document: the CUDA backend needs an NVIDIA GPU\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+
+
+@pytest.mark.parametrize("method", ["lora", "miss"])
+def test_the_control_is_the_adapted_model_that_peft_makes(
+    method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import PeftModel
+
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    gpu_step = importlib.import_module("gpu_step")
+
+    def model_in_bf16() -> RWKV:
+        model: RWKV = gpu_step.make_model("bundled", "torch", torch.device("cpu")).bfloat16()
+        return model.requires_grad_(False)
+
+    def trained(model: RWKV) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        return {n: (p.dtype, p.shape) for n, p in model.named_parameters() if p.requires_grad}
+
+    ours, theirs = model_in_bf16(), model_in_bf16()
+    optimizer = gpu_step.make_optimizer(ours, method, is_fused=False, dtype=torch.float32)
+    PeftModel(theirs, method_config(method, gpu_step.ADAPTERS[method], "x070"))
+    assert trained(ours) == trained(theirs)
+    named = dict(ours.named_parameters())
+    assert all(named[name] is master for name, master in optimizer.masters.items())
+    gpu_step.timed_step(ours, optimizer, gpu_step.random_batch(1, 16, 5120))
+    assert ours.hidden(torch.ones(1, 16, dtype=torch.int64))[0].dtype == torch.bfloat16
+
+
+def test_steps_with_adapters_are_timed_beside_pefts_own() -> None:
+    small = ["--size", "bundled", "--methods", "miss", "--ctx_len", "16", "--rounds", "1"]
+    command = [sys.executable, str(BENCHMARKS / "methods.py"), *small]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    times, work = done.stdout.split("| method |")[-2:]
+    timed = [line.split(" | ")[3:] for line in times.splitlines() if "1 × 16" in line]
+    assert [len(row) for row in timed] == [6, 6]
+    assert all(float(x.strip(" |")) > 0 for row in timed for x in row)
+    assert work.count("| nan | nan | nan |") == 8
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads RssAnon of Linux")
