@@ -11,8 +11,9 @@ and without recomputing blocks in backward: forward, backward, clip, AdamW. The 
 - fused: the same with our layers;
 - floor: an adapter in the first layer only, what is left if adapters cost nothing.
 
-Times are medians of steps that all kinds take in turns, printed only if the losses agree to 1 %. A
-second table says what one step of a kind alone asks of the device: the sum of the durations of its
+Times are medians of steps that all kinds take in turns, and a ratio is the median of the rounds'
+own, as a host may be slow for minutes; both are printed only if the losses agree to 1 %. A second
+table says what one step of a kind alone asks of the device: the sum of the durations of its
 kernels, their number, and the peak of allocated tensors. A step that takes longer than its kernels
 waits for the host to launch them. A CPU knows none of these (nan).
 """
@@ -35,7 +36,8 @@ from rwkv_peft.models.base import RWKV
 from rwkv_peft.training.optim import Optimizer
 
 WARM_UP = 3
-KINDS = ("peft", "peft bf16", "fused", "floor")
+CONTROLS = ("peft", "peft bf16")
+KINDS = (*CONTROLS, "fused", "floor")
 FLOOR = {"r": 32, "target_modules": ["blocks.0.att.receptance"]}
 
 
@@ -72,8 +74,20 @@ def prepare(setting: Setting, kind: str) -> tuple[RWKV, Optimizer]:
     return model, optimizer
 
 
-def times_of(setting: Setting, rounds: int) -> list[float]:
-    """Median milliseconds of a step of each kind.
+class Times(NamedTuple):
+    """Of steps that the kinds took in turns.
+
+    Attributes:
+        milliseconds: median of each kind.
+        ratios: to that of the fused layers, median of those of a round.
+    """
+
+    milliseconds: list[float]
+    ratios: dict[str, float]
+
+
+def times_of(setting: Setting, rounds: int) -> Times:
+    """Times of the steps of each kind.
 
     Raises:
         ValueError: their losses differ.
@@ -86,7 +100,16 @@ def times_of(setting: Setting, rounds: int) -> list[float]:
     losses = [found[-1][0] for found in steps]
     if not max(losses) - min(losses) <= 0.01 * losses[0]:
         raise ValueError(f"losses {losses}")
-    return [statistics.median(s for _, s in found[WARM_UP:]) * 1e3 for found in steps]
+    seconds = {
+        kind: [s for _, s in found[WARM_UP:]] for kind, found in zip(KINDS, steps, strict=True)
+    }
+    return Times(
+        [statistics.median(taken) * 1e3 for taken in seconds.values()],
+        {
+            kind: statistics.median(x / y for x, y in zip(taken, seconds["fused"], strict=True))
+            for kind, taken in seconds.items()
+        },
+    )
 
 
 def work_of(setting: Setting, kind: str) -> tuple[float, float, float]:
@@ -153,8 +176,8 @@ def rows_of(setting: Setting, rounds: int) -> list[str]:
         times = times_of(setting, rounds)
     except ValueError as error:
         return [f"{setting} not timed: {error}" + " |" * 6]
-    peft, peft_bf16, fused, _ = times
-    row = [*(f"{x:.1f}" for x in times), f"{peft / fused:.2f}", f"{peft_bf16 / fused:.2f}"]
+    ratios = [f"{times.ratios[kind]:.2f}" for kind in CONTROLS]
+    row = [*(f"{x:.1f}" for x in times.milliseconds), *ratios]
     rows = [f"{setting} {' | '.join(row)} |"]
     for kind in KINDS:
         milliseconds, launches, peak = work_of(setting, kind)

@@ -26,6 +26,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 LENGTHS = (1, 15, 16, 17, 63, 100, 1000, 4096)
+# of other programs, in some cases: why they come late in the table
+OVER_BUDGET = {("wkv6", "fla"): "gradients of mixed decays, from 63 tokens on, up to 1.4 times"}
 BACKENDS = [(op, backend.name) for op in OPERATORS for backend in OPERATORS[op].table]
 
 
@@ -88,10 +90,12 @@ def detached(results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_backend_stays_within_the_error_budget(
-    dtype: str, packed: bool, T: int, name: tuple[str, str]
+    request: pytest.FixtureRequest, dtype: str, packed: bool, T: int, name: tuple[str, str]
 ) -> None:
     op, backend = name
     function = load(op, backend, DTYPES[dtype])
+    if name in OVER_BUDGET:
+        request.applymarker(pytest.mark.xfail(reason=OVER_BUDGET[name], raises=AssertionError))
     case, exact, plain = expected(op, DTYPES[dtype], T, packed)
     found = detached(run(case, function))
     for key, value in found.items():
