@@ -92,26 +92,37 @@ def make_model_file(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def decompose_otherwise(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Once called, torch gives other factors of every matrix, as valid: half of them negative."""
+    """Once called, torch gives other factors of every matrix, as valid: half of them negative.
+
+    AdaMSS numbers the clusters that it finds the other way round.
+    """
+    from peft.tuners.adamss import layer as adamss
 
     def signs(count: int) -> torch.Tensor:
         return 1.0 - 2.0 * (torch.arange(count) % 2)
 
     svd, qr, eigh = torch.linalg.svd, torch.linalg.qr, torch.linalg.eigh
+    clustering = adamss.clustering_Z
 
     def other_svd(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         u, s, vh = svd(*args, **kwargs)
         return u * signs(u.shape[-1]), s, vh * signs(vh.shape[-2])[:, None]
 
-    def other_qr(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        q, r = qr(*args, **kwargs)
-        return q * signs(q.shape[-1]), r * signs(r.shape[-2])[:, None]
+    def other_qr(*args: Any, **kwargs: Any) -> Any:
+        found = qr(*args, **kwargs)
+        q, r = found
+        return type(found)((q * signs(q.shape[-1]), r * signs(r.shape[-2])[:, None]))
 
     def other_eigh(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         values, vectors = eigh(*args, **kwargs)
         return values, vectors * signs(vectors.shape[-1])
 
+    def other_clustering(*args: Any) -> tuple[torch.Tensor, int]:
+        cluster, count = clustering(*args)
+        return count - 1 - cluster, count
+
     def begin() -> None:
+        monkeypatch.setattr(adamss, "clustering_Z", other_clustering)
         for name, other in (("svd", other_svd), ("qr", other_qr), ("eigh", other_eigh)):
             monkeypatch.setattr(torch.linalg, name, other)
 

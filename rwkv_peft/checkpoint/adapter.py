@@ -194,6 +194,8 @@ def _attach(model: RWKV, adapter: SavedAdapter, folder: str | Path) -> Attachmen
         lay_along_inputs(model)
     # in the order of the model, not of the file, so that every sum over them is the same
     plain = {n: p for n, p in official.items() if PREFIX + n in adapter.tensors}
+    assert attachment.peft_model is not None
+    factors.fit(attachment.peft_model, adapter.tensors)
     with_parts(model, attachment, plain)
     expected = {n: tuple(x.shape) for n, x in adapter_tensors(attachment).items()}
     found = {n: tuple(x.shape) for n, x in adapter.tensors.items()}

@@ -2,7 +2,8 @@
 
 Another number of threads or another LAPACK makes other factors, and what was trained between them
 means nothing without its own. peft leaves those of PSOFT and OSF out of its files, and of FRoD it
-saves V, but not U, which follows from V and the base weight and is as large as that.
+saves V, but not U, which follows from V and the base weight and is as large as that. AdaMSS
+clusters the rows of a weight, and its files lack which row is in which cluster.
 """
 
 from collections.abc import Mapping
@@ -27,6 +28,10 @@ def keep(peft_model: "PeftModel", config: "PeftConfig") -> tuple[str, ...]:
 
     if any(key.startswith("save_") and value is False for key, value in vars(config).items()):
         return ()
+    for layer in _clustered(peft_model).values():
+        # a name that peft saves, beside the one that it reads
+        layer.adamss_rows = BufferDict(layer.scatter_index)
+        layer.__dict__["scatter_index"] = layer.adamss_rows
     saved, names = peft_model.state_dict().keys(), []
     for path, module in peft_model.named_modules():
         if not isinstance(module, BufferDict) or path.endswith(_COPIES):
@@ -41,6 +46,22 @@ def keep(peft_model: "PeftModel", config: "PeftConfig") -> tuple[str, ...]:
 def leaves_out(config: "PeftConfig") -> bool:
     """Whether files of an adapter lack, by its config, factors that follow from the base alone."""
     return config.peft_type == "FROD" and not config.save_projection
+
+
+def fit(peft_model: "PeftModel", tensors: Mapping[str, Tensor]) -> None:
+    """Gives the parameters of AdaMSS the sizes that the clusters of a file have."""
+    for path, layer in _clustered(peft_model).items():
+        for kind in ("adamss_A", "adamss_B"):
+            (parameters,) = getattr(layer, kind).values()
+            for i, parameter in enumerate(parameters):
+                if (x := tensors.get(f"{path}.{kind}.{i}")) is not None:
+                    parameter.data = parameter.new_zeros(x.shape)
+
+
+def _clustered(peft_model: "PeftModel") -> dict[str, Any]:
+    """The layers of AdaMSS."""
+    modules = peft_model.named_modules()
+    return {path: module for path, module in modules if hasattr(module, "scatter_index")}
 
 
 @torch.no_grad()

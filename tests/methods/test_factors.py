@@ -23,7 +23,7 @@ from rwkv_peft.models.base import RWKV
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 TOKENS = torch.arange(1, 25).view(1, 24)
 # those whose change depends on the factors that were found
-METHODS = ("frod", "psoft", "osf")
+METHODS = ("adamss", "frod", "psoft", "osf")
 WEIGHTS = "adapter_model.safetensors"
 Otherwise = Callable[[], None]
 
@@ -170,7 +170,7 @@ def test_adapters_go_to_peft_and_come_from_it(method: str, base: Path, tmp_path:
     theirs = PeftModel(rwkv_peft.load_model(base), config, autocast_adapter_dtype=False)
     move(p for p in theirs.parameters() if p.requires_grad)
     theirs.save_pretrained(str(tmp_path / "theirs"), save_embedding_layers=False)
-    if method in ("psoft", "osf"):
+    if method in ("adamss", "psoft", "osf"):
         with pytest.warns(UserWarning, match="lacks the factors"):
             again = rwkv_peft.load_model(base, adapter=tmp_path / "theirs")
     else:
