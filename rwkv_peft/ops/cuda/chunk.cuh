@@ -139,13 +139,8 @@ DEVICE void add_pairs(Slab<>& s, const Rows& left, const Pairs& p, const Pairs& 
     for (int block = b.begin; block < b.end; block++) {
         Rows right = load_right_rows(p.right, block * 16), other = load_right_rows(q.right, block * 16);
         float c[2][4] = {}, d[2][4] = {};
-#pragma unroll
-        for (int k = 0; k < N / 16; k++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                mma(c[half], left.k[k], right.k[k], half);
-                mma(d[half], left.k[k], other.k[k], half);
-            }
+        add_outer(c, left, right);
+        add_outer(d, left, other);
         Rows values = load_values(p.values, block * 16), others = load_values(q.values, block * 16);
         if (b.is_packed || block == b.slab) {
             mask_block(c, block, b, p.with_itself);
