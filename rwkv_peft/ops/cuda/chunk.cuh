@@ -85,7 +85,7 @@ DEVICE Bounds bounds(int slab, const Documents& d, bool is_later) {
 }
 
 // Zeroes what a 16x16 block of pair products has beyond the bounds.
-DEVICE void mask_block(float (&c)[2][4], int block, const Bounds& b, bool with_itself) {
+DEVICE void mask_block(Slab<2>& c, int block, const Bounds& b, bool with_itself) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         // a token is the last that it sees, and the first that sees it
@@ -93,27 +93,19 @@ DEVICE void mask_block(float (&c)[2][4], int block, const Bounds& b, bool with_i
         int column = block * 16 + thread_index() % 4 * 2 - first;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            float& x = c[i / 2][half * 2 + i % 2];
+            float& x = c.x[i / 2][half * 2 + i % 2];
             x = (u32)(column + i / 2 * 8 + i % 2) < (u32)count ? x : 0.0f;
         }
     }
 }
 
 // One 16x16 block of pair products left right^T, within bounds
-DEVICE void set_block(float (&c)[2][4], const Rows& left, const Rows& right, int block,
-                      const Bounds& b, bool with_itself) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) c[i / 4][i % 4] = 0.0f;
+DEVICE void set_block(Slab<2>& c, const Rows& left, const Rows& right, int block, const Bounds& b,
+                      bool with_itself) {
+    clear(c);
     add_outer(c, left, right);
     // with one document, only the block on the diagonal is cut
     if (b.is_packed || block == b.slab) mask_block(c, block, b, with_itself);
-}
-
-DEVICE Fragment block_fragment(const float (&c)[2][4]) {
-    Fragment a;
-#pragma unroll
-    for (int i = 0; i < 4; i++) set_fragment(a, i, c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
-    return a;
 }
 
 // Pair products of a slab's rows with the rows of `right`, times those of `values`.
@@ -127,9 +119,9 @@ DEVICE void add_pairs(Slab<>& s, const Rows& left, const Pairs& p, const Bounds&
 #pragma unroll 1
     for (int block = b.begin; block < b.end; block++) {
         Rows right = load_right_rows(p.right, block * 16), values = load_values(p.values, block * 16);
-        float c[2][4];
+        Slab<2> c;
         set_block(c, left, right, block, b, p.with_itself);
-        add_piece(s, block_fragment(c), values);
+        add_piece(s, fragment(c, 0), values);
     }
 }
 
@@ -138,7 +130,9 @@ DEVICE void add_pairs(Slab<>& s, const Rows& left, const Pairs& p, const Pairs& 
 #pragma unroll 1
     for (int block = b.begin; block < b.end; block++) {
         Rows right = load_right_rows(p.right, block * 16), other = load_right_rows(q.right, block * 16);
-        float c[2][4] = {}, d[2][4] = {};
+        Slab<2> c, d;
+        clear(c);
+        clear(d);
         add_outer(c, left, right);
         add_outer(d, left, other);
         Rows values = load_values(p.values, block * 16), others = load_values(q.values, block * 16);
@@ -146,8 +140,8 @@ DEVICE void add_pairs(Slab<>& s, const Rows& left, const Pairs& p, const Pairs& 
             mask_block(c, block, b, p.with_itself);
             mask_block(d, block, b, q.with_itself);
         }
-        add_piece(s, block_fragment(c), values);
-        add_piece(s, block_fragment(d), others);
+        add_piece(s, fragment(c, 0), values);
+        add_piece(s, fragment(d, 0), others);
     }
 }
 

@@ -433,11 +433,11 @@ DEVICE Rows load_values(Tile tile, int row0) {
 }
 
 // c (16 x 16) += left right^T, 16 rows each
-DEVICE void add_outer(float (&c)[2][4], const Rows& left, const Rows& right) {
+DEVICE void add_outer(Slab<2>& c, const Rows& left, const Rows& right) {
 #pragma unroll
     for (int k = 0; k < N / 16; k++) {
-        mma(c[0], left.k[k], right.k[k], 0);
-        mma(c[1], left.k[k], right.k[k], 1);
+        mma(c.x[0], left.k[k], right.k[k], 0);
+        mma(c.x[1], left.k[k], right.k[k], 1);
     }
 }
 

@@ -126,7 +126,7 @@ DEVICE bool has_partner(Bounds& b, int level, bool is_later) {
 
 // One 16x16 block of pair products left right^T of a level, within bounds
 DEVICE Fragment level_block(const Rows& left, const Rows& right, int block, int level, const Bounds& b) {
-    float c[2][4];
+    Slab<2> c;
     set_block(c, left, right, block, b, false);
     Fragment a;
     int g = thread_index() % 32 / 4, q = thread_index() % 4;
@@ -135,9 +135,9 @@ DEVICE Fragment level_block(const Rows& left, const Rows& right, int block, int 
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             int differs = (g + i % 2 * 8) ^ (i / 2 * 8 + 2 * q + e);
-            if (level < 4 && differs >> level != 1) c[i / 2][i % 2 * 2 + e] = 0.0f;
+            if (level < 4 && differs >> level != 1) c.x[i / 2][i % 2 * 2 + e] = 0.0f;
         }
-        set_fragment(a, i, c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
+        set_fragment(a, i, c.x[i / 2][i % 2 * 2], c.x[i / 2][i % 2 * 2 + 1]);
     }
     return a;
 }

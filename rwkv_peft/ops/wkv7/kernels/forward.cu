@@ -107,10 +107,10 @@ KERNEL(wkv7_chunk_forward, ChunkForward, THREADS, 2) {
 #pragma unroll
         for (int block = 0; block < C / 16; block++) {
             if (block > slab) break;
-            float c[2][4];
+            Slab<2> c;
             set_block(c, a, load_right_rows(At::B, block * 16), block, earlier, false);
 #pragma unroll
-            for (int i = 0; i < 8; i++) pairs.x[2 * block + i / 4][i % 4] = c[i / 4][i % 4];
+            for (int i = 0; i < 8; i++) pairs.x[2 * block + i / 4][i % 4] = c.x[i / 4][i % 4];
         }
         invert(pairs, slab);
     } else {
