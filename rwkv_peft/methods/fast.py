@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rwkv_peft.methods.miss import shards
+from rwkv_peft.methods.miss import shards, whole_block
 from rwkv_peft.ops.autograd import once_differentiable
 
 
@@ -129,7 +129,7 @@ def _serves_miss(layer: Any) -> bool:
 
 def _miss(layer: Any, name: str, weight: Tensor, x: Tensor) -> Tensor:
     rate = _dropout(layer._modules["miss_dropout"]._modules[name])
-    d = _miss_block(layer, name)
+    d = whole_block(layer, name)
     a = _shards(d.shape[0], x.shape[1], x.device, x.dtype)
     y: Tensor = _LowRank.apply(x, weight, a, d, 1, rate, True)
     return y
@@ -144,17 +144,9 @@ def _shards(rank: int, width: int, device: torch.device, dtype: torch.dtype) -> 
         return shards(rank, width, device).to(dtype)
 
 
-def _miss_block(layer: Any, name: str) -> Tensor:
-    """What every shard of r columns is multiplied with, (r, out)."""
-    block: Tensor = layer._modules["miss_block"]._parameters[name]
-    if layer.miss_fn == "mini":
-        block = block.repeat(1, layer.out_features // layer.miss_mini_r[name])
-    return block
-
-
 def _add_miss(layer: Any, rows: slice, weight: Tensor) -> None:
     (name,) = layer.miss_block
-    shard = _miss_block(layer, name)[:, rows].t()
+    shard = whole_block(layer, name)[:, rows].t()
     whole = weight.shape[1] // shard.shape[1] * shard.shape[1]
     weight[:, :whole].unflatten(1, (-1, shard.shape[1])).add_(shard.unsqueeze(1))
     weight[:, whole:].add_(shard[:, : weight.shape[1] - whole])

@@ -29,13 +29,19 @@ def as_lora(layer: Any) -> tuple[Tensor, Tensor] | None:
     Input j meets row j mod R of the block D (R, out): A says so, and B is D transposed.
     """
     (name,) = layer.miss_block
-    block = layer.miss_block[name].detach()
     if layer.miss_fn == "bat":
         return None
-    if layer.miss_fn == "mini":
-        block = block.repeat(1, layer.out_features // layer.miss_mini_r[name])
+    block = whole_block(layer, name).detach()
     a = shards(len(block), layer.in_features, block.device)
     return a.to(block.dtype), block.T.contiguous()
+
+
+def whole_block(layer: Any, name: str) -> Tensor:
+    """What every shard of R inputs is multiplied with, (R, out); not for bat."""
+    block: Tensor = layer._modules["miss_block"]._parameters[name]
+    if layer.miss_fn == "mini":
+        block = block.repeat(1, layer.out_features // layer.miss_mini_r[name])
+    return block
 
 
 def shards(rank: int, width: int, device: torch.device) -> Tensor:
