@@ -22,6 +22,7 @@ unless --fla_configs says how many of them to try.
 import argparse
 import functools
 import platform
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -105,20 +106,56 @@ def _load_fla_recurrent() -> Kernel:
     return wkv6
 
 
+def _load_rwkv() -> Kernel:
+    import rwkv
+    from torch.utils.cpp_extension import load
+
+    sources = [
+        Path(rwkv.__file__).with_name("cuda") / name for name in ("rwkv6_op.cpp", "rwkv6.cu")
+    ]
+    load(
+        name="rwkv6",
+        sources=[*map(str, sources)],
+        extra_cuda_cflags=["-D_N_=64", "-O3", "--use_fast_math", "--extra-device-vectorization"],
+        is_python_module=False,
+    )
+
+    @torch.no_grad()
+    def wkv6(
+        r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None, _: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        B, T, H, N = r.shape
+        assert B == 1, "takes one row"
+        last = r.new_zeros(B, H, N, N, dtype=torch.float32) if state is None else state.clone()
+        decay, y = torch.exp(-torch.exp(w.float())), torch.empty_like(r)
+        torch.ops.rwkv6.forward_bf16(B, T, H * N, H, last, r, k, v, decay, u, y)
+        return y, last
+
+    return wkv6
+
+
+def _rwkv_objection(request: Request) -> str | None:
+    if not is_installed("rwkv") or shutil.which("nvcc") is None:
+        return "needs the package rwkv and nvcc"
+    return None if request.dtype == torch.bfloat16 else "is measured in bf16 alone"
+
+
 # of other programs; measured without packing
 PEERS: dict[str, tuple[Backend, ...]] = {
     "wkv7": (Backend("flashrwkv2", _load_flashrwkv2, _flashrwkv2_objection, "TileLang, untuned"),),
     "wkv6": (
         Backend("fla recurrent", _load_fla_recurrent, fla.objection, "token by token, in Triton"),
+        Backend("rwkv", _load_rwkv, _rwkv_objection, "token by token, in CUDA, forward alone"),
     ),
 }
 
 
 class Figures(NamedTuple):
-    """Of one backend at one shape: milliseconds and, on a GPU, MiB."""
+    """Of one backend at one shape: milliseconds, without backward if it has none, and, on a GPU,
+    MiB."""
 
     forward: float
-    backward: float
+    backward: float | None
     kept: float | None = None
     peak: float | None = None
 
@@ -138,10 +175,17 @@ def expected(
 def check(kernel: Kernel, given: Expected) -> dict[str, float]:
     """Relative error of each result; AssertionError if one is over the budget."""
     case, exact, plain = given
-    found = run(case, kernel)
+    found = results(case, kernel)
     for name, x in found.items():
         assert_within_budget(x, exact[name], plain[name], name)
     return {n: ((x - exact[n]).norm() / exact[n].norm()).item() for n, x in found.items()}
+
+
+def results(case: Case, kernel: Kernel) -> dict[str, Tensor]:
+    """Both results and, of a kernel that has a backward pass, the gradients."""
+    inputs = [x.detach().requires_grad_() for x in case.inputs.values()]
+    y, last = kernel(*inputs, case.initial_state, case.segment_ids)
+    return run(case, kernel) if y.requires_grad else {"y": y, "state": last}
 
 
 def timed_case(
@@ -167,13 +211,15 @@ def measure(kernel: Kernel, case: Case, device: torch.device) -> Figures:
         return kernel(*inputs, None, case.segment_ids)
 
     def backward(y: Tensor) -> Sequence[Tensor]:
-        return torch.autograd.grad(y, inputs, case.dy)
+        return torch.autograd.grad(y, inputs, case.dy) if y.requires_grad else ()
 
-    backward(forward()[0])
+    has_backward = bool(backward(forward()[0]))
     if device.type == "cpu":
-        return _measure_cpu(forward, backward)
-    kept, peak = _memory(forward, backward)
-    return Figures(*_device_times(forward, backward), kept, peak)
+        figures = _measure_cpu(forward, backward)
+    else:
+        kept, peak = _memory(forward, backward)
+        figures = Figures(*_device_times(forward, backward), kept, peak)
+    return figures if has_backward else figures._replace(backward=None)
 
 
 def _measure_cpu(forward: Forward, backward: Backward) -> Figures:
@@ -286,9 +332,10 @@ def host_table(op: str, kernels: dict[str, Kernel], dtype: torch.dtype) -> list[
 
 def cells(figures: Figures, tokens: int) -> str:
     """The figures of a row, and its tokens a second."""
-    kept, peak = ("–" if x is None else f"{x:.2f}" for x in figures[2:])
-    rate = tokens / (figures.forward + figures.backward) * 1e3
-    return f"{figures.forward:.3f} | {figures.backward:.3f} | {rate:.3g} | {kept} | {peak} |"
+    times = ("–" if x is None else f"{x:.3f}" for x in figures[:2])
+    memory = ("–" if x is None else f"{x:.2f}" for x in figures[2:])
+    rate = tokens / (figures.forward + (figures.backward or 0)) * 1e3
+    return f"{' | '.join(times)} | {rate:.3g} | {' | '.join(memory)} |"
 
 
 def tables(op: str, options: argparse.Namespace, device: torch.device) -> list[str]:
@@ -319,12 +366,14 @@ def tables(op: str, options: argparse.Namespace, device: torch.device) -> list[s
             except torch.OutOfMemoryError:
                 lines.append(start + "out of memory |" + " |" * 4)
             print(lines[-1], flush=True)
-    names = list(next(iter(worst.values()), {}))
+    names = max(map(list, worst.values()), key=len, default=[])
     lines += ["", f"| {op}: error ×1e-3 | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     for name, errors in worst.items():
-        lines.append(f"| {name} | " + " | ".join(f"{x * 1e3:.3g}" for x in errors.values()) + " |")
+        row = (f"{errors[n] * 1e3:.3g}" if n in errors else "–" for n in names)
+        lines.append(f"| {name} | {' | '.join(row)} |")
     if device.type != "cpu":
-        lines += host_table(op, {name: kernels[name] for name in worst}, dtype)
+        whole = [name for name, errors in worst.items() if len(errors) == len(names)]
+        lines += host_table(op, {name: kernels[name] for name in whole}, dtype)
     return [*lines, "", *(f"Not run: {name} {text}." for name, text in why.items() if text), ""]
 
 
