@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rwkv_peft.errors import ShapeError
 from rwkv_peft.models.geometry import Geometry
 from rwkv_peft.models.layers import Borders
+from rwkv_peft.models.recompute import recomputed
 from rwkv_peft.ops.dispatch import Choice
 from rwkv_peft.ops.validation import require_segments
 from rwkv_peft.state import LayerState, RWKVState
@@ -91,7 +91,7 @@ class RWKV(nn.Module):
         layers: list[LayerState] = []
         for block, layer in zip(self.blocks, given, strict=True):
             if self.grad_cp and torch.is_grad_enabled():
-                x, carry, layer = checkpoint(block, x, carry, layer, borders, use_reentrant=False)
+                x, carry, layer = recomputed(block, x, carry, layer, borders)
             else:
                 x, carry, layer = block(x, carry, layer, borders)
             layers.append(layer)

@@ -1,0 +1,101 @@
+"""Activations that are computed again in backward instead of being kept (gradient checkpointing).
+
+`torch.utils.checkpoint` does the same, with half a dozen calls of Python for each tensor that a
+block keeps. Where a step is bound by the host, as those of one short row are, that is a third of
+it; here it is one short call.
+"""
+
+from collections.abc import Callable
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+
+def recomputed(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+    """`function(x, *args)`, which keeps no more than its arguments for backward.
+
+    It is called again when backward comes to it, with the random generators of the CPU and of x's
+    device as they were, and must do the same then.
+    """
+    call = _Call(function, x, args)
+    with saved_tensors_hooks(call.note, call.find):
+        return function(x, *args)
+
+
+class _Slot:
+    """What an operation keeps instead of a tensor; it holds that from the second call on.
+
+    An operation that backward has passed lets go of it.
+    """
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self) -> None:
+        self.tensor: Tensor | None = None
+
+
+class _Complete(Exception):
+    """All that backward wants of a second call is there."""
+
+
+class _Call:
+    """A call, and in the order in which its operations keep tensors the slots of these."""
+
+    def __init__(self, function: Callable[..., Any], x: Tensor, args: tuple[Any, ...]) -> None:
+        self._function, self._x, self._args = function, x, args
+        self._slots: list[ref[_Slot]] = []
+        self._random = _random_states(x.device)
+
+    def note(self, _: Tensor) -> _Slot:
+        """Gives the next slot in place of a tensor."""
+        slot = _Slot()
+        self._slots.append(ref(slot))
+        return slot
+
+    def find(self, slot: _Slot) -> Tensor:
+        """The tensor of a slot."""
+        if slot.tensor is None:
+            self._fill()
+        assert slot.tensor is not None
+        return slot.tensor
+
+    def _fill(self) -> None:
+        left = iter(self._slots)
+        last = self._slots[-1]
+
+        def keep(x: Tensor) -> Tensor:
+            # without the graph of this call
+            x = x.detach()
+            place = next(left)
+            if slot := place():
+                slot.tensor = x
+            if place is last:
+                raise _Complete
+            return x
+
+        device = self._x.device
+        states = _random_states(device)
+        _set_random_states(device, self._random)
+        try:
+            with torch.enable_grad(), saved_tensors_hooks(keep, lambda x: x):
+                self._function(self._x, *self._args)
+        except _Complete:
+            pass
+        finally:
+            _set_random_states(device, states)
+
+
+def _random_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Of the generators of the CPU and, if it is another device, of that."""
+    is_cpu = device.type == "cpu"
+    own = None if is_cpu else torch.get_device_module(device).get_rng_state(device)
+    return torch.get_rng_state(), own
+
+
+def _set_random_states(device: torch.device, states: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.get_device_module(device).set_rng_state(states[1], device)
