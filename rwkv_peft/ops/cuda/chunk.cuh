@@ -84,8 +84,8 @@ DEVICE Bounds bounds(int slab, const Documents& d, bool is_later) {
     return b;
 }
 
-// Zeroes what a 16x16 block of pair products has beyond the bounds.
-DEVICE void mask_block(Slab<2>& c, int block, const Bounds& b, bool with_itself) {
+// Zeroes what a 16x16 block of pair products has beyond the bounds; two tiles of a slab.
+DEVICE void mask_block(float (*c)[4], int block, const Bounds& b, bool with_itself) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         // a token is the last that it sees, and the first that sees it
@@ -93,7 +93,7 @@ DEVICE void mask_block(Slab<2>& c, int block, const Bounds& b, bool with_itself)
         int column = block * 16 + thread_index() % 4 * 2 - first;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            float& x = c.x[i / 2][half * 2 + i % 2];
+            float& x = c[i / 2][half * 2 + i % 2];
             x = (u32)(column + i / 2 * 8 + i % 2) < (u32)count ? x : 0.0f;
         }
     }
@@ -105,44 +105,7 @@ DEVICE void set_block(Slab<2>& c, const Rows& left, const Rows& right, int block
     clear(c);
     add_outer(c, left, right);
     // with one document, only the block on the diagonal is cut
-    if (b.is_packed || block == b.slab) mask_block(c, block, b, with_itself);
-}
-
-// Pair products of a slab's rows with the rows of `right`, times those of `values`.
-struct Pairs {
-    Tile right, values;
-    bool with_itself;
-};
-
-// s += (left right^T within bounds) values
-DEVICE void add_pairs(Slab<>& s, const Rows& left, const Pairs& p, const Bounds& b) {
-#pragma unroll 1
-    for (int block = b.begin; block < b.end; block++) {
-        Rows right = load_right_rows(p.right, block * 16), values = load_values(p.values, block * 16);
-        Slab<2> c;
-        set_block(c, left, right, block, b, p.with_itself);
-        add_piece(s, fragment(c, 0), values);
-    }
-}
-
-// Twice that, side by side: neither waits for its own products alone.
-DEVICE void add_pairs(Slab<>& s, const Rows& left, const Pairs& p, const Pairs& q, const Bounds& b) {
-#pragma unroll 1
-    for (int block = b.begin; block < b.end; block++) {
-        Rows right = load_right_rows(p.right, block * 16), other = load_right_rows(q.right, block * 16);
-        Slab<2> c, d;
-        clear(c);
-        clear(d);
-        add_outer(c, left, right);
-        add_outer(d, left, other);
-        Rows values = load_values(p.values, block * 16), others = load_values(q.values, block * 16);
-        if (b.is_packed || block == b.slab) {
-            mask_block(c, block, b, p.with_itself);
-            mask_block(d, block, b, q.with_itself);
-        }
-        add_piece(s, fragment(c, 0), values);
-        add_piece(s, fragment(d, 0), others);
-    }
+    if (b.is_packed || block == b.slab) mask_block(c.x, block, b, with_itself);
 }
 
 // Rows from begin to end of a tile = 0, by all threads of the block.

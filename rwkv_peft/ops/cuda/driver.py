@@ -130,12 +130,20 @@ def load_kernel(
     return Kernel(name, function.value, device_index, signature, shared_bytes)
 
 
+def architecture(device_index: int) -> str:
+    """What kernels are compiled for on a GPU, such as 'sm_89'.
+
+    Hopper's 'sm_90a' has instructions that no other generation has.
+    """
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return f"sm_{major}{minor}{'a' * ((major, minor) == (9, 0))}"
+
+
 @functools.cache
 def _load_module(
     files: tuple[Path, ...], options: tuple[str, ...], device_index: int
 ) -> ctypes.c_void_p:
-    major, minor = torch.cuda.get_device_capability(device_index)
-    code = build(files, arch=f"sm_{major}{minor}", options=options)
+    code = build(files, arch=architecture(device_index), options=options)
     module = ctypes.c_void_p()
     with torch.cuda.device(device_index):
         _enter_context(device_index)

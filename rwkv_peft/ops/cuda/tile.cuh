@@ -36,7 +36,7 @@ struct __align__(8) FloatPair { float x, y; };
 #define DEVICE __device__ __forceinline__
 #define KERNEL(name, Args, threads, blocks) \
     extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Args p)
-extern __shared__ __align__(128) unsigned char shared_memory[];
+extern __shared__ __align__(1024) unsigned char shared_memory[];
 
 DEVICE int thread_index() { return threadIdx.x; }
 // said in a way that shows the compiler that a warp agrees on it: for all lanes together

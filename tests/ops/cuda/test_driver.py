@@ -213,3 +213,13 @@ def test_a_launch_of_sixteen_arguments_costs_the_host_under_five_microseconds(
     addresses = range(POINTER, POINTER + 12 * 512, 512)
     times = timeit.repeat(lambda: launch(*addresses), number=200, repeat=50)
     assert min(times) / 200 < 5e-6
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"), [((8, 9), "sm_89"), ((9, 0), "sm_90a"), ((12, 0), "sm_120")]
+)
+def test_hopper_gets_what_no_other_generation_has(
+    capability: tuple[int, int], arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert driver.architecture(0) == arch

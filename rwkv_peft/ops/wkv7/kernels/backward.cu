@@ -70,40 +70,40 @@ KERNEL(wkv7_chunk_backward, ChunkBackward, THREADS, 3) {
         factor.invert();
         put_scaled(At::B, b, factor.first, factor.second);
     }
-    sync_block();
+    together::sync_block();
     Documents documents = read_documents(shared.documents);
     write_decay(p.decay, at, documents, shared);
     if (documents.is_packed()) {
         zero_rows(At::A, documents.entering, C);
-        sync_block();
+        together::sync_block();
     }
 
     Slab<> s;
     if (group == 0) {
         clear(s);
-        add_product(s, At::INVERSE, row0, At::A, Range{0, row0 + 16});
+        together::add_product(s, At::INVERSE, row0, At::A, Range{0, row0 + 16});
     }
-    sync_group(1 + group, GROUP_THREADS);
+    together::sync_group(1 + group);
     if (group == 0) store_tile(At::A, row0, s);
-    sync_block();
+    together::sync_block();
     if (group == 1) {
         clear(s);
-        add_pairs(s, load_rows_of(At::R, row0), Pairs{At::B, At::A, true},
+        together::add_pairs(s, load_rows_of(At::R, row0), Pairs{At::B, At::A, true},
                   bounds(slab, documents, false));
         add_readout(s, At::R, row0, documents, shared.middle);
         sync_warp();  // all lanes have read the rows that are written now
         store_tile(At::R, row0, s);
     }
-    sync_group(1 + group, GROUP_THREADS);
+    together::sync_group(1 + group);
     if (documents.is_packed()) {
-        sync_block();
+        together::sync_block();
         zero_rows(At::B, 0, documents.leaving);
-        sync_block();
+        together::sync_block();
     }
     // X for the gradient of the state, or what is added to it
     for (int i = slab; i < SLABS; i += GROUP_WARPS) {
         clear(s);
-        add_product_transposed(s, group == 0 ? At::A : At::DY, i * 16, group == 0 ? At::B : At::R,
+        together::add_product_transposed(s, group == 0 ? At::A : At::DY, i * 16, group == 0 ? At::B : At::R,
                                Range{0, C});
         if (group == 1) {
             store_left(p.added + at.matrix * N * N, i, s);
@@ -364,11 +364,11 @@ DEVICE Task task(const Gradients& p, int group, int number) {
 DEVICE void solve(Slab<>& s, int group, int row0) {
     Tile solved = group == 0 ? At::U : At::Z;
     store_tile(solved, row0, s);
-    sync_group(1 + group, GROUP_THREADS);
+    together::sync_group(1 + group);
     clear(s);
-    if (group == 0) add_product(s, At::INVERSE, row0, solved, Range{0, row0 + 16});
-    else add_product_transposed(s, At::INVERSE, row0, solved, Range{row0, C});
-    sync_group(1 + group, GROUP_THREADS);
+    if (group == 0) together::add_product(s, At::INVERSE, row0, solved, Range{0, row0 + 16});
+    else together::add_product_transposed(s, At::INVERSE, row0, solved, Range{row0, C});
+    together::sync_group(1 + group);
     store_tile(solved, row0, s);
 }
 
@@ -377,21 +377,20 @@ KERNEL(wkv7_gradients, Gradients, THREADS, 2) {
     Position at = position(p.T, p.H, p.M);
     int group = warp_index() / GROUP_WARPS, slab = warp_index() % GROUP_WARPS;
     load_gradients(p, at, shared);
-    sync_block();
+    together::sync_block();
     Documents documents = read_documents(shared.documents);
 
     Slab<> s;
 #pragma unroll 1
     for (int number = 0; number < 4; number++) {
-        // dv is shared: the second group has the slabs that look at few tokens
-        if (number == 1 && (group == 0) != (slab < GROUP_WARPS / 2)) continue;
+        // dv is shared, if warps multiply alone: the second group has the slabs that look at few tokens
+        if (number == 1 && (group == 0) != (WGMMA || slab < GROUP_WARPS / 2)) continue;
         // addresses of all tasks at once would not fit the registers
         int row0 = computed_here(slab * 16);
         Task todo = task(p, group, number);
         Rows left = load_rows_of(todo.left, row0);
-        clear(s);
-        if (number > 1) add_matrix(s, left, group == 0 ? At::STATE : At::DSTATE);
-        else add_matrix_transposed(s, left, todo.is_later ? At::DSTATE : At::STATE);
+        if (number > 1) together::set_matrix(s, left, group == 0 ? At::STATE : At::DSTATE);
+        else together::set_transposed(s, left, todo.is_later ? At::DSTATE : At::STATE);
         if (documents.is_packed()) {
             int begin = todo.is_later ? documents.leaving : 0;
             int end = todo.is_later ? C : documents.entering;
@@ -401,12 +400,12 @@ KERNEL(wkv7_gradients, Gradients, THREADS, 2) {
         }
         Bounds limits = bounds(row0 / 16, documents, todo.is_later);
         if (number == 0) {
-            add_pairs(s, left, todo.pairs, limits);
+            together::add_pairs(s, left, todo.pairs, limits);
             solve(s, group, row0);
-            sync_block();
+            together::sync_block();
             continue;
         }
-        add_pairs(s, left, todo.pairs, todo.others, limits);
+        together::add_pairs(s, left, todo.pairs, todo.others, limits);
         if (number > 1) {
             const float* factor = &shared_at<float>(At::FACTOR) + (row0 + todo.shift) * WIDE;
             if (group == 0) scale_rows<false>(s, factor);
@@ -417,6 +416,6 @@ KERNEL(wkv7_gradients, Gradients, THREADS, 2) {
     // loaded while other warps are at work
     Inputs inputs = {load_tokens(p.r, at), load_tokens(p.w, at), load_tokens(p.k, at),
                      load_tokens(p.a, at), load_tokens(p.b, at)};
-    sync_block();
+    together::sync_block();
     decay_gradient(p, at, inputs, documents, shared);
 }
