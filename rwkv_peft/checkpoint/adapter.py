@@ -48,7 +48,8 @@ def write_adapter(
         note["init"] = attachment.init
     names = {id(parameter): name for name, parameter in attachment.items()}
     tensors = {
-        key: values[names[id(x)]] if id(x) in names else x
+        # computed on the model's device, where no more than one of them need be
+        key: values[names[id(x)]].cpu() if id(x) in names else x
         for key, x in adapter_tensors(attachment).items()
     }
     write_folder(folder, SavedAdapter(config, tensors, note), base)

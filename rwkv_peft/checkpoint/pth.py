@@ -133,7 +133,8 @@ def load_weights(
 def write_like(path: str | Path, base: str | Path, changed: Mapping[str, Tensor]) -> None:
     """Writes the file `base` anew with some tensors changed.
 
-    Order, shapes and dtypes are those of the base; tensors not in `changed` keep their bits.
+    Order, shapes and dtypes are those of the base; tensors not in `changed` keep their bits. Those
+    in it are asked for one at a time.
 
     Raises:
         CheckpointError: a changed tensor is not in the base or has another shape.
@@ -146,5 +147,9 @@ def write_like(path: str | Path, base: str | Path, changed: Mapping[str, Tensor]
                 f"{name} {tuple(value.shape)} does not fit {base}, where it is {found}: give the "
                 "model that was trained"
             )
-        weights[name] = value.to(weights[name].dtype)
-    write_weights(path, weights)
+    specs = {name: Spec(tuple(x.shape), x.dtype) for name, x in weights.items()}
+
+    def tensor(name: str) -> Tensor:
+        return changed[name].to(specs[name].dtype) if name in changed else weights[name]
+
+    write_tensors(path, specs, tensor)
