@@ -4,7 +4,7 @@
 
 Random bf16 weights, random tokens, one row of 1024 tokens, LoRA of rank 32 on the default targets
 or full tuning (none), blocks recomputed in backward: forward, backward, clip, AdamW on float32
-masters. The backends are checked against each other first: one whose loss differs by more than 1 %
+values. The backends are checked against each other first: one whose loss differs by more than 1 %
 from the first's is not timed. Memory is the peak of allocated tensors in GiB.
 """
 

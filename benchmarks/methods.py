@@ -7,7 +7,7 @@ and without recomputing blocks in backward: forward, backward, clip, AdamW. The 
 
 - peft: peft's own layers as it makes them for a bf16 model, adapters in float32, trained as they
   are; a layer casts x to float32, multiplies there (in TF32, which is allowed here) and casts back;
-- peft bf16: peft's own layers with adapters in bf16, whose float32 masters are the optimizer's;
+- peft bf16: peft's own layers with adapters in bf16, whose float32 values are the optimizer's;
 - fused: the same with our layers;
 - floor: an adapter in the first layer only, what is left if adapters cost nothing.
 

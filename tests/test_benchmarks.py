@@ -117,7 +117,7 @@ def test_the_control_is_the_adapted_model_that_peft_makes(
     PeftModel(theirs, method_config(method, gpu_step.ADAPTERS[method], "x070"))
     assert trained(ours) == trained(theirs)
     named = dict(ours.named_parameters())
-    assert all(named[name] is master for name, master in optimizer.masters.items())
+    assert all(named[name] is value for name, value in optimizer.values.items())
     gpu_step.timed_step(ours, optimizer, gpu_step.random_batch(1, 16, 5120))
     assert ours.hidden(torch.ones(1, 16, dtype=torch.int64))[0].dtype == torch.bfloat16
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rwkv_peft.methods.attach import ADAPTER, Attachment
 
@@ -35,16 +35,23 @@ class AdaLora:
         penalty: Tensor = self._weight * torch.stack(distances).mean()
         return penalty
 
-    def allocate(self, masters: Mapping[str, nn.Parameter]) -> None:
-        """Moves rank to where it matters; called after each step, before gradients are cleared."""
-        for name, parameter in self._attachment.items():
-            if parameter is not masters[name] and masters[name].grad is not None:
-                parameter.grad = masters[name].grad.to(parameter.dtype)  # type: ignore[union-attr]
+    def allocate(
+        self, gradients: Mapping[str, Tensor | None], values: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Moves rank to where it matters; called after each step, before gradients are cleared.
+
+        Args:
+            gradients: of the trained tensors, in float32, by name.
+            values: theirs, in float32, by name.
+        Returns:
+            values with zeros where the 16-bit tensors of these names have them now.
+        """
+        narrow = {n: p for n, p in self._attachment.items() if p.dtype != torch.float32}
+        for name, parameter in narrow.items():
+            gradient = gradients[name]
+            parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
         self._tuner.update_and_allocate(self._step)
         self._step += 1
-        for name, parameter in self._attachment.items():
-            master = masters[name]
-            if parameter is not master:
-                parameter.grad = None
-                if ".lora_E." in name:
-                    master.data.masked_fill_(parameter == 0, 0.0)
+        for parameter in narrow.values():
+            parameter.grad = None
+        return {n: values[n].masked_fill(p == 0, 0.0) for n, p in narrow.items() if ".lora_E." in n}

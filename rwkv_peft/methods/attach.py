@@ -141,7 +141,7 @@ def inject(model: nn.Module, config: "PeftConfig") -> "PeftModel":
 
     _check_targets(model, config)
     try:
-        # the adapter keeps the model's type: its float32 masters are the optimizer's
+        # the adapter keeps the model's type: its float32 values are the optimizer's
         return PeftModel(model, config, ADAPTER, autocast_adapter_dtype=False)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ConfigError(f"peft_config: {' '.join(str(error).split())[:400]}") from error

@@ -182,7 +182,7 @@ def _run_epochs(run: _Run) -> Result:
             line = f"epoch {number}: loss {loss:.4f}"
             is_last = epoch == config.epoch_count - 1
             if is_last or (epoch + 1) % config.epoch_save == 0:
-                saved = run.trainee.save(run.folder.path / f"rwkv-{number}", run.optimizer.masters)
+                saved = run.trainee.save(run.folder.path / f"rwkv-{number}", run.optimizer.values)
                 result = Result(run.folder.path, saved.weights, saved.adapter, loss, done)
                 line += ", saved " + _files_of(saved)
             _say(run, line)
@@ -269,6 +269,6 @@ def _say(run: _Run, line: str) -> None:
 
 def _save_interrupted(run: _Run, done: int, loss: float, signal: int) -> Result:
     folder = run.folder.path / "checkpoints" / f"step-{done:06d}"
-    saved = run.trainee.save(folder / "rwkv", run.optimizer.masters)
+    saved = run.trainee.save(folder / "rwkv", run.optimizer.values)
     _say(run, f"stopped by signal {signal} after step {done}, saved {_files_of(saved)}")
     return Result(run.folder.path, saved.weights, saved.adapter, loss, done, signal)

@@ -1,29 +1,35 @@
-"""AdamW over float32 masters of the trained tensors, with clipping and loss scaling."""
+"""AdamW over float32 values of the trained tensors, with clipping and loss scaling."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_peft.device import PLUGINS
+from rwkv_peft.training.flat import Flat, Gradients, pack
 
 # official pre-training gives these vectors higher rates
 RATES = {"att.w0": 2.0, "att.time_decay": 2.0, "att.time_first": 3.0}
-# bytes of gradients that may wait in the model's type to be moved together; larger ones never wait
-MAX_WAITING = 16 * 2**20
+_T = TypeVar("_T")
 
 
 class Optimizer:
-    """Steps the masters and copies them back into the model.
+    """Steps trained tensors in float32, whatever their type in the model is.
 
-    A float32 parameter is its own master. For any other type the gradient of each micro-batch is
-    added to the master's in float32 during backward, so that accumulation does not round, and a
-    small step is not lost in a bf16 weight.
+    Float32 parameters are stepped as they are, one without a gradient not at all. Those of a
+    16-bit type become views of flat buffers (see `Flat`), each stepped as one tensor: what it holds
+    beside the model's weights is 2 bytes a bf16 number for the lower half of its float32 value, 8
+    for AdamW's moments, and 4 for its gradient from the first backward to the step. Gradients of
+    micro-batches are added in float32 during backward, so that accumulation does not round, and a
+    small step is not lost in a bf16 weight. Where a buffer has a gradient, zeros are that of a
+    tensor in it that has none.
 
     Attributes:
-        masters: the values to save, by name.
+        values: in float32, by name, computed when asked for.
+        gradients: of the step so far, in float32, by name, None where there is none.
         uses_loss_scale: gradients are scaled against underflow, for fp16.
     """
 
@@ -49,145 +55,162 @@ class Optimizer:
             clip_groups: which tensors are clipped together, by name; all, if None.
         """
         self._parameters = dict(trained)
-        self._gradients = _Gradients()
-        self.masters = {name: self._gradients.master_of(p) for name, p in trained.items()}
-        # by type, since PyTorch's copy into a list takes all of it for what its first tensor is
-        self._copied: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for name, parameter in trained.items():
-            if parameter is not self.masters[name]:
-                to, values = self._copied.setdefault(parameter.dtype, ([], []))
-                to.append(parameter)
-                values.append(self.masters[name])
+        self.values = _Computed(self._parameters, self._value)
+        self.gradients = _Computed(self._parameters, self._gradient)
         self._grad_clip, self.uses_loss_scale = grad_clip, uses_loss_scale
-        groups: dict[tuple[float, bool], list[Tensor]] = {}
-        for name, master in self.masters.items():
+        kinds: dict[tuple[torch.dtype, str, float, bool], dict[Tensor, None]] = {}
+        for name, parameter in trained.items():
             is_plain = name in plain
-            is_matrix = master.ndim == 2 and (name.endswith(".weight") or not is_plain)
+            is_matrix = parameter.ndim == 2 and (name.endswith(".weight") or not is_plain)
             decays = is_matrix and (is_plain or decays_adapter)
             rates = [rate for end, rate in RATES.items() if name.endswith(end)]
             scale = rates[0] if rates and is_plain and raises_rates else 1.0
-            groups.setdefault((scale, decays), []).append(master)
-        device = next(iter(self.masters.values())).device
-        together: dict[str, list[nn.Parameter]] = {}
-        for name, master in self.masters.items():
-            together.setdefault((clip_groups or {}).get(name, ""), []).append(master)
-        self._clipped_together = list(together.values())
-        self._adamw = torch.optim.AdamW(
-            [
-                {"params": masters, "decays": decays, "lr_scale": scale}
-                for (scale, decays), masters in groups.items()
-            ],
-            lr=0.0,
-            betas=betas,
-            eps=eps,
-            # a package that brings a device need not bring this kernel
-            fused=device.type not in PLUGINS,
-        )
-        self._scaler = torch.amp.GradScaler(device.type, enabled=uses_loss_scale)
+            kind = (parameter.dtype, (clip_groups or {}).get(name, ""), scale, decays)
+            kinds.setdefault(kind, {})[parameter] = None
+        self._device = next(iter(trained.values())).device
+        self._places: dict[Tensor, tuple[Flat, int]] = {}
+        self._waiting = Gradients()
+        self._parts: list[_Part] = []
+        self._clip_groups: dict[str, list[_Part]] = {}
+        for (dtype, clip_group, scale, decays), parameters in kinds.items():
+            is_flat = dtype.itemsize == 2
+            for together in pack(parameters) if is_flat else [list(parameters)]:
+                flat = self._flatten(together) if is_flat else None
+                adamw = torch.optim.AdamW(
+                    [flat.wide] if flat else together,
+                    lr=0.0,
+                    betas=betas,
+                    eps=eps,
+                    # a package that brings a device need not bring this kernel
+                    fused=self._device.type not in PLUGINS,
+                )
+                part = _Part(adamw, flat, scale, decays)
+                self._parts.append(part)
+                self._clip_groups.setdefault(clip_group, []).append(part)
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=uses_loss_scale)
+
+    def _flatten(self, parameters: list[Tensor]) -> Flat:
+        flat = Flat(parameters)
+        for i, parameter in enumerate(parameters):
+            self._places[parameter] = flat, i
+            self._waiting.send(parameter, flat, i)
+        return flat
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
-        """Puts saved values into the masters of these names and into the model."""
+        """Gives the tensors of these names values, as fine as float32."""
         for name, value in values.items():
-            self.masters[name].copy_(value)
-            self._parameters[name].copy_(self.masters[name])
+            parameter = self._parameters[name]
+            if parameter in self._places:
+                flat, i = self._places[parameter]
+                flat.set(i, value)
+            else:
+                parameter.copy_(value)
+
+    def _value(self, name: str) -> Tensor:
+        parameter = self._parameters[name]
+        if parameter not in self._places:
+            return parameter
+        flat, i = self._places[parameter]
+        return flat.value(i)
+
+    def _gradient(self, name: str) -> Tensor | None:
+        parameter = self._parameters[name]
+        if parameter not in self._places:
+            return parameter.grad
+        flat, i = self._places[parameter]
+        return flat.gradient(i)
 
     def backward(self, objective: Tensor) -> None:
-        """Adds the gradient of one micro-batch to the masters'."""
+        """Adds the gradient of one micro-batch."""
         self._scaler.scale(objective).backward()
-        self._gradients.move()
+        self._waiting.move()
 
+    @torch.no_grad()
     def step(
         self,
         lr: float,
         weight_decay: float = 0.0,
         *,
-        before_step: Callable[[Mapping[str, nn.Parameter]], None] | None = None,
-        after_step: Callable[[Mapping[str, nn.Parameter]], None] | None = None,
+        before_step: Callable[[], None] | None = None,
+        after_step: Callable[["Optimizer"], None] | None = None,
     ) -> float:
         """Takes one step, clears the gradients and gives their norm before clipping.
 
         The decay acts on weight matrices of the model, and on nothing else unless asked to.
-        `before_step` and `after_step` may change the gradients and the masters.
+        `before_step` may change the gradients; `after_step` finds them and the new values.
 
         A step whose norm is not finite is not taken; with loss scaling that happens now and then,
         and lowers the scale.
         """
-        for group in self._adamw.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-            group["weight_decay"] = weight_decay if group["decays"] else 0.0
-        self._scaler.unscale_(self._adamw)
+        for part in self._parts:
+            self._scaler.unscale_(part.adamw)
         if before_step:
-            before_step(self.masters)
-        limit = self._grad_clip or float("inf")
-        norms = [
-            nn.utils.clip_grad_norm_(masters, limit, foreach=True)
-            for masters in self._clipped_together
-        ]
-        total = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt()
+            before_step()
+        norms = [self._clip(parts) for parts in self._clip_groups.values()]
         # waits for the gradients, and nothing after it waits: a device steps while the host goes on
-        norm = total.item()
-        if self.uses_loss_scale:
-            self._scaler.step(self._adamw)
-            self._scaler.update()
-        elif math.isfinite(norm):
-            self._adamw.step()
-        if after_step and math.isfinite(norm):
-            after_step(self.masters)
-        self._adamw.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for to, values in self._copied.values():
-                torch._foreach_copy_(to, values)
+        norm = math.hypot(*torch.stack(norms).tolist())
+        if math.isfinite(norm):
+            for part in self._parts:
+                part.step(lr, weight_decay)
+            if after_step:
+                after_step(self)
+        self._scaler.update()
+        for part in self._parts:
+            part.adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def _clip(self, parts: list["_Part"]) -> Tensor:
+        """Clips gradients together and gives their norm before that."""
+        measured = [x for part in parts for x in part.measured()]
+        norm = nn.utils.get_total_norm(measured, foreach=True).to(self._device)
+        if self._grad_clip:
+            tensors = [x for part in parts for x in part.tensors]
+            nn.utils.clip_grads_with_norm_(tensors, self._grad_clip, norm, foreach=True)
         return norm
 
 
-class _Gradients:
-    """Gradients in the model's type on their way to float32 masters.
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What is stepped at once: the tensor of a flat buffer, or float32 parameters."""
 
-    Many go at once, as a launch costs more time than a small tensor does.
-    """
+    adamw: torch.optim.AdamW
+    flat: Flat | None
+    lr_scale: float
+    decays: bool
 
-    def __init__(self) -> None:
-        self._waiting: list[tuple[nn.Parameter, Tensor]] = []
-        self._waiting_bytes = 0
+    @property
+    def tensors(self) -> list[Tensor]:
+        found: list[Tensor] = self.adamw.param_groups[0]["params"]
+        return found
 
-    def master_of(self, parameter: nn.Parameter) -> nn.Parameter:
-        """The parameter itself, or a float32 copy that receives its gradients."""
-        if parameter.dtype == torch.float32:
-            return parameter
-        master = nn.Parameter(parameter.detach().float())
-        parameter.register_post_accumulate_grad_hook(partial(self._take, master))
-        return master
+    def measured(self) -> list[Tensor]:
+        """Tensors whose norm is that of the gradients."""
+        if self.flat:
+            return [] if self.flat.wide.grad is None else [self.flat.row_norms()]
+        return [x.grad for x in self.tensors if x.grad is not None]
 
-    def _take(self, master: nn.Parameter, parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        if self._waiting_bytes + gradient.nbytes > MAX_WAITING:
-            self.move()
-        if gradient.nbytes <= MAX_WAITING:
-            self._waiting.append((master, gradient))
-            self._waiting_bytes += gradient.nbytes
-        elif master.grad is None:
-            master.grad = gradient.float()
-        else:
-            # without a float32 copy of a large one
-            master.grad += gradient
+    def step(self, lr: float, weight_decay: float) -> None:
+        group = self.adamw.param_groups[0]
+        group["lr"] = lr * self.lr_scale
+        group["weight_decay"] = weight_decay if self.decays else 0.0
+        if not self.flat:
+            self.adamw.step()
+        elif self.flat.wide.grad is not None:
+            self.flat.step(self.adamw)
 
-    @torch.no_grad()
-    def move(self) -> None:
-        """Adds the gradients that wait to the masters'."""
-        if not self._waiting:
-            return
-        masters, gradients = zip(*self._waiting, strict=True)
-        self._waiting, self._waiting_bytes = [], 0
-        wide = [torch.empty_like(master) for master in masters]
-        torch._foreach_copy_(wide, gradients)
-        sums, addends = [], []
-        for master, gradient in zip(masters, wide, strict=True):
-            if master.grad is None:
-                master.grad = gradient
-            else:
-                sums.append(master.grad)
-                addends.append(gradient)
-        if sums:
-            torch._foreach_add_(sums, addends)
+
+class _Computed(Mapping[str, _T]):
+    """Computes what belongs to a name when asked for it."""
+
+    def __init__(self, names: Collection[str], compute: Callable[[str], _T]) -> None:
+        self._names, self._compute = names, compute
+
+    def __getitem__(self, name: str) -> _T:
+        return self._compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

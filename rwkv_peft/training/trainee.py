@@ -20,6 +20,7 @@ from rwkv_peft.methods.attach import Attachment, attach
 from rwkv_peft.methods.state import LearnedStates
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.state import RWKVState
+from rwkv_peft.training.optim import Optimizer
 
 
 class Saved(NamedTuple):
@@ -51,13 +52,13 @@ class Trainee(Protocol):
     def penalty(self) -> Tensor | None:
         """What is minimised beside the loss, once an optimizer step."""
 
-    def before_step(self, masters: Mapping[str, nn.Parameter]) -> None:
+    def before_step(self) -> None:
         """Between the gradients of a step and the step."""
 
-    def after_step(self, masters: Mapping[str, nn.Parameter]) -> None:
+    def after_step(self, optimizer: Optimizer) -> None:
         """Between the step and the clearing of its gradients."""
 
-    def save(self, stem: Path, masters: Mapping[str, Tensor]) -> Saved:
+    def save(self, stem: Path, values: Mapping[str, Tensor]) -> Saved:
         """Writes the files that begin with `stem`."""
 
 
@@ -115,23 +116,23 @@ class Weights:
         """What is minimised beside the loss."""
         return self._adalora.penalty() if self._adalora else None
 
-    def before_step(self, masters: Mapping[str, nn.Parameter]) -> None:
+    def before_step(self) -> None:
         """Between the gradients of a step and the step."""
 
-    def after_step(self, masters: Mapping[str, nn.Parameter]) -> None:
+    def after_step(self, optimizer: Optimizer) -> None:
         """Between the step and the clearing of its gradients."""
         if self._adalora:
-            self._adalora.allocate(masters)
+            optimizer.load(self._adalora.allocate(optimizer.gradients, optimizer.values))
 
-    def save(self, stem: Path, masters: Mapping[str, Tensor]) -> Saved:
+    def save(self, stem: Path, values: Mapping[str, Tensor]) -> Saved:
         """`stem`.pth with all weights, and the folder `stem`-adapter if there is an adapter."""
         config, weights = self._config, stem.with_name(stem.name + ".pth")
         if self.parameters.peft_model is None:
-            write_like(weights, config.load_model, masters)
+            write_like(weights, config.load_model, values)
             return Saved(weights, None)
         adapter = stem.with_name(stem.name + "-adapter")
         write_adapter(
-            adapter, self.parameters, masters, base=config.load_model, base_fingerprint=self._base
+            adapter, self.parameters, values, base=config.load_model, base_fingerprint=self._base
         )
         if not config.merge:
             return Saved(None, adapter)
@@ -175,25 +176,25 @@ class States:
         """What is minimised beside the loss."""
         return None
 
-    def before_step(self, masters: Mapping[str, nn.Parameter]) -> None:
+    def before_step(self) -> None:
         """Between the gradients of a step and the step."""
         # the loss was divided by the tokens of all states, and each shall be what it is alone
         total = sum(self._tokens.values())
         for name, tokens in self._tokens.items():
-            for master in self.parameters.tensors(name, masters).values():
-                if master.grad is not None and tokens:
-                    master.grad *= total / tokens
+            for tensor in self.parameters.tensors(name).values():
+                if tensor.grad is not None and tokens:
+                    tensor.grad *= total / tokens
         self._tokens.clear()
 
-    def after_step(self, masters: Mapping[str, nn.Parameter]) -> None:
+    def after_step(self, optimizer: Optimizer) -> None:
         """Between the step and the clearing of its gradients."""
 
-    def save(self, stem: Path, masters: Mapping[str, Tensor]) -> Saved:
+    def save(self, stem: Path, values: Mapping[str, Tensor]) -> Saved:
         """`stem`.pth with the state alone, or one such file for each of several."""
         paths = []
         for name in self.parameters.names:
             path = stem.with_name(f"{stem.name}{'-' * bool(name)}{name}.pth")
-            write_state(path, self.parameters.tensors(name, masters))
+            write_state(path, self.parameters.tensors(name, values))
             paths.append(path)
         more = (f"saved {', '.join(str(p) for p in paths[1:])}",) if len(paths) > 1 else ()
         return Saved(paths[0], None, more)

@@ -313,3 +313,12 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(
     assert list(merged) == list(read_weights(model_file))
     config = read_adapter(folder / "rwkv-adapter").config
     assert config.r == 8
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_adalora_learns_and_gives_up_ranks(precision: str, run: Run) -> None:
+    options = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1}
+    result = run(peft="adalora", peft_config=options, precision=precision, epoch_count=4, merge=0)
+    factors = [x for n, x in adapter_of(result).items() if ".lora_E" in n]
+    kept = sum(int(x.count_nonzero()) for x in factors)
+    assert kept == 2 * len(factors)

@@ -1,10 +1,13 @@
+import gc
+
 import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from rwkv_peft.training import optim
+from rwkv_peft.training import flat
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.schedule import learning_rate, weight_decay
 
@@ -45,7 +48,179 @@ def make_optimizer(trained: dict[str, nn.Parameter], **changes: object) -> Optim
     return Optimizer(trained, **{**settings, **changes})  # type: ignore[arg-type]
 
 
-def test_steps_too_small_for_bf16_add_up_in_the_master() -> None:
+def stepped_by_pytorch(
+    start: list[torch.Tensor], gradients: list[list[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Float32 values after steps with the gradients of each step."""
+    values = [nn.Parameter(x.float()) for x in start]
+    adamw = torch.optim.AdamW(
+        values, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, fused=True
+    )
+    for of_step in gradients:
+        for value, gradient in zip(values, of_step, strict=True):
+            value.grad = gradient.float()
+        adamw.step()
+    return [x.detach() for x in values]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("buffer_bytes", [0, 1500, 1 << 26])
+def test_steps_of_buffers_are_bit_for_bit_those_of_adamw_on_float32_copies(
+    buffer_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flat, "BUFFER_BYTES", buffer_bytes)
+    generator = torch.Generator().manual_seed(0)
+    # multiples of what a vector unit steps at once; the rest of a tensor may round otherwise
+    shapes = [(16, 16), (32,), (48, 32), (2, 8, 16), (64,)]
+    start = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    drawn = [[torch.randn(x.shape, generator=generator).to(dtype) for x in start] for _ in range(5)]
+    trained = {f"{i}.weight": nn.Parameter(x.clone()) for i, x in enumerate(start)}
+    optimizer = make_optimizer(trained, plain=(), decays_adapter=True)
+    for gradients in drawn:
+        for parameter, gradient in zip(trained.values(), gradients, strict=True):
+            optimizer.backward((parameter * gradient).float().sum())
+        optimizer.step(lr=1e-3, weight_decay=0.1)
+    matrices = [i for i, x in enumerate(start) if x.ndim == 2]
+    expected = stepped_by_pytorch(
+        [start[i] for i in matrices], [[of_step[i] for i in matrices] for of_step in drawn]
+    )
+    for i, value in zip(matrices, expected, strict=True):
+        name = f"{i}.weight"
+        assert torch.equal(optimizer.values[name], value)
+        spacing = torch.finfo(dtype).eps * value.abs() + torch.finfo(dtype).smallest_normal
+        assert ((trained[name] - value).abs() <= spacing / 2).all()
+
+
+def test_tensors_are_aligned_views_of_few_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flat, "BUFFER_BYTES", 200)
+    sizes = (3, 50, 7, 500, 1, 90, 11)
+    start = [torch.randn(n).bfloat16() for n in sizes]
+    trained = {f"{i}": nn.Parameter(x.clone()) for i, x in enumerate(start)}
+    kept = dict(trained)
+    make_optimizer(trained)
+    assert all(torch.equal(trained[f"{i}"], x) for i, x in enumerate(start))
+    assert all(kept[name] is parameter for name, parameter in trained.items())
+    assert all(p.data_ptr() % 16 == 0 for p in trained.values())
+    buffers = [p.untyped_storage().data_ptr() for p in trained.values()]
+    # the one of 1000 bytes is alone
+    assert [buffers.index(x) for x in buffers] == [0, 0, 0, 3, 4, 4, 6]
+
+
+def bytes_beside(known: set[int]) -> int:
+    """Of all memory of tensors but that at known places."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(size for place, size in storages.items() if place not in known)
+
+
+def test_between_steps_a_bf16_number_takes_twelve_bytes() -> None:
+    gc.collect()
+    known = {
+        x.untyped_storage().data_ptr()
+        for x in gc.get_objects()
+        if type(x) in (torch.Tensor, nn.Parameter)
+    }
+    num = 1 << 16
+    trained = {f"{i}": nn.Parameter(torch.ones(n).bfloat16()) for i, n in enumerate((num - 16, 16))}
+    optimizer = make_optimizer(trained)
+    for _ in range(2):
+        optimizer.backward(torch.stack([p.float().sum() for p in trained.values()]).sum())
+        optimizer.step(lr=0.1)
+        # and a few for what is single
+        assert num * (2 + 2 + 8) <= bytes_beside(known) <= num * (2 + 2 + 8) + 100
+
+
+def test_a_tensor_without_a_gradient_counts_as_zero_beside_one_that_has_it() -> None:
+    found = []
+    for factor in (None, 0.0):
+        trained = {n: nn.Parameter(torch.ones(4).bfloat16()) for n in "ab"}
+        optimizer = make_optimizer(trained)
+        optimizer.backward(trained["a"].sum() + trained["b"].sum())
+        optimizer.step(lr=0.1)
+        objective = trained["a"].sum()
+        optimizer.backward(objective if factor is None else objective + factor * trained["b"].sum())
+        assert (optimizer.gradients["b"] is None) == (factor is None)
+        optimizer.step(lr=0.1)
+        found.append(optimizer.values["b"])
+    assert torch.equal(*found)
+    # what AdamW remembers of the first step goes on moving it
+    assert (found[0] < 0.85).all()
+
+
+def test_nothing_moves_where_no_gradient_is() -> None:
+    trained = {n: nn.Parameter(torch.ones(4)) for n in "abc"}
+    trained["c"] = nn.Parameter(torch.ones(4).bfloat16())
+    optimizer = make_optimizer(trained)
+    optimizer.backward(torch.stack(list(trained.values())).sum())
+    optimizer.step(lr=0.1)
+    before = {n: x.clone() for n, x in optimizer.values.items()}
+    optimizer.backward(trained["a"].sum())
+    optimizer.step(lr=0.1)
+    moved = {n for n, x in optimizer.values.items() if not torch.equal(x, before[n])}
+    assert moved == {"a"}
+
+
+def test_tensors_are_clipped_by_group_whatever_their_type() -> None:
+    types = {"a": torch.bfloat16, "b": torch.float32, "c": torch.bfloat16}
+    trained = {n: nn.Parameter(torch.zeros(1, dtype=t)) for n, t in types.items()}
+    optimizer = make_optimizer(
+        trained, grad_clip=1.0, betas=(0.0, 0.0), eps=1.0, clip_groups={"a": "x", "b": "x"}
+    )
+    factors = {"a": 3, "b": 4, "c": 12}
+    optimizer.backward(
+        torch.stack([f * trained[n].float().sum() for n, f in factors.items()]).sum()
+    )
+    assert optimizer.step(lr=1.0) == pytest.approx(13.0)
+    # with these settings Adam moves by g / (|g| + 1)
+    for name, clipped in (("a", 0.6), ("b", 0.8), ("c", 1.0)):
+        assert optimizer.values[name].item() == pytest.approx(-clipped / (1 + clipped)), name
+
+
+def test_the_norm_of_millions_of_numbers_is_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parameter = nn.Parameter(torch.zeros(1 << 23, dtype=torch.bfloat16))
+    gradient = torch.randn(parameter.shape, generator=generator).bfloat16()
+    optimizer = make_optimizer({"x": parameter})
+    optimizer.backward((parameter * gradient).sum())
+    # every float32 addition is off by half an eps at most, and their errors do not add up
+    assert optimizer.step(lr=0.0) == pytest.approx(gradient.double().norm().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_saved_values_go_on_where_they_were(dtype: torch.dtype) -> None:
+    parameter = nn.Parameter(torch.ones(2, 3).to(dtype))
+    optimizer = make_optimizer({"x": parameter})
+    value = torch.tensor([[1.0001, -1e-30, 0.0], [3e4, 1 / 3, -7.77]])
+    optimizer.load({"x": value})
+    assert torch.equal(optimizer.values["x"], value)
+    assert torch.equal(parameter, value.to(dtype))
+    assert list(optimizer.values) == ["x"] and len(optimizer.values) == 1
+
+
+def test_a_parameter_with_two_names_is_stepped_once() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        shared = nn.Parameter(torch.ones(4, dtype=dtype))
+        optimizer = make_optimizer({"a": shared, "b": shared})
+        optimizer.backward(shared.sum())
+        optimizer.step(lr=0.1)
+        for value in optimizer.values.values():
+            torch.testing.assert_close(value.detach(), torch.full((4,), 0.9))
+
+
+def test_gradients_that_come_twice_in_one_backward_are_added() -> None:
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(lambda y: (y * parameter).sum(), x, use_reentrant=True) * 1.0
+
+    parameter = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    x = torch.ones(4, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = make_optimizer({"x": parameter})
+    optimizer.backward(twice(x) + twice(x))
+    gradient = optimizer.gradients["x"]
+    assert gradient is not None and gradient.tolist() == [2.0] * 4
+
+
+def test_steps_too_small_for_bf16_add_up() -> None:
     parameter = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = make_optimizer({"x": parameter})
     for _ in range(20):
@@ -53,8 +228,8 @@ def test_steps_too_small_for_bf16_add_up_in_the_master() -> None:
         assert parameter.grad is None
         optimizer.step(lr=1e-3)
     # one step of 0.001 is lost between 1 and the next smaller bf16, 0.99609375
-    torch.testing.assert_close(optimizer.masters["x"], torch.full((4,), 0.98), rtol=0, atol=1e-5)
-    assert torch.equal(parameter, optimizer.masters["x"].bfloat16())
+    torch.testing.assert_close(optimizer.values["x"], torch.full((4,), 0.98), rtol=0, atol=1e-5)
+    assert torch.equal(parameter, optimizer.values["x"].bfloat16())
 
 
 def test_micro_batch_gradients_add_up_in_float32() -> None:
@@ -63,7 +238,7 @@ def test_micro_batch_gradients_add_up_in_float32() -> None:
     for _ in range(512):
         optimizer.backward(parameter.sum())
     # a bf16 sum of ones stops at 256
-    gradient = optimizer.masters["x"].grad
+    gradient = optimizer.gradients["x"]
     assert gradient is not None and gradient.item() == 512
 
 
@@ -125,7 +300,7 @@ def test_overflowing_half_precision_gradients_skip_the_step_and_lower_the_scale(
 def test_gradients_moved_together_are_bit_for_bit_those_moved_one_by_one(
     limit: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optim, "MAX_WAITING", limit)
+    monkeypatch.setattr(flat, "MAX_WAITING", limit)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -141,11 +316,11 @@ def test_gradients_moved_together_are_bit_for_bit_those_moved_one_by_one(
         optimizer.backward(
             torch.stack([(trained[n] * g).float().sum() for n, g in gradients.items()]).sum()
         )
-        for name, gradient in gradients.items():
-            expected[name] = gradient.float() + expected.get(name, 0)
-        for name, master in optimizer.masters.items():
-            assert (master.grad is None) == (name not in expected)
-            assert master.grad is None or torch.equal(master.grad, expected[name])
+        for name, drawn in gradients.items():
+            expected[name] = drawn.float() + expected.get(name, 0)
+        for name, gradient in optimizer.gradients.items():
+            assert (gradient is None) == (name not in expected)
+            assert gradient is None or torch.equal(gradient, expected[name])
             assert trained[name].grad is None or name == "float32"
 
 
@@ -167,7 +342,7 @@ class WithGradient(torch.autograd.Function):
 def test_gradients_that_wait_in_the_models_type_stay_within_the_bound(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(optim, "MAX_WAITING", 100)
+    monkeypatch.setattr(flat, "MAX_WAITING", 100)
     sizes = (10, 20, 30, 70, 10, 10, 30, 25)
     trained = {f"{i}": nn.Parameter(torch.ones(n).bfloat16()) for i, n in enumerate(sizes)}
     optimizer = make_optimizer(trained)

@@ -1,0 +1,185 @@
+"""Trained tensors of a 16-bit type in flat buffers, with float32 values and gradients."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+# of a buffer's 16-bit numbers; a larger tensor has a buffer of its own
+BUFFER_BYTES = 64 * 2**20
+# bytes of gradients that may wait in the model's type to be moved together; larger ones never wait
+MAX_WAITING = 16 * 2**20
+# numbers that 16 bytes hold, at whose multiples kernels may load many at once
+_ALIGNMENT = 8
+# a CPU adds squares one after another, and a norm of millions loses its third digit
+_ROW = 1024
+
+
+def join(high: Tensor, low: Tensor) -> Tensor:
+    """The float32 numbers that `split` was given, bit for bit."""
+    wide = high.float()
+    wide.view(torch.int32).add_(low)
+    return wide
+
+
+def split(wide: Tensor, high: Tensor, low: Tensor) -> None:
+    """Writes float32 numbers as nearest bf16 numbers and what their bits lack; `wide` is lost.
+
+    Ties go away from zero: rounded half up, the bits of a number are at most 0x7fff above and
+    0x8000 below the multiple of 0x10000 that becomes `high`, which an int16 holds. Rounded to
+    even, a tie may be 0x8000 above.
+
+    Args:
+        wide: float32.
+        high, low: bfloat16 and int16 of the same shape, written.
+    """
+    bits = wide.view(torch.int32)
+    # the lower half, taken for a signed number, is what is missing
+    low.copy_(bits)
+    high.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
+
+
+def pack(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters of one type in their order, as many at a time as go into a buffer."""
+    together: list[Tensor] = []
+    num_bytes = 0
+    for parameter in parameters:
+        if together and num_bytes + parameter.nbytes > BUFFER_BYTES:
+            yield together
+            together, num_bytes = [], 0
+        together.append(parameter)
+        num_bytes += parameter.nbytes
+    yield together
+
+
+class Flat:
+    """Trained tensors of one 16-bit type, made views of one buffer and numbered from 0.
+
+    Beside a bf16 buffer lies only the lower half of each float32 value. The range of float16 is
+    another than that of float32, so beside it lie the values whole.
+
+    Attributes:
+        wide: what AdamW steps, one dimension, float32. Its values have memory within `step` alone;
+            its gradient, the sum over micro-batches, from the first backward until it is cleared.
+    """
+
+    @torch.no_grad()
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._places: list[tuple[torch.Size, tuple[int, ...], int]] = []
+        end = 0
+        for parameter in parameters:
+            strides = torch.empty(parameter.shape, device="meta").stride()
+            self._places.append((parameter.shape, strides, end))
+            end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+        size = -(-end // _ROW) * _ROW
+        self._narrow = parameters[0].new_zeros(size)
+        for i, parameter in enumerate(parameters):
+            view = self._part(self._narrow, i)
+            view.copy_(parameter)
+            parameter.data = view
+        self._has_halves = self._narrow.dtype == torch.bfloat16
+        self._rest = (
+            torch.zeros_like(self._narrow, dtype=torch.int16)
+            if self._has_halves
+            else self._narrow.float()
+        )
+        # of the shape of the values, and without their memory
+        self._nothing = self._narrow.new_zeros(1, dtype=torch.float32).expand(size)
+        self.wide = nn.Parameter(self._nothing)
+        self._added: set[int] = set()
+
+    def value(self, i: int) -> Tensor:
+        """The float32 value of tensor `i`, in its shape."""
+        narrow, rest = self._part(self._narrow, i), self._part(self._rest, i)
+        return join(narrow, rest) if self._has_halves else rest
+
+    def set(self, i: int, value: Tensor) -> None:
+        """Gives tensor `i` a value of any type, on any device."""
+        narrow, rest = self._part(self._narrow, i), self._part(self._rest, i)
+        self._write(torch.empty_like(narrow, dtype=torch.float32).copy_(value), narrow, rest)
+
+    def gradient(self, i: int) -> Tensor | None:
+        """The part of `wide.grad` that is tensor `i`'s, None if no backward reached it."""
+        if self.wide.grad is None or i not in self._added:
+            return None
+        return self._part(self.wide.grad, i)
+
+    @torch.no_grad()
+    def add_gradients(self, gradients: Mapping[int, Tensor]) -> None:
+        """Adds gradients of tensors by their numbers to `wide.grad`, in a few launches for all."""
+        if self.wide.grad is None:
+            self._added.clear()
+            self.wide.grad = torch.zeros_like(self.wide, memory_format=torch.contiguous_format)
+        sums = {i: self._part(self.wide.grad, i) for i in gradients}
+        first = gradients.keys() - self._added
+        later = [i for i in gradients if i not in first]
+        self._added |= first
+        if first:
+            torch._foreach_copy_([sums[i] for i in first], [gradients[i] for i in first])
+        if len(later) == 1:
+            # without a float32 copy, as it may be large
+            sums[later[0]].add_(gradients[later[0]])
+        elif later:
+            wide = [torch.empty_like(gradients[i], dtype=torch.float32) for i in later]
+            torch._foreach_copy_(wide, [gradients[i] for i in later])
+            torch._foreach_add_([sums[i] for i in later], wide)
+
+    def row_norms(self) -> Tensor:
+        """A few numbers whose norm is that of `wide.grad`."""
+        assert self.wide.grad is not None
+        norms: Tensor = torch.linalg.vector_norm(self.wide.grad.view(-1, _ROW), dim=1)
+        return norms
+
+    @torch.no_grad()
+    def step(self, adamw: torch.optim.AdamW) -> None:
+        """Has AdamW step the values, which exist in float32 meanwhile."""
+        self.wide.data = join(self._narrow, self._rest) if self._has_halves else self._rest
+        adamw.step()
+        self._write(self.wide.data, self._narrow, self._rest)
+        self.wide.data = self._nothing
+
+    def _write(self, wide: Tensor, narrow: Tensor, rest: Tensor) -> None:
+        if self._has_halves:
+            split(wide, narrow, rest)
+        else:
+            rest.copy_(wide)
+            narrow.copy_(wide)
+
+    def _part(self, flat: Tensor, i: int) -> Tensor:
+        # one call, where a slice and a view of it would be two, for hundreds of tensors a step
+        return flat.as_strided(*self._places[i])
+
+
+class Gradients:
+    """Gradients in the model's type on their way to flat buffers.
+
+    Many go at once, as a launch costs more time than a small tensor does.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[Flat, dict[int, Tensor]] = {}
+        self._waiting_bytes = 0
+
+    def send(self, parameter: Tensor, flat: Flat, i: int) -> None:
+        """Takes the gradients of a parameter, which is tensor `i` of a buffer, from now on."""
+        parameter.register_post_accumulate_grad_hook(partial(self._take, flat, i))
+
+    def _take(self, flat: Flat, i: int, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        # a second gradient in one backward, as of a checkpoint in it, is no second first one
+        is_here = i in self._waiting.get(flat, ())
+        if is_here or self._waiting_bytes + gradient.nbytes > MAX_WAITING:
+            self.move()
+        if gradient.nbytes > MAX_WAITING:
+            flat.add_gradients({i: gradient})
+        else:
+            self._waiting.setdefault(flat, {})[i] = gradient
+            self._waiting_bytes += gradient.nbytes
+
+    def move(self) -> None:
+        """Adds the gradients that wait to those of their buffers."""
+        for flat, gradients in self._waiting.items():
+            flat.add_gradients(gradients)
+        self._waiting, self._waiting_bytes = {}, 0
