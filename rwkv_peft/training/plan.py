@@ -264,7 +264,7 @@ def _describe_shares(batches: Batches) -> Iterable[str]:
 def guess_memory(
     config: TrainConfig, geometry: Geometry, op: str, num_weights: int, num_trained: int
 ) -> float:
-    """Bytes that training may take: weights, masters with moments, activations, logits."""
+    """Bytes that training may take: weights, what trains them, activations, logits."""
     assert config.ctx_len is not None and config.micro_bsz is not None
     size = dtype_of(config.precision).itemsize
     rows = config.ctx_len * config.micro_bsz
@@ -272,9 +272,10 @@ def guess_memory(
     kept = rows * geometry.n_embd * (47 * size + (13 * 4 if op == "torch" else 0))
     layers = geometry.n_layer
     activations = kept + rows * geometry.n_embd * size * layers if config.grad_cp else kept * layers
-    masters = num_trained * (12 if size == 4 else 16)
+    # gradients and moments in float32, and what float32 values have more than 16-bit weights
+    training = num_trained * (4 + 8 + (0 if size == 4 else 2))
     logits = min(rows * geometry.vocab_size, 1 << 24) * 12
-    return num_weights * size + masters + activations + logits
+    return num_weights * size + training + activations + logits
 
 
 def free_folder(stem: str) -> str:
