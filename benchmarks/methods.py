@@ -181,7 +181,7 @@ def rows_of(setting: Setting, rounds: int) -> list[str]:
     rows = [f"{setting} {' | '.join(row)} |"]
     for kind in KINDS:
         milliseconds, launches, peak = work_of(setting, kind)
-        rows.append(f"{setting} {kind} | {milliseconds:.1f} | {launches:.0f} | {peak:.2f} |")
+        rows.append(f"{setting} {kind} | {milliseconds:.1f} | {launches:.0f} | {peak:.3f} |")
     return rows
 
 

@@ -28,8 +28,6 @@ class Optimizer:
     tensor in it that has none.
 
     Attributes:
-        values: in float32, by name, computed when asked for.
-        gradients: of the step so far, in float32, by name, None where there is none.
         uses_loss_scale: gradients are scaled against underflow, for fp16.
     """
 
@@ -55,8 +53,6 @@ class Optimizer:
             clip_groups: which tensors are clipped together, by name; all, if None.
         """
         self._parameters = dict(trained)
-        self.values = _Computed(self._parameters, self._value)
-        self.gradients = _Computed(self._parameters, self._gradient)
         self._grad_clip, self.uses_loss_scale = grad_clip, uses_loss_scale
         kinds: dict[tuple[torch.dtype, str, float, bool], dict[Tensor, None]] = {}
         for name, parameter in trained.items():
@@ -106,6 +102,16 @@ class Optimizer:
                 flat.set(i, value)
             else:
                 parameter.copy_(value)
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """In float32, by name, each computed when asked for."""
+        return _Computed(self._parameters, self._value)
+
+    @property
+    def gradients(self) -> Mapping[str, Tensor | None]:
+        """Of the step so far, in float32, by name, None where there is none."""
+        return _Computed(self._parameters, self._gradient)
 
     def _value(self, name: str) -> Tensor:
         parameter = self._parameters[name]

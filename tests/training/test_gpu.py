@@ -24,6 +24,7 @@ def test_a_run_on_a_gpu_learns_and_its_file_opens_without_one(
         load_model=str(make_model_file()),
         data_file=str(data_file),
         proj_dir=str(tmp_path / "out"),
+        dataload="pad",
         peft=peft,  # type: ignore[arg-type]
         epoch_count=6,
         lr_init=1e-3,

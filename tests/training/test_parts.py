@@ -1,4 +1,5 @@
 import gc
+import weakref
 
 import pytest
 import torch
@@ -230,6 +231,22 @@ def test_steps_too_small_for_bf16_add_up() -> None:
     # one step of 0.001 is lost between 1 and the next smaller bf16, 0.99609375
     torch.testing.assert_close(optimizer.values["x"], torch.full((4,), 0.98), rtol=0, atol=1e-5)
     assert torch.equal(parameter, optimizer.values["x"].bfloat16())
+
+
+def test_an_optimizer_that_is_done_with_goes_at_once() -> None:
+    parameter = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = make_optimizer({"x": parameter})
+    optimizer.backward(parameter.sum())
+    optimizer.step(lr=1e-3)
+    assert dict(optimizer.values).keys() == {"x"}
+    gone = weakref.ref(optimizer)
+    # the memory of a device is no reason for Python to look for cycles
+    gc.disable()
+    try:
+        del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_micro_batch_gradients_add_up_in_float32() -> None:
