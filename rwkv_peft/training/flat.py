@@ -1,13 +1,14 @@
 """Trained tensors of a 16-bit type in flat buffers, with float32 values and gradients."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-# of a buffer's 16-bit numbers; a larger tensor has a buffer of its own
-BUFFER_BYTES = 64 * 2**20
+# bytes of a buffer's 16-bit numbers: a quarter of all within these bounds, as the gradients of a
+# buffer have their memory from its first one on, and a step copies it; a larger tensor has its own
+MIN_BUFFER, MAX_BUFFER = 4 * 2**20, 64 * 2**20
 # bytes of gradients that may wait in the model's type to be moved together; larger ones never wait
 MAX_WAITING = 16 * 2**20
 # numbers that 16 bytes hold, at whose multiples kernels may load many at once
@@ -40,12 +41,14 @@ def split(wide: Tensor, high: Tensor, low: Tensor) -> None:
     high.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
 
 
-def pack(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def pack(parameters: Collection[Tensor]) -> Iterator[list[Tensor]]:
     """Parameters of one type in their order, as many at a time as go into a buffer."""
+    quarter = sum(parameter.nbytes for parameter in parameters) // 4
+    limit = min(max(quarter, MIN_BUFFER), MAX_BUFFER)
     together: list[Tensor] = []
     num_bytes = 0
     for parameter in parameters:
-        if together and num_bytes + parameter.nbytes > BUFFER_BYTES:
+        if together and num_bytes + parameter.nbytes > limit:
             yield together
             together, num_bytes = [], 0
         together.append(parameter)

@@ -69,7 +69,7 @@ def stepped_by_pytorch(
 def test_steps_of_buffers_are_bit_for_bit_those_of_adamw_on_float32_copies(
     buffer_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flat, "BUFFER_BYTES", buffer_bytes)
+    monkeypatch.setattr(flat, "MAX_BUFFER", buffer_bytes)
     generator = torch.Generator().manual_seed(0)
     # multiples of what a vector unit steps at once; the rest of a tensor may round otherwise
     shapes = [(16, 16), (32,), (48, 32), (2, 8, 16), (64,)]
@@ -93,7 +93,7 @@ def test_steps_of_buffers_are_bit_for_bit_those_of_adamw_on_float32_copies(
 
 
 def test_tensors_are_aligned_views_of_few_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flat, "BUFFER_BYTES", 200)
+    monkeypatch.setattr(flat, "MAX_BUFFER", 200)
     sizes = (3, 50, 7, 500, 1, 90, 11)
     start = [torch.randn(n).bfloat16() for n in sizes]
     trained = {f"{i}": nn.Parameter(x.clone()) for i, x in enumerate(start)}
