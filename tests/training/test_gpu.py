@@ -41,3 +41,68 @@ def test_a_run_on_a_gpu_learns_and_its_file_opens_without_one(
     raw = torch.load(result.weights, weights_only=True)
     assert {x.device.type for x in raw.values()} == {"cpu"}
     assert all(x.isfinite().all() for x in read_weights(result.weights).values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["torch", "auto"])
+def test_on_a_gpu_too_recomputing_blocks_changes_no_bit_and_draws_the_same_dropout(
+    op: str, make_model_file: Callable[..., Path], data_file: Path, tmp_path: Path
+) -> None:
+    def losses(name: str, grad_cp: int, rate: float) -> list[float]:
+        config = TrainConfig(
+            load_model=str(make_model_file()),
+            data_file=str(data_file),
+            proj_dir=str(tmp_path / name),
+            dataload="pad",
+            peft_config={"r": 4, "lora_dropout": rate},
+            grad_cp=grad_cp,
+            epoch_count=2,
+            lr_init=1e-2,
+            precision="bf16",
+            accelerator="gpu",
+            op=op,
+            random_seed=0,
+        )
+        train(config)
+        lines = (tmp_path / name / "loss_data.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    kept, recomputed = losses("kept", 0, 0.3), losses("recomputed", 1, 0.3)
+    assert kept == recomputed
+    assert kept != losses("without", 0, 0.0)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_too_a_state_that_no_row_of_a_step_has_does_not_move(
+    make_model_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [{"text": f"row {i} of one", "state": "one"} for i in range(4)]
+    rows += [{"text": f"row {i} of two", "state": "two"} for i in range(4)]
+
+    def states_of(name: str, own: list[dict[str, str]]) -> dict[str, dict[str, torch.Tensor]]:
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")
+        config = TrainConfig(
+            load_model=str(make_model_file()),
+            data_file=str(data),
+            proj_dir=str(tmp_path / name),
+            peft="state",
+            data_shuffle=0,
+            micro_bsz=2,
+            epoch_count=1,
+            lr_init=1e-2,
+            lr_final=1e-2,
+            precision="bf16",
+            accelerator="gpu",
+            random_seed=0,
+        )
+        result = train(config)
+        assert result.weights is not None
+        return {p.stem: read_weights(p) for p in result.weights.parent.glob("rwkv-0*.pth")}
+
+    together = states_of("together", rows)
+    for name, own in (("one", rows[:4]), ("two", rows[4:])):
+        alone = states_of(name, own)[f"rwkv-0-{name}"]
+        for key, value in alone.items():
+            assert value.abs().max() > 1e-3
+            torch.testing.assert_close(together[f"rwkv-0-{name}"][key], value, rtol=0, atol=1e-6)
