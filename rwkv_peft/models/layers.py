@@ -1,5 +1,6 @@
 """Layers that several versions share. B batch, T time, D width."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -43,15 +44,19 @@ def token_shift(x_BTD: Tensor, shift_BD: Tensor | None, borders: Borders) -> Ten
     return shifted if borders.begins is None else shifted.masked_fill(borders.begins, 0)
 
 
-def shift_mix(x: Tensor, shift: Tensor | None, borders: Borders, mix: Tensor) -> tuple[Tensor, ...]:
+def shift_mix(
+    x: Tensor, shift: Tensor | None, borders: Borders, mix: Tensor, sizes: Sequence[int] = ()
+) -> tuple[Tensor, ...]:
     """x + (token_shift(x) - x) * m for each m of `mix`, as rows (B*T, D).
 
     Args:
         x: (B, T, D).
         shift: (B, D), as in `token_shift`.
         mix: (M, 1, D), or (M, B*T, D) where it depends on the token.
+        sizes: of M, how many are made in one launch; they share memory, which is there as long as
+            one of them is. Each alone if empty.
     """
-    mixed: tuple[Tensor, ...] = _ShiftMix.apply(x, shift, borders.begins, mix)
+    mixed: tuple[Tensor, ...] = _ShiftMix.apply(x, shift, borders.begins, mix, sizes)
     return mixed
 
 
@@ -59,13 +64,15 @@ class _ShiftMix(torch.autograd.Function):
     """As operations of autograd it would take 3 launches more forward, and 12 more backward."""
 
     @staticmethod
-    def forward(ctx, x, shift, begins, mix):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, shift, begins, mix, sizes):  # type: ignore[no-untyped-def]
         xx = _to_last(x, shift, begins)
         # x and not xx, so that a second mix of the same x keeps nothing more
         ctx.save_for_backward(mix, begins, *((x, shift) if ctx.needs_input_grad[3] else ()))
         ctx.shape = x.shape
         rows = x.reshape(xx.shape)
-        return tuple(torch.addcmul(rows, xx, m) for m in mix.unbind())
+        if not sizes:
+            return tuple(torch.addcmul(rows, xx, m) for m in mix.unbind())
+        return tuple(y for m in mix.split(sizes) for y in torch.addcmul(rows, xx, m).unbind())
 
     @staticmethod
     @once_differentiable
@@ -87,7 +94,7 @@ class _ShiftMix(torch.autograd.Function):
         if begins is not None:
             before = before.masked_fill(begins[:, 1:], 0)
         dx[:, :-1].add_(before)
-        return dx, dshift, None, dmix
+        return dx, dshift, None, dmix, None
 
 
 def _to_last(x: Tensor, shift: Tensor | None, begins: Tensor | None) -> Tensor:

@@ -69,9 +69,10 @@ class TimeMix(nn.Module):
         N = self.head_size
         heads = (B, T, self.n_head, N)
 
-        mix = torch.cat((self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        # the first three are what an adapter by default keeps, the others are seldom kept
+        mix = torch.cat((self.x_r, self.x_k, self.x_v, self.x_w, self.x_a, self.x_g))
         shift = None if state is None else state.att_shift
-        xr, xw, xk, xv, xa, xg = shift_mix(x, shift, borders, mix)
+        xr, xk, xv, xw, xa, xg = shift_mix(x, shift, borders, mix, (3, 3))
         r = self.receptance(xr)
         w = torch.addmm(self.w0.view(D), torch.tanh(xw @ self.w1), self.w2)
         k = self.key(xk)

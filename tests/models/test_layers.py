@@ -1,6 +1,7 @@
 """The layers with a backward of their own, against autograd's."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,15 @@ def test_the_mix_in_bf16_is_within_the_error_budget(has_all: bool) -> None:
     for exact, p, o in zip(formula, plain, ours, strict=True):
         budget = 2 * (p - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
         assert (o - exact).abs().max() <= budget
+
+
+@pytest.mark.parametrize("has_all", [False, True], ids=["plain", "state, documents, by token"])
+def test_mixes_made_in_one_launch_are_those_made_alone(has_all: bool) -> None:
+    at_once, alone = (
+        results(partial(shift_mix, sizes=sizes), torch.bfloat16, 40, 5, has_all=has_all)
+        for sizes in ((3, 2), ())
+    )
+    assert all(torch.equal(one, other) for one, other in zip(at_once, alone, strict=True))
 
 
 def test_the_squared_relu_has_the_gradient_of_its_formula() -> None:
