@@ -81,6 +81,7 @@ class Flat:
             view = self._part(self._narrow, i)
             view.copy_(parameter)
             parameter.data = view
+        self._addresses = [parameter.data_ptr() for parameter in parameters]
         self._has_halves = self._narrow.dtype == torch.bfloat16
         self._rest = (
             torch.zeros_like(self._narrow, dtype=torch.int16)
@@ -91,6 +92,16 @@ class Flat:
         self._nothing = self._narrow.new_zeros(1, dtype=torch.float32).expand(size)
         self.wide = nn.Parameter(self._nothing)
         self._added: set[int] = set()
+
+    def hold(self, i: int, parameter: Tensor) -> None:
+        """Makes tensor `i` a view of the buffer again if another has taken its place.
+
+        The forward of peft's MiSS in its mode 'bat' replaces its data by a copy on a CPU.
+        """
+        if parameter.data_ptr() != self._addresses[i]:
+            view = self._part(self._narrow, i)
+            view.copy_(parameter)
+            parameter.data = view
 
     def value(self, i: int) -> Tensor:
         """The float32 value of tensor `i`, in its shape."""

@@ -157,6 +157,8 @@ class Optimizer:
         # waits for the gradients, and nothing after it waits: a device steps while the host goes on
         norm = math.hypot(*torch.stack(norms).tolist())
         if math.isfinite(norm):
+            for parameter, (flat, i) in self._places.items():
+                flat.hold(i, parameter)
             for part in self._parts:
                 part.step(lr, weight_decay)
             if after_step:

@@ -233,6 +233,18 @@ def test_steps_too_small_for_bf16_add_up() -> None:
     assert torch.equal(parameter, optimizer.values["x"].bfloat16())
 
 
+def test_a_tensor_whose_data_a_method_replaces_is_stepped_all_the_same() -> None:
+    trained = {n: nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for n in "ab"}
+    optimizer = make_optimizer(trained)
+    for _ in range(3):
+        trained["b"].data = trained["b"].data.clone()
+        optimizer.backward(sum(p.sum() for p in trained.values()))  # type: ignore[arg-type]
+        optimizer.step(lr=1e-2)
+        assert torch.equal(trained["a"], trained["b"])
+        assert torch.equal(trained["b"], optimizer.values["b"].bfloat16())
+    assert trained["b"].max() < 0.98
+
+
 def test_an_optimizer_that_is_done_with_goes_at_once() -> None:
     parameter = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = make_optimizer({"x": parameter})
