@@ -22,7 +22,6 @@ unless --fla_configs says how many of them to try.
 import argparse
 import functools
 import platform
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,11 +30,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from peers import PEERS, Kernel
 from report import report
 from torch import Tensor
 
-from rwkv_peft.ops import fla
-from rwkv_peft.ops.dispatch import Backend, Request, is_installed
+from rwkv_peft.ops.dispatch import Request
 from rwkv_peft.ops.testing import (
     OPERATORS,
     Case,
@@ -45,7 +44,6 @@ from rwkv_peft.ops.testing import (
     run,
 )
 
-Kernel = Callable[..., tuple[Tensor, Tensor]]
 Forward = Callable[[], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor], Sequence[Tensor]]
 Expected = tuple[Case, dict[str, Tensor], dict[str, Tensor]]
@@ -67,87 +65,6 @@ FLUSHED_BYTES = 256 * 2**20
 HOST_SHAPE = (1, 128, 2)  # at which the device is done before the host
 HOST_CALLS = (1, 8)  # calls with one backward pass
 CYCLES = 2e9  # of a GPU in a second, or a little more
-
-
-def _load_flashrwkv2() -> Kernel:
-    from flashrwkv2.tmix.wkv7.tilelang import tmix_wkv7_recurrent
-
-    def wkv7(r: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
-        *inputs, state, _ = others
-        B, T, H, N = r.shape
-        start = r.new_zeros(B, H, N, N, dtype=torch.float32) if state is None else state.mT
-        ends = torch.arange(B + 1, dtype=torch.int32, device=r.device) * T
-        rows = (x.flatten(0, 1).contiguous() for x in (r, *inputs))
-        y, last = tmix_wkv7_recurrent(*rows, start.contiguous(), ends)
-        return y.view(r.shape), last.mT
-
-    return wkv7
-
-
-def _flashrwkv2_objection(request: Request) -> str | None:
-    if not (is_installed("flashrwkv2") and is_installed("tilelang")):
-        return "is not installed"
-    return None if request.dtype == torch.bfloat16 else "takes bf16 alone"
-
-
-def _load_fla_recurrent() -> Kernel:
-    from fla.ops.rwkv6 import fused_recurrent_rwkv6
-
-    def wkv6(
-        r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None, _: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        start = None if state is None else state.mT.contiguous()
-        log_decay = -w.float().exp()
-        y, last = fused_recurrent_rwkv6(
-            r, k, v, log_decay, u, scale=1.0, initial_state=start, output_final_state=True
-        )
-        return y.to(r.dtype), last.mT.float()
-
-    return wkv6
-
-
-def _load_rwkv() -> Kernel:
-    import rwkv
-    from torch.utils.cpp_extension import load
-
-    sources = [
-        Path(rwkv.__file__).with_name("cuda") / name for name in ("rwkv6_op.cpp", "rwkv6.cu")
-    ]
-    load(
-        name="rwkv6",
-        sources=[*map(str, sources)],
-        extra_cuda_cflags=["-D_N_=64", "-O3", "--use_fast_math", "--extra-device-vectorization"],
-        is_python_module=False,
-    )
-
-    @torch.no_grad()
-    def wkv6(
-        r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None, _: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        B, T, H, N = r.shape
-        assert B == 1, "takes one row"
-        last = r.new_zeros(B, H, N, N, dtype=torch.float32) if state is None else state.clone()
-        decay, y = torch.exp(-torch.exp(w.float())), torch.empty_like(r)
-        torch.ops.rwkv6.forward_bf16(B, T, H * N, H, last, r, k, v, decay, u, y)
-        return y, last
-
-    return wkv6
-
-
-def _rwkv_objection(request: Request) -> str | None:
-    if not is_installed("rwkv") or shutil.which("nvcc") is None:
-        return "needs the package rwkv and nvcc"
-    return None if request.dtype == torch.bfloat16 else "is measured in bf16 alone"
-
-
-# of other programs; measured without packing
-PEERS: dict[str, tuple[Backend, ...]] = {
-    "wkv7": (Backend("flashrwkv2", _load_flashrwkv2, _flashrwkv2_objection, "TileLang, untuned"),),
-    "wkv6": (
-        Backend("fla recurrent", _load_fla_recurrent, fla.objection, "token by token, in Triton"),
-        Backend("rwkv", _load_rwkv, _rwkv_objection, "token by token, in CUDA, forward alone"),
-    ),
-}
 
 
 class Figures(NamedTuple):
