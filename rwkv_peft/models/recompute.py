@@ -6,6 +6,7 @@ it; here it is one short call.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from weakref import ref
 
@@ -20,7 +21,7 @@ def recomputed(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
     It is called again when backward comes to it, with the random generators of the CPU and of x's
     device as they were, and must do the same then.
     """
-    call = _Call(function, x, args)
+    call = _Call(function, (x, *args), x.device)
     with saved_tensors_hooks(call.note, call.find):
         return function(x, *args)
 
@@ -44,10 +45,12 @@ class _Complete(Exception):
 class _Call:
     """A call, and in the order in which its operations keep tensors the slots of these."""
 
-    def __init__(self, function: Callable[..., Any], x: Tensor, args: tuple[Any, ...]) -> None:
-        self._function, self._x, self._args = function, x, args
+    def __init__(
+        self, function: Callable[..., Any], args: tuple[Any, ...], device: torch.device
+    ) -> None:
+        self._function, self._args, self._device = function, args, device
         self._slots: list[ref[_Slot]] = []
-        self._random = _random_states(x.device)
+        self._random = _random_states(device)
 
     def note(self, _: Tensor) -> _Slot:
         """Gives the next slot in place of a tensor."""
@@ -76,16 +79,15 @@ class _Call:
                 raise _Complete
             return x
 
-        device = self._x.device
-        states = _random_states(device)
-        _set_random_states(device, self._random)
-        try:
-            with torch.enable_grad(), saved_tensors_hooks(keep, lambda x: x):
-                self._function(self._x, *self._args)
-        except _Complete:
-            pass
-        finally:
-            _set_random_states(device, states)
+        devices = [] if self._device.type == "cpu" else [self._device]
+        with (
+            torch.random.fork_rng(devices, device_type=self._device.type),
+            torch.enable_grad(),
+            saved_tensors_hooks(keep, lambda x: x),
+            suppress(_Complete),
+        ):
+            _set_random_states(self._device, self._random)
+            self._function(*self._args)
 
 
 def _random_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
