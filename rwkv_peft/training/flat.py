@@ -77,11 +77,10 @@ class Flat:
             end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
         size = -(-end // _ROW) * _ROW
         self._narrow = parameters[0].new_zeros(size)
+        places = range(len(parameters))
+        self._addresses = [self._part(self._narrow, i).data_ptr() for i in places]
         for i, parameter in enumerate(parameters):
-            view = self._part(self._narrow, i)
-            view.copy_(parameter)
-            parameter.data = view
-        self._addresses = [parameter.data_ptr() for parameter in parameters]
+            self.hold(i, parameter)
         self._has_halves = self._narrow.dtype == torch.bfloat16
         self._rest = (
             torch.zeros_like(self._narrow, dtype=torch.int16)
@@ -94,9 +93,10 @@ class Flat:
         self._added: set[int] = set()
 
     def hold(self, i: int, parameter: Tensor) -> None:
-        """Makes tensor `i` a view of the buffer again if another has taken its place.
+        """Makes tensor `i` a view of the buffer if it is none.
 
-        The forward of peft's MiSS in its mode 'bat' replaces its data by a copy on a CPU.
+        It may be none again: the forward of peft's MiSS in its mode 'bat' replaces the data by a
+        copy on a CPU.
         """
         if parameter.data_ptr() != self._addresses[i]:
             view = self._part(self._narrow, i)
