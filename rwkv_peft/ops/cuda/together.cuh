@@ -60,10 +60,13 @@ DEVICE void hold(Slab<>& s) {
 #pragma unroll
         for (int i = 0; i < 4; i++) asm volatile("" : "+f"(s.x[j][i])::"memory");
 }
-// Products are started between `begin` and `commit`, and their sums are there after `wait`.
+// Products are started between `begin` and `commit`, and their sums are there after `finish`.
 DEVICE void begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-DEVICE void wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+DEVICE void finish(Slab<>& s) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    hold(s);
+}
 
 DEVICE void start_outer(Slab<>& s, const Rows& left, Tile right, bool adds) {
     u64 b = described(right);
@@ -74,11 +77,6 @@ DEVICE void start_values(Slab<>& s, const Rows& left, Tile values, bool adds) {
     u64 b = described(values);
 #pragma unroll
     for (int k = 0; k < C / 16; k++) multiply<false>(s, left.k[k], b + k * 128, adds || k);
-}
-// Sums that were started are there.
-DEVICE void finish(Slab<>& s) {
-    wait();
-    hold(s);
 }
 
 // s = left matrix, or left matrix^T

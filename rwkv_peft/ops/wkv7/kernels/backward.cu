@@ -89,7 +89,7 @@ KERNEL(wkv7_chunk_backward, ChunkBackward, THREADS, 3) {
     if (group == 1) {
         clear(s);
         together::add_pairs(s, load_rows_of(At::R, row0), Pairs{At::B, At::A, true},
-                  bounds(slab, documents, false));
+                            bounds(slab, documents, false));
         add_readout(s, At::R, row0, documents, shared.middle);
         sync_warp();  // all lanes have read the rows that are written now
         store_tile(At::R, row0, s);
@@ -103,8 +103,8 @@ KERNEL(wkv7_chunk_backward, ChunkBackward, THREADS, 3) {
     // X for the gradient of the state, or what is added to it
     for (int i = slab; i < SLABS; i += GROUP_WARPS) {
         clear(s);
-        together::add_product_transposed(s, group == 0 ? At::A : At::DY, i * 16, group == 0 ? At::B : At::R,
-                               Range{0, C});
+        together::add_product_transposed(s, group == 0 ? At::A : At::DY, i * 16,
+                                         group == 0 ? At::B : At::R, Range{0, C});
         if (group == 1) {
             store_left(p.added + at.matrix * N * N, i, s);
         } else {
@@ -383,7 +383,8 @@ KERNEL(wkv7_gradients, Gradients, THREADS, 2) {
     Slab<> s;
 #pragma unroll 1
     for (int number = 0; number < 4; number++) {
-        // dv is shared, if warps multiply alone: the second group has the slabs that look at few tokens
+        // dv is shared where warps multiply alone: the second group has the slabs that look at few
+        // tokens
         if (number == 1 && (group == 0) != (WGMMA || slab < GROUP_WARPS / 2)) continue;
         // addresses of all tasks at once would not fit the registers
         int row0 = computed_here(slab * 16);

@@ -152,8 +152,8 @@ KERNEL(wkv7_chunk_forward, ChunkForward, THREADS, 2) {
     // X^T for the state, or what is added to it
     for (int i = slab; i < SLABS; i += GROUP_WARPS) {
         clear(s);
-        together::add_product_transposed(s, group == 0 ? At::B : At::U, i * 16, group == 0 ? At::A : At::B,
-                               Range{0, C});
+        together::add_product_transposed(s, group == 0 ? At::B : At::U, i * 16,
+                                         group == 0 ? At::A : At::B, Range{0, C});
         if (group == 1) {
             together::add_product_transposed(s, At::V, i * 16, At::K, Range{0, C});
             each(s, [&](float& x, int, int, int c) { x *= shared.end[c]; });
