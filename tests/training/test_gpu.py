@@ -8,6 +8,7 @@ import torch
 from rwkv_peft.checkpoint.pth import read_weights
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.training.loop import train
+from tests.training.test_loop import losses
 
 
 @pytest.mark.gpu
@@ -34,9 +35,9 @@ def test_a_run_on_a_gpu_learns_and_its_file_opens_without_one(
         random_seed=0,
     )
     result = train(config)
-    lines = (tmp_path / "out" / "loss_data.jsonl").read_text().splitlines()
-    assert result.steps == len(lines)
-    assert result.loss < 0.96 * json.loads(lines[0])["loss"]
+    found = losses(tmp_path / "out")
+    assert result.steps == len(found)
+    assert result.loss < 0.96 * found[0]
     assert result.weights is not None
     raw = torch.load(result.weights, weights_only=True)
     assert {x.device.type for x in raw.values()} == {"cpu"}
@@ -48,7 +49,7 @@ def test_a_run_on_a_gpu_learns_and_its_file_opens_without_one(
 def test_on_a_gpu_too_recomputing_blocks_changes_no_bit_and_draws_the_same_dropout(
     op: str, make_model_file: Callable[..., Path], data_file: Path, tmp_path: Path
 ) -> None:
-    def losses(name: str, grad_cp: int, rate: float) -> list[float]:
+    def losses_of(name: str, grad_cp: int, rate: float) -> list[float]:
         config = TrainConfig(
             load_model=str(make_model_file()),
             data_file=str(data_file),
@@ -64,12 +65,11 @@ def test_on_a_gpu_too_recomputing_blocks_changes_no_bit_and_draws_the_same_dropo
             random_seed=0,
         )
         train(config)
-        lines = (tmp_path / name / "loss_data.jsonl").read_text().splitlines()
-        return [json.loads(line)["loss"] for line in lines]
+        return losses(tmp_path / name)
 
-    kept, recomputed = losses("kept", 0, 0.3), losses("recomputed", 1, 0.3)
+    kept, recomputed = losses_of("kept", 0, 0.3), losses_of("recomputed", 1, 0.3)
     assert kept == recomputed
-    assert kept != losses("without", 0, 0.0)
+    assert kept != losses_of("without", 0, 0.0)
 
 
 @pytest.mark.gpu
