@@ -1,7 +1,7 @@
 """Activations that are computed again in backward instead of being kept (gradient checkpointing).
 
 `torch.utils.checkpoint` does the same, with half a dozen calls of Python for each tensor that a
-block keeps. Where a step is bound by the host, as those of one short row are, that is a fifth of
+block keeps. Where a step is bound by the host, as those of one short row are, that is a seventh of
 it; here it is one short call.
 """
 
