@@ -13,15 +13,16 @@ static_assert(WARPS * WARP_TOKENS == C && (C == 32 || C == 64), "the chunk is co
 
 // Tensors are (B, T, H, N); a block works on one chunk of one head.
 struct Position {
+    int chunk;
     u64 first;      // offset of the chunk's first token
     int stride;     // from token to token
     int length;     // tokens up to the end of the row, of which up to C are in the chunk
     u64 matrix;     // number of the chunk in (B, H, M)
 };
 
-DEVICE Position position(int T, int H, int M) {
-    int chunk = block_x(), row = block_y() / H, head = block_y() % H;
-    return {((u64)row * T + (u64)chunk * C) * H * N + head * N, H * N, T - chunk * C,
+DEVICE Position position(int T, int H, int M, int chunk) {
+    int row = block_y() / H, head = block_y() % H;
+    return {chunk, ((u64)row * T + (u64)chunk * C) * H * N + head * N, H * N, T - chunk * C,
             (u64)block_y() * M + chunk};
 }
 
@@ -40,8 +41,8 @@ struct Documents {
 };
 
 // To be followed by sync_block and read_documents. `segments` (B, T) numbers documents; null: one.
-DEVICE void write_documents(const int* segments, int T, int H, u32* shared) {
-    int t = thread_index(), chunk = block_x();
+DEVICE void write_documents(const int* segments, int T, int H, int chunk, u32* shared) {
+    int t = thread_index();
     const int* here = segments + (u64)(block_y() / H) * T + (u64)chunk * C;
     if (t < 64) {
         bool is_start = t == 0;

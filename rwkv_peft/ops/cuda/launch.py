@@ -139,6 +139,18 @@ class Starts:
         grid = (self._numbers[-1], self._rows, 1)
         return kernel(grid, threads * self._C, *self._numbers, *numbers)
 
+    def over_heads(self, name: str, threads: int) -> Launch:
+        """A kernel with a block for each head of each row, of so many threads a token of a chunk."""
+        kernel = self._load(name, self._dtype, self._C, self._device)
+        return kernel((1, self._rows, 1), threads * self._C, *self._numbers)
+
+    def fill_gpu(self) -> bool:
+        """Whether a block for each head of each row keeps the GPU busy, two a multiprocessor."""
+        if self._device.type != "cuda":
+            return False
+        at_once = 2 * int(_properties(self._device).multi_processor_count)
+        return self._rows >= 0.75 * at_once * -(-self._rows // at_once)
+
     def over_states(self, *, reverse: bool) -> Launch:
         """The pass over the chunks, see scan.cu: (transition, added, decay, first, states, last).
 

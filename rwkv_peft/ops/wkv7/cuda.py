@@ -1,6 +1,8 @@
 """WKV-7 through CUDA kernels of our own, for NVIDIA GPUs from Ampere on."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, empty_like
@@ -26,22 +28,27 @@ _BACKWARD = _FORWARD.with_name("backward.cu")
 def shared_bytes(name: str, dtype: torch.dtype, C: int) -> int:
     """Shared memory of a block of a kernel; the layouts are the `...Memory` of its source."""
     row, warps, vector = row_bytes(dtype), C // 8, N * 4
-    tiles, others = {
-        "wkv7_chunk_forward": (7, C // 16 * 16 * 17 * 4),
-        "wkv7_output": (0, 0),
-        "wkv7_chunk_backward": (5, 0),
-        "wkv7_gradients": (9, 2 * N * row + (C + 1) * (N + 8) * 4 + warps // 4 * vector),
+    tile, matrix, vectors = C * row, N * row, (2 * warps + 2) * vector + 16
+    forward = 7 * tile + C * 17 * 4 + vectors
+    gradients = 9 * tile + 2 * matrix + (C + 1) * (N + 8) * 4 + vectors
+    return {
+        "wkv7_chunk_forward": forward,
+        "wkv7_output": 0,
+        "wkv7_walk_forward": -(-forward // 1024) * 1024 + matrix + N * vector,
+        "wkv7_chunk_backward": 5 * tile + vectors,
+        "wkv7_gradients": gradients + warps // 4 * vector,
+        "wkv7_walk_backward": gradients + warps * vector,
     }[name]
-    vectors = (2 * warps + 2) * vector + 16
-    return tiles * C * row + others + vectors if tiles else 0
 
 
 KERNELS = Kernels(
     {
         "wkv7_chunk_forward": (_FORWARD, "13P3i"),
         "wkv7_output": (_FORWARD, "3P3i"),
+        "wkv7_walk_forward": (_FORWARD, "12P3i"),
         "wkv7_chunk_backward": (_BACKWARD, "10P3i"),
         "wkv7_gradients": (_BACKWARD, "18P3i"),
+        "wkv7_walk_backward": (_BACKWARD, "19P3i"),
     },
     shared_bytes,
     largest="wkv7_gradients",
@@ -92,6 +99,32 @@ class _Forward:
         return y, last_state, states, inverse
 
 
+class _WalkForward:
+    """The same in one launch, a block for each head of each row."""
+
+    def __init__(self, starts: Starts) -> None:
+        own = starts.layout
+        self._state, self._matrices = starts.like(own.state), starts.like(own.matrices)
+        self._inverse, self._nothing = starts.like(own.inverse), starts.like(own.nothing)
+        self._walk = starts.over_heads("wkv7_walk_forward", 4)
+
+    def run(  # type: ignore[no-untyped-def]
+        self, r, w, k, v, a, b, initial_state, segment_ids, keep
+    ) -> tuple[Tensor, ...]:
+        inputs, inputs_at = readable(r, w, k, v, a, b)
+        initial_state, first_at = located(initial_state)
+        segment_ids, segments_at = located(segment_ids)
+        y, last_state = empty_like(inputs[0]), empty_like(self._state)
+        states, inverse = (
+            empty_like(x if keep else self._nothing) for x in (self._matrices, self._inverse)
+        )
+        kept_at = (states.data_ptr(), inverse.data_ptr()) if keep else (0, 0)
+        self._walk(
+            *(*inputs_at, segments_at, first_at, y.data_ptr(), *kept_at, last_state.data_ptr())
+        )
+        return y, last_state, states, inverse
+
+
 class _Backward:
     """The stages of the backward pass; see `stages`."""
 
@@ -136,9 +169,40 @@ class _Backward:
         return *grads, dinitial_state
 
 
-def operator(name: str, load: Load, length: Length) -> Function:
-    """The operator `wkv7_{name}` by the kernels that `load` brings, in chunks of `length`."""
-    forward, backward = (per_shape(x, load, length) for x in (_Forward, _Backward))
+class _WalkBackward:
+    """The same in one launch, a block for each head of each row."""
+
+    def __init__(self, starts: Starts) -> None:
+        self._state = starts.like(starts.layout.state)
+        self._walk = starts.over_heads("wkv7_walk_backward", 4)
+
+    def run(  # type: ignore[no-untyped-def]
+        self, r, w, k, v, a, b, segment_ids, last_state, states, inverse, dy, dlast_state
+    ) -> tuple[Tensor, ...]:
+        tensors, (*inputs_at, dy_at) = readable(r, w, k, v, a, b, dy)
+        segment_ids, segments_at = located(segment_ids)
+        dlast_state, dlast_at = located(dlast_state)
+        dinitial_state = empty_like(self._state)
+        grads = [*map(empty_like, tensors[:6])]
+        kept_at = (inverse.data_ptr(), states.data_ptr(), last_state.data_ptr())
+        grads_at = map(Tensor.data_ptr, (*grads, dinitial_state))
+        self._walk(*inputs_at, segments_at, *kept_at, dlast_at, dy_at, *grads_at)
+        return *grads, dinitial_state
+
+
+def operator(
+    name: str, load: Load, length: Length, walks: Callable[[Starts], bool] = Starts.fill_gpu
+) -> Function:
+    """The operator `wkv7_{name}` by the kernels that `load` brings, in chunks of `length`.
+
+    Args:
+        walks: whether a block goes through all chunks of a head, in place of the stages.
+    """
+
+    def choose(walk: type, stages: type) -> Callable[..., Any]:
+        return per_shape(lambda starts: (walk if walks(starts) else stages)(starts), load, length)
+
+    forward, backward = choose(_WalkForward, _Forward), choose(_WalkBackward, _Backward)
     return declare(name, length, forward, backward)
 
 

@@ -90,7 +90,7 @@ DEVICE void load_gradients(const Gradients& p, const Position& at, Shared& share
         put_tokens(At::DY, dy);
         put_dots(shared.own_gradient, v, dy, weight);
     }
-    write_documents(p.segments, p.T, p.H, shared.documents);
+    write_documents(p.segments, p.T, p.H, at.chunk, shared.documents);
     put_states(p, at);
     Factors f = decay_factors(w, at, shared, [](int level, bool, const float (&x)[TOKENS][8]) {
         put_factors(At::FACTOR + (level - 1) * At::TILE, x);
@@ -257,7 +257,7 @@ DEVICE float other_slabs(int slab, int c, const Documents& documents, const Shar
 
 KERNEL(wkv6_gradients, Gradients, THREADS, 1) {
     Shared& shared = shared_at<Shared>(At::SHARED);
-    Position at = position(p.T, p.H, p.M);
+    Position at = position(p.T, p.H, p.M, block_x());
     int group = warp_index() / GROUP_WARPS, slab = warp_index() % GROUP_WARPS, row0 = slab * 16;
     load_gradients(p, at, shared);
     sync_block();

@@ -20,11 +20,11 @@ struct ChunkMemory {
 KERNEL(wkv6_chunk, Chunk, THREADS, 2) {
     typedef ChunkMemory At;
     Shared& shared = shared_at<Shared>(At::SHARED);
-    Position at = position(p.T, p.H, p.M);
+    Position at = position(p.T, p.H, p.M, block_x());
     {
         Tokens w = load_tokens(p.w, at), keys = load_tokens(p.keys, at);
         put_tokens(At::VALUES, load_tokens(p.values, at));
-        write_documents(p.segments, p.T, p.H, shared.documents);
+        write_documents(p.segments, p.T, p.H, at.chunk, shared.documents);
         Factors f = decay_factors(w, at, shared, [](int, bool, const float (&)[TOKENS][8]) {});
         if (p.is_reverse) put_scaled(At::KEYS, keys, f.before[0], f.before[1]);
         else put_scaled(At::KEYS, keys, f.after[0], f.after[1]);
@@ -72,7 +72,7 @@ DEVICE void load_output(const Output& p, const Position& at, Shared& shared) {
     typedef OutputMemory At;
     Tokens w = load_tokens(p.w, at), r = load_tokens(p.r, at), k = load_tokens(p.k, at);
     put_tokens(At::V, load_tokens(p.v, at));
-    write_documents(p.segments, p.T, p.H, shared.documents);
+    write_documents(p.segments, p.T, p.H, at.chunk, shared.documents);
     float u[8];
 #pragma unroll
     for (int c = 0; c < 8; c++) u[c] = p.u[block_y() % p.H * N + own_channel() + c];
@@ -111,7 +111,7 @@ DEVICE void add_entering(Slab<>& y, Tile r, int row0, const Op* states, const Do
 KERNEL(wkv6_output, Output, THREADS, 2) {
     typedef OutputMemory At;
     Shared& shared = shared_at<Shared>(At::SHARED);
-    Position at = position(p.T, p.H, p.M);
+    Position at = position(p.T, p.H, p.M, block_x());
     int group = warp_index() / GROUP_WARPS, slab = warp_index() % GROUP_WARPS, row0 = slab * 16;
     load_output(p, at, shared);
     sync_block();

@@ -55,13 +55,13 @@ struct BackwardMemory {
 KERNEL(wkv7_chunk_backward, ChunkBackward, THREADS, 3) {
     typedef BackwardMemory At;
     Shared& shared = shared_at<Shared>(At::SHARED);
-    Position at = position(p.T, p.H, p.M);
+    Position at = position(p.T, p.H, p.M, block_x());
     int group = warp_index() / GROUP_WARPS, slab = warp_index() % GROUP_WARPS, row0 = slab * 16;
     {
         Tokens w = load_tokens(p.w, at), a = load_tokens(p.a, at), b = load_tokens(p.b, at);
         Tokens r = load_tokens(p.r, at), dy = load_tokens(p.dy, at);
         Inverse inverse = load_inverse(p.inverse, at);
-        write_documents(p.segments, p.T, p.H, shared.documents);
+        write_documents(p.segments, p.T, p.H, at.chunk, shared.documents);
         put_inverse(At::INVERSE, inverse);
         put_tokens(At::DY, dy);
         Factors factor = decay_factors(w, at, shared);
@@ -135,9 +135,10 @@ struct GradientMemory {
         A = 0, R = TILE, B = 2 * TILE, K = 3 * TILE, V = 4 * TILE, DY = 5 * TILE, U = 6 * TILE,
         Z = 7 * TILE, INVERSE = 8 * TILE, STATE = 9 * TILE, DSTATE = STATE + MATRIX,
         FACTOR = DSTATE + MATRIX,               // float[C + 1][WIDE]: e^{g_{t-1} - m}
-        LEAVING = FACTOR + (C + 1) * WIDE * 4,  // float[WARPS / 4][N]
-        SHARED = LEAVING + WARPS / 4 * N * 4,
-        BYTES = SHARED + sizeof(Shared),
+        SHARED = FACTOR + (C + 1) * WIDE * 4,
+        LEAVING = SHARED + sizeof(Shared),      // float[WARPS / 4][N], or [2][GROUP_WARPS][N] of the walk
+        BYTES = LEAVING + WARPS / 4 * N * 4,
+        WALK_BYTES = LEAVING + 2 * GROUP_WARPS * N * 4,
     };
 };
 typedef GradientMemory At;
@@ -159,7 +160,10 @@ template <bool IS_INVERSE> DEVICE void scale_rows(Slab<>& s, const float* factor
 // the state that enters the next chunk, if there is one.
 static_assert(WARPS % 4 == 0, "a warp has pieces of one column");
 constexpr int PIECES = 16 / WARPS;
-struct States { Fragment state[PIECES], dstate[PIECES], next[PIECES]; };
+struct States {
+    Fragment state[PIECES], dstate[PIECES], next[PIECES];
+    DEVICE void gradient(int i, int j, float& x, float& y) const { get_fragment(dstate[i], j, x, y); }
+};
 
 DEVICE States load_states(const Gradients& p, const Position& at) {
     States s;
@@ -169,7 +173,7 @@ DEVICE States load_states(const Gradients& p, const Position& at) {
         u64 place = at.matrix * N * N;
         load(s.state[i], piece(p.states + place, index / 4, index % 4));
         load(s.dstate[i], piece(p.dstates + place, index / 4, index % 4));
-        if ((int)block_x() != p.M - 1)
+        if (at.chunk != p.M - 1)
             load(s.next[i], piece(p.states + place + N * N, index / 4, index % 4));
     }
     return s;
@@ -178,7 +182,7 @@ DEVICE States load_states(const Gradients& p, const Position& at) {
 // Sum over value rows of the leaving state and its gradient: what scales with the whole decay.
 DEVICE void leaving_products(const Gradients& p, const Position& at, const States& s) {
     int warp = warp_index(), g = thread_index() % 32 / 4, q = thread_index() % 4;
-    bool is_last = (int)block_x() == p.M - 1;
+    bool is_last = at.chunk == p.M - 1;
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
@@ -207,7 +211,7 @@ DEVICE void leaving_products(const Gradients& p, const Position& at, const State
 }
 
 // Both measured from the chunk's middle, as tiles.
-DEVICE void put_states(const States& s, const Shared& shared) {
+template <class States> DEVICE void put_states(const States& s, const Shared& shared) {
     int warp = warp_index(), g = thread_index() % 32 / 4, q = thread_index() % 4;
     int columns[2] = {warp % 4 * 16 + 2 * q, warp % 4 * 16 + 8 + 2 * q};
     FloatPair middle[2], end[2];
@@ -223,19 +227,19 @@ DEVICE void put_states(const States& s, const Shared& shared) {
             int row = (i * WARPS + warp) / 4 * 16 + g + j / 2 * 8, column = columns[j % 2];
             float x[2], d[2];
             get_fragment(s.state[i], j, x[0], x[1]);
-            get_fragment(s.dstate[i], j, d[0], d[1]);
+            s.gradient(i, j, d[0], d[1]);
             set_pair(At::STATE, row, column, x[0] * middle[j % 2].x, x[1] * middle[j % 2].y);
             set_pair(At::DSTATE, row, column, d[0] * end[j % 2].x, d[1] * end[j % 2].y);
         }
 }
 
-DEVICE void load_gradients(const Gradients& p, const Position& at, Shared& shared) {
+template <class Args> DEVICE void load_gradients(const Args& p, const Position& at, Shared& shared) {
     Tokens w = load_tokens(p.w, at), a = load_tokens(p.a, at), b = load_tokens(p.b, at);
     Tokens k = load_tokens(p.k, at), r = load_tokens(p.r, at);
     Tokens v = load_tokens(p.v, at), dy = load_tokens(p.dy, at);
     Inverse inverse = load_inverse(p.inverse, at);
-    States states = load_states(p, at);
-    write_documents(p.segments, p.T, p.H, shared.documents);
+    auto states = load_states(p, at);
+    write_documents(p.segments, p.T, p.H, at.chunk, shared.documents);
     put_inverse(At::INVERSE, inverse);
     put_tokens(At::V, v);
     put_tokens(At::DY, dy);
@@ -270,10 +274,12 @@ DEVICE void add_products(float (&x)[TOKENS][8], const Tokens& values, const Io* 
 // What the gradient of w is made of beside gradients.
 struct Inputs { Tokens r, w, k, a, b; };
 
-// Gradient of w from the gradients that the block has written. A decay scales what comes after it in
+// Gradient of w from the gradients that the block has written; `leaving` (parts, N) adds up to what
+// scales with the leaving state. A decay scales what comes after it in
 // its document: with x = r dr - k dk - b db + a da, it has the sum of x from its token on, without
 // its own a da, and what scales with the leaving state.
-DEVICE void decay_gradient(const Gradients& p, const Position& at, const Inputs& in,
+template <int PARTS, class Args>
+DEVICE void decay_gradient(const Args& p, const Position& at, const Inputs& in, const float* leaving_parts,
                            const Documents& documents, Shared& shared) {
     int warp = warp_index(), group = thread_index() % 32 / 8, token = own_token();
     int last[TOKENS] = {documents.last(token), documents.last(token + 1)};
@@ -313,9 +319,9 @@ DEVICE void decay_gradient(const Gradients& p, const Position& at, const Inputs&
     float rest[8], leaving[8] = {};
     read_eight(rest, shared.offsets[warp]);
 #pragma unroll
-    for (int i = 0; i < WARPS / 4; i++) {
+    for (int i = 0; i < PARTS; i++) {
         float part[8];
-        read_eight(part, &shared_at<float>(At::LEAVING) + i * N);
+        read_eight(part, leaving_parts + i * N);
 #pragma unroll
         for (int c = 0; c < 8; c++) leaving[c] += part[c];
     }
@@ -348,7 +354,7 @@ struct Task {
 
 // Number 0 solves for u or z, 1 gives dv, 2 and 3 the gradients that are scaled by decays: those of r
 // and a by the first group of warps, of k and b by the second.
-DEVICE Task task(const Gradients& p, int group, int number) {
+template <class Args> DEVICE Task task(const Args& p, int group, int number) {
     bool is_first = group == 0, is_third = number == 3;
     if (number == 0 && is_first) return {At::A, {At::K, At::V, false}, {}, false, 0, nullptr};
     if (number == 0) return {At::B, {At::R, At::DY, true}, {}, true, 0, nullptr};
@@ -372,14 +378,10 @@ DEVICE void solve(Slab<>& s, int group, int row0) {
     store_tile(solved, row0, s);
 }
 
-KERNEL(wkv7_gradients, Gradients, THREADS, 2) {
-    Shared& shared = shared_at<Shared>(At::SHARED);
-    Position at = position(p.T, p.H, p.M);
+// Gradients of all inputs but w.
+template <class Args>
+DEVICE void input_gradients(const Args& p, const Position& at, const Documents& documents) {
     int group = warp_index() / GROUP_WARPS, slab = warp_index() % GROUP_WARPS;
-    load_gradients(p, at, shared);
-    together::sync_block();
-    Documents documents = read_documents(shared.documents);
-
     Slab<> s;
 #pragma unroll 1
     for (int number = 0; number < 4; number++) {
@@ -414,9 +416,141 @@ KERNEL(wkv7_gradients, Gradients, THREADS, 2) {
         }
         store_rows(todo.output, at, row0, s);
     }
-    // loaded while other warps are at work
-    Inputs inputs = {load_tokens(p.r, at), load_tokens(p.w, at), load_tokens(p.k, at),
-                     load_tokens(p.a, at), load_tokens(p.b, at)};
+}
+
+DEVICE Inputs load_inputs(const Io* r, const Io* w, const Io* k, const Io* a, const Io* b, const Position& at) {
+    return {load_tokens(r, at), load_tokens(w, at), load_tokens(k, at), load_tokens(a, at), load_tokens(b, at)};
+}
+
+KERNEL(wkv7_gradients, Gradients, THREADS, 2) {
+    Shared& shared = shared_at<Shared>(At::SHARED);
+    Position at = position(p.T, p.H, p.M, block_x());
+    load_gradients(p, at, shared);
     together::sync_block();
-    decay_gradient(p, at, inputs, documents, shared);
+    Documents documents = read_documents(shared.documents);
+    input_gradients(p, at, documents);
+    // loaded while other warps are at work
+    Inputs inputs = load_inputs(p.r, p.w, p.k, p.a, p.b, at);
+    together::sync_block();
+    decay_gradient<WARPS / 4>(p, at, inputs, &shared_at<float>(At::LEAVING), documents, shared);
+}
+
+struct WalkBackward {
+    const Io *r, *w, *k, *v, *a, *b;
+    const int* segments;
+    const Op *inverse, *states;
+    const float *last_state, *dlast_state;
+    const Io* dy;
+    Io *dr, *dw, *dk, *dv, *da, *db;
+    float* dstate;  // (B, H, N, N): of the state between two chunks, in the end of the initial one
+    int T, H, M;
+};
+
+// As above; the gradient is the one that the block has written.
+struct WalkStates {
+    Fragment state[PIECES];
+    FloatPair dstate[PIECES][4];
+    DEVICE void gradient(int i, int j, float& x, float& y) const { x = dstate[i][j].x, y = dstate[i][j].y; }
+};
+
+DEVICE WalkStates load_states(const WalkBackward& p, const Position& at) {
+    WalkStates s;
+    int g = thread_index() % 32 / 4, q = thread_index() % 4;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        int index = i * WARPS + warp_index();
+        load(s.state[i], piece(p.states + at.matrix * N * N, index / 4, index % 4));
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            u64 row = (u64)block_y() * N + index / 4 * 16 + g + j / 2 * 8;
+            s.dstate[i][j] = *(const FloatPair*)(p.dstate + row * N + index % 4 * 16 + j % 2 * 8 + 2 * q);
+        }
+    }
+    return s;
+}
+// Summed when the gradient was written.
+DEVICE void leaving_products(const WalkBackward&, const Position&, const WalkStates&) {}
+
+// Sums over this warp's value rows of products of a state and its gradient, written to `leaving`.
+DEVICE void put_leaving(Slab<>& products, float* leaving) {
+#pragma unroll
+    for (int j = 0; j < N / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float sum = products.x[j][i] + products.x[j][2 + i];
+#pragma unroll
+            for (int lanes = 4; lanes < 32; lanes *= 2) sum += warp_shuffle(sum, lanes);
+            if (thread_index() % 32 < 4) leaving[j * 8 + thread_index() % 4 * 2 + i] = sum;
+        }
+}
+
+DEVICE void begin_walk(const WalkBackward& p, int slab, float* leaving) {
+    Slab<> products;
+    clear(products);
+    for (int i = slab; i < SLABS; i += GROUP_WARPS)
+        each_pair([&](int j, int half, int row, int c) {
+            u64 place = ((u64)block_y() * N + i * 16 + row) * N + c;
+            FloatPair d{0.0f, 0.0f}, x = *(const FloatPair*)(p.last_state + place);
+            if (p.dlast_state) d = *(const FloatPair*)(p.dlast_state + place);
+            store_global(p.dstate + place, d);
+            products.x[j][2 * half] += x.x * d.x, products.x[j][2 * half + 1] += x.y * d.y;
+        });
+    put_leaving(products, leaving);
+}
+
+// The gradient of the state that enters the chunk from that of the leaving one.
+DEVICE void step_back(const WalkBackward& p, const Documents& d, int slab, const Shared& shared,
+                      float* leaving) {
+    Slab<> s, products;
+    clear(products);
+    for (int i = slab; i < SLABS; i += GROUP_WARPS) {
+        float* dstate = p.dstate + ((u64)block_y() * N + i * 16) * N;
+        each_pair([&](int j, int half, int row, int c) {
+            FloatPair x = *(const FloatPair*)(dstate + row * N + c);
+            s.x[j][2 * half] = d.is_carried() ? x.x * shared.end[c] : 0.0f;
+            s.x[j][2 * half + 1] = d.is_carried() ? x.y * shared.end[c + 1] : 0.0f;
+        });
+        together::add_product_transposed(s, At::DY, i * 16, At::R, Range{0, C});
+        together::add_product_transposed(s, At::Z, i * 16, At::A, Range{0, C});
+        each_pair([&](int j, int half, int row, int c) {
+            float x, y;
+            get_pair(At::STATE, i * 16 + row, c, x, y);
+            products.x[j][2 * half] += x * s.x[j][2 * half];
+            products.x[j][2 * half + 1] += y * s.x[j][2 * half + 1];
+            store_global(dstate + row * N + c, FloatPair{s.x[j][2 * half] * shared.middle[c],
+                                                        s.x[j][2 * half + 1] * shared.middle[c + 1]});
+        });
+    }
+    put_leaving(products, leaving);
+}
+
+// All stages at once: a block goes back through the chunks of a head.
+KERNEL(wkv7_walk_backward, WalkBackward, THREADS, 2) {
+    Shared& shared = shared_at<Shared>(At::SHARED);
+    int group = warp_index() / GROUP_WARPS, slab = warp_index() % GROUP_WARPS;
+    // what scales with the leaving state: of this chunk, and of the one before
+    float *leaving = &shared_at<float>(At::LEAVING), *earlier = leaving + GROUP_WARPS * N;
+    if (group == 1) begin_walk(p, slab, leaving + slab * N);
+    sync_block();
+#pragma unroll 1
+    for (int chunk = p.M - 1; chunk >= 0; chunk--) {
+        Position at = position(p.T, p.H, p.M, chunk);
+        load_gradients(p, at, shared);
+        together::sync_block();
+        Documents documents = read_documents(shared.documents);
+        input_gradients(p, at, documents);
+        if (documents.is_packed()) {
+            together::sync_block();
+            zero_rows(At::R, documents.entering, C);
+            zero_rows(At::A, documents.entering, C);
+            together::sync_block();
+        }
+        if (group == 1) step_back(p, documents, slab, shared, earlier + slab * N);
+        Inputs inputs = load_inputs(p.r, p.w, p.k, p.a, p.b, at);
+        together::sync_block();
+        decay_gradient<GROUP_WARPS>(p, at, inputs, leaving, documents, shared);
+        sync_block();
+        float* next = earlier;
+        earlier = leaving, leaving = next;
+    }
 }

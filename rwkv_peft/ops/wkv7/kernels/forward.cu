@@ -8,6 +8,9 @@ struct ForwardMemory {
         SCRATCH = 7 * TILE,  // float[GROUP_WARPS][16][17]
         SHARED = SCRATCH + GROUP_WARPS * 16 * 17 * 4,
         BYTES = SHARED + sizeof(Shared),
+        STATE = (BYTES + 1023) / 1024 * 1024,  // of the walk
+        EXACT = STATE + tile_bytes(N),  // float[N][N] of the walk, as the first group's threads have it
+        WALK_BYTES = EXACT + N * N * 4,
     };
 };
 typedef ForwardMemory At;
@@ -67,6 +70,15 @@ DEVICE void invert(const Slab<C / 8>& pairs, int slab) {
     sync_warp();
 }
 
+// This warp's rows, of the blocks on and below the diagonal
+DEVICE void store_inverse(Op* inverse, const Position& at, int slab) {
+    for (int k = 0; k <= slab; k++) {
+        Fragment f;
+        load_left(f, At::INVERSE, slab * 16, k * 16);
+        store(piece(inverse + at.matrix * C * C, slab, k, C / 16), f);
+    }
+}
+
 struct ChunkForward {
     const Io *r, *w, *k, *v, *a, *b;
     const int* segments;
@@ -77,10 +89,10 @@ struct ChunkForward {
     int T, H, M;
 };
 
-DEVICE void load_forward(const ChunkForward& p, const Position& at, Shared& shared) {
+template <class Args> DEVICE void load_forward(const Args& p, const Position& at, Shared& shared) {
     Tokens w = load_tokens(p.w, at), a = load_tokens(p.a, at), b = load_tokens(p.b, at);
     Tokens k = load_tokens(p.k, at), r = load_tokens(p.r, at), v = load_tokens(p.v, at);
-    write_documents(p.segments, p.T, p.H, shared.documents);
+    write_documents(p.segments, p.T, p.H, at.chunk, shared.documents);
     put_tokens(At::V, v);
     Factors factor = decay_factors(w, at, shared);
     put_scaled(At::A, a, factor.before, factor.first);
@@ -92,7 +104,7 @@ DEVICE void load_forward(const ChunkForward& p, const Position& at, Shared& shar
 
 KERNEL(wkv7_chunk_forward, ChunkForward, THREADS, 2) {
     Shared& shared = shared_at<Shared>(At::SHARED);
-    Position at = position(p.T, p.H, p.M);
+    Position at = position(p.T, p.H, p.M, block_x());
     int group = warp_index() / GROUP_WARPS, slab = warp_index() % GROUP_WARPS, row0 = slab * 16;
     load_forward(p, at, shared);
     together::sync_block();
@@ -133,12 +145,7 @@ KERNEL(wkv7_chunk_forward, ChunkForward, THREADS, 2) {
     if (group == 0) {
         add_readout(y, At::R, row0, documents, shared.middle);
         store_left(p.readout + at.matrix * C * N, slab, y);
-        if (p.inverse)
-            for (int k = 0; k <= slab; k++) {
-                Fragment f;
-                load_left(f, At::INVERSE, row0, k * 16);
-                store(piece(p.inverse + at.matrix * C * C, slab, k, C / 16), f);
-            }
+        if (p.inverse) store_inverse(p.inverse, at, slab);
     } else {
         store_rows(p.y, at, row0, y);
     }
@@ -175,7 +182,7 @@ struct Output {
 
 // y += readout state^T, a warp for 16 tokens, all operands as fragments straight from memory.
 KERNEL(wkv7_output, Output, GROUP_THREADS, 1) {
-    Position at = position(p.T, p.H, p.M);
+    Position at = position(p.T, p.H, p.M, block_x());
     int slab = warp_index();
     if (slab * 16 >= at.length) return;
     Slab<> y;
@@ -193,4 +200,129 @@ KERNEL(wkv7_output, Output, GROUP_THREADS, 1) {
         }
     }
     store_rows(p.y, at, slab * 16, y);
+}
+
+struct WalkForward {
+    const Io *r, *w, *k, *v, *a, *b;
+    const int* segments;
+    const float* initial;
+    Io* y;
+    Op *states, *inverse;
+    float* last;
+    int T, H, M;
+};
+
+// s = 0 in rows of tokens that do not see the entering state
+DEVICE void mask_entering(Slab<>& s, int row0, const Documents& d) {
+    if (d.is_packed())
+        each(s, [&](float& x, int, int row, int) { x = row0 + row < d.entering ? x : 0.0f; });
+}
+
+// The state in float32, rows of one slab as this thread has them of a result. No other thread reads it.
+DEVICE float* exact_state(int slab) {
+    return &shared_at<float>(At::EXACT) + (slab * (N / 8) * 32 + thread_index() % 32) * 4;
+}
+DEVICE void load_exact(Slab<>& s, int slab) {
+    const float* here = exact_state(slab);
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+        FloatFour x = *(const FloatFour*)(here + j * 32 * 4);
+#pragma unroll
+        for (int i = 0; i < 4; i++) s.x[j][i] = x.x[i];
+    }
+}
+DEVICE void store_exact(const Slab<>& s, int slab) {
+    float* here = exact_state(slab);
+#pragma unroll
+    for (int j = 0; j < N / 8; j++)
+        *(FloatFour*)(here + j * 32 * 4) = FloatFour{s.x[j][0], s.x[j][1], s.x[j][2], s.x[j][3]};
+}
+
+// All stages at once: a block goes through the chunks of a head. The first group of warps has the
+// state, the second y.
+KERNEL(wkv7_walk_forward, WalkForward, THREADS, 2) {
+    Shared& shared = shared_at<Shared>(At::SHARED);
+    int group = warp_index() / GROUP_WARPS, slab = warp_index() % GROUP_WARPS, row0 = slab * 16;
+    Slab<> s;
+    if (group == 0)
+        for (int i = slab; i < SLABS; i += GROUP_WARPS) {
+            clear(s);
+            const float* initial = p.initial + ((u64)block_y() * N + i * 16) * N;
+            if (p.initial) each(s, [&](float& x, int, int row, int c) { x = initial[row * N + c]; });
+            store_exact(s, i);
+        }
+#pragma unroll 1
+    for (int chunk = 0; chunk < p.M; chunk++) {
+        Position at = position(p.T, p.H, p.M, chunk);
+        load_forward(p, at, shared);
+        if (group == 0) {
+            sync_group(1, GROUP_THREADS);  // for middle, which the first warp writes
+            for (int i = slab; i < SLABS; i += GROUP_WARPS) {
+                load_exact(s, i);
+                if (p.states) store_right(p.states + at.matrix * N * N, i, s);
+                each(s, [&](float& x, int, int, int c) { x *= shared.middle[c]; });
+                store_tile(At::STATE, i * 16, s);
+            }
+        }
+        together::sync_block();
+        Documents documents = read_documents(shared.documents);
+        Bounds earlier = bounds(slab, documents, false);
+        if (group == 0) {
+            Slab<C / 8> pairs;
+            together::set_pairs(pairs, load_rows_of(At::A, row0), At::B, earlier, false);
+            invert(pairs, slab);
+        } else {
+            Rows left = load_rows_of(At::A, row0);
+            together::set_transposed(s, left, At::STATE);
+            mask_entering(s, row0, documents);
+            together::add_pairs(s, left, Pairs{At::K, At::V, false}, earlier);
+            store_tile(At::U, row0, s);
+            // compute-sanitizer orders two groups by how many barriers each has passed
+            for (int turn = 0; turn < GROUP_WARPS; turn++) sync_group(2, GROUP_THREADS);
+        }
+        together::sync_block();
+
+        // u is what each token takes out of the state
+        if (group == 0) {
+            clear(s);
+            together::add_product(s, At::INVERSE, row0, At::U, Range{0, row0 + 16});
+            together::sync_group(1);
+            store_tile(At::U, row0, s);
+            if (p.inverse) store_inverse(p.inverse, at, slab);
+        } else {
+            Rows left = load_rows_of(At::R, row0);
+            together::set_transposed(s, left, At::STATE);
+            mask_entering(s, row0, documents);
+            together::add_pairs(s, left, Pairs{At::K, At::V, true}, earlier);
+        }
+        together::sync_block();
+
+        if (group == 1) {
+            together::add_pairs(s, load_rows_of(At::R, row0), Pairs{At::B, At::U, true}, earlier);
+            store_rows(p.y, at, row0, s);
+        }
+        if (documents.is_packed()) {
+            together::sync_block();
+            zero_rows(At::B, 0, documents.leaving);
+            zero_rows(At::K, 0, documents.leaving);
+            together::sync_block();
+        }
+        if (group == 0)
+            for (int i = slab; i < SLABS; i += GROUP_WARPS) {
+                load_exact(s, i);
+                bool is_carried = documents.is_carried();
+                each(s, [&](float& x, int, int, int c) { x = is_carried ? x * shared.middle[c] : 0.0f; });
+                together::add_product_transposed(s, At::U, i * 16, At::B, Range{0, C});
+                together::add_product_transposed(s, At::V, i * 16, At::K, Range{0, C});
+                each(s, [&](float& x, int, int, int c) { x *= shared.end[c]; });
+                store_exact(s, i);
+            }
+        together::sync_block();
+    }
+    if (group == 0)
+        for (int i = slab; i < SLABS; i += GROUP_WARPS) {
+            load_exact(s, i);
+            float* last = p.last + ((u64)block_y() * N + i * 16) * N;
+            each(s, [&](float& x, int, int row, int c) { last[row * N + c] = x; });
+        }
 }
