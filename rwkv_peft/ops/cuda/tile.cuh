@@ -38,9 +38,17 @@ struct __align__(8) FloatPair { float x, y; };
     extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Args p)
 extern __shared__ __align__(1024) unsigned char shared_memory[];
 
-DEVICE int thread_index() { return threadIdx.x; }
+DEVICE int thread_index() {
+    int i = threadIdx.x;
+    __builtin_assume(i >= 0);  // dividing is shifting then
+    return i;
+}
 // said in a way that shows the compiler that a warp agrees on it: for all lanes together
-DEVICE int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
+DEVICE int warp_index() {
+    int i = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+    __builtin_assume(i >= 0);
+    return i;
+}
 DEVICE int block_x() { return blockIdx.x; }
 DEVICE int block_y() { return blockIdx.y; }
 DEVICE void sync_block() { __syncthreads(); }
@@ -125,9 +133,10 @@ DEVICE u32 to_tf32(float x) {
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
     return y;
 }
-DEVICE void copy_async(void* shared, const void* global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
-                 "l"(global) : "memory");
+// 16 bytes, or as many zeros
+DEVICE void copy_async(void* shared, const void* global, bool is_there = true) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(is_there ? 16 : 0) : "memory");
 }
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> DEVICE void wait_copies() {
@@ -231,16 +240,20 @@ DEVICE u32 place(int row, int column) {
     return row * ROW_BYTES + column * sizeof(Op);
 }
 template <class T> DEVICE T& shared_at(u32 offset) { return *(T*)(shared_memory + offset); }
+// The tile is added last, so that it can be part of an instruction and needs no register.
+template <class T> DEVICE T& shared_at(Tile tile, u32 place) {
+    return *(T*)(shared_memory + place + tile);
+}
 
 DEVICE void set_pair(Tile tile, int row, int column, float x, float y) {
 #if IO == 0
-    shared_at<u32>(tile + place(row, column)) = pack_bf16(x, y);
+    shared_at<u32>(tile, place(row, column)) = pack_bf16(x, y);
 #else
-    shared_at<FloatPair>(tile + place(row, column)) = FloatPair{x, y};
+    shared_at<FloatPair>(tile, place(row, column)) = FloatPair{x, y};
 #endif
 }
 DEVICE void set_eight(Tile tile, int row, int column, const float (&x)[8]) {
-    Op* at = &shared_at<Op>(tile + place(row, column));
+    Op* at = &shared_at<Op>(tile, place(row, column));
 #if IO == 0
     *(RawEight*)at = pack(x);
 #else
@@ -249,10 +262,10 @@ DEVICE void set_eight(Tile tile, int row, int column, const float (&x)[8]) {
 }
 DEVICE void get_pair(Tile tile, int row, int column, float& x, float& y) {
 #if IO == 0
-    u32 bits = shared_at<u32>(tile + place(row, column));
+    u32 bits = shared_at<u32>(tile, place(row, column));
     x = as_float(bits << 16), y = as_float(bits & 0xffff0000u);
 #else
-    FloatPair pair = shared_at<FloatPair>(tile + place(row, column));
+    FloatPair pair = shared_at<FloatPair>(tile, place(row, column));
     x = pair.x, y = pair.y;
 #endif
 }
@@ -276,19 +289,19 @@ DEVICE u32 columns_first() {
 }
 // left (r, c) = tile[row0 + r][column0 + c]
 DEVICE void load_left(Fragment& f, Tile tile, int row0, int column0) {
-    load_matrices(f.x, (rows_first() + tile + row0 * 128) ^ (u32)(column0 * 2));
+    load_matrices(f.x, (rows_first() ^ (u32)(column0 * 2)) + tile + row0 * 128);
 }
 // left (r, c) = tile[row0 + c][column0 + r]
 DEVICE void load_left_transposed(Fragment& f, Tile tile, int row0, int column0) {
-    load_matrices_transposed(f.x, (columns_first() + tile + row0 * 128) ^ (u32)(column0 * 2));
+    load_matrices_transposed(f.x, (columns_first() ^ (u32)(column0 * 2)) + tile + row0 * 128);
 }
 // right (c, r) = tile[row0 + r][column0 + c], r of 16, c of 16
 DEVICE void load_right(Fragment& f, Tile tile, int row0, int column0) {
-    load_matrices(f.x, (columns_first() + tile + row0 * 128) ^ (u32)(column0 * 2));
+    load_matrices(f.x, (columns_first() ^ (u32)(column0 * 2)) + tile + row0 * 128);
 }
 // right (r, c) = tile[row0 + r][column0 + c]
 DEVICE void load_right_transposed(Fragment& f, Tile tile, int row0, int column0) {
-    load_matrices_transposed(f.x, (rows_first() + tile + row0 * 128) ^ (u32)(column0 * 2));
+    load_matrices_transposed(f.x, (rows_first() ^ (u32)(column0 * 2)) + tile + row0 * 128);
 }
 DEVICE Fragment as_right(const Fragment& f) { return {f.x[0], f.x[2], f.x[1], f.x[3]}; }
 // c += a b for the eight columns of b that `half` names
@@ -315,7 +328,7 @@ DEVICE void load_left_transposed(Fragment& f, Tile tile, int row0, int column0) 
 #pragma unroll
     for (int i = 0; i < 8; i++)
         f.x[i] = shared_at<float>(
-            tile + place(row0 + 2 * q + i % 2 + i / 4 * 8, column0 + g + i / 2 % 2 * 8));
+            tile, place(row0 + 2 * q + i % 2 + i / 4 * 8, column0 + g + i / 2 % 2 * 8));
 }
 DEVICE Fragment as_right(const Fragment& f) {
     const float* x = f.x;

@@ -34,7 +34,7 @@ def shared_bytes(name: str, dtype: torch.dtype, C: int) -> int:
     return {
         "wkv7_chunk_forward": forward,
         "wkv7_output": 0,
-        "wkv7_walk_forward": -(-forward // 1024) * 1024 + matrix + N * vector,
+        "wkv7_walk_forward": -(-forward // 1024) * 1024 + matrix + N * vector + 3 * tile,
         "wkv7_chunk_backward": 5 * tile + vectors,
         "wkv7_gradients": gradients + warps // 4 * vector,
         "wkv7_walk_backward": gradients + warps * vector,

@@ -261,6 +261,9 @@ DEVICE void mma_tf32(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
             }
     });
 }
-DEVICE void copy_async(void* shared, const void* global) { memcpy(shared, global, 16); }
+DEVICE void copy_async(void* shared, const void* global, bool is_there = true) {
+    if (is_there) memcpy(shared, global, 16);
+    else memset(shared, 0, 16);
+}
 DEVICE void commit_copies() {}
 template <int PENDING> void wait_copies() {}

@@ -233,21 +233,26 @@ template <class States> DEVICE void put_states(const States& s, const Shared& sh
         }
 }
 
-template <class Args> DEVICE void load_gradients(const Args& p, const Position& at, Shared& shared) {
+// e^{g_{t-1} - m} of this thread's tokens, as rows
+DEVICE void put_factors(const Factors& factor) {
+    float* rows = &shared_at<float>(At::FACTOR) + own_token() * WIDE;
+    write_eight(rows, factor.before);
+    write_eight(rows + WIDE, factor.first);
+    if (own_token() == C - TOKENS) write_eight(rows + 2 * WIDE, factor.second);
+}
+
+DEVICE void load_gradients(const Gradients& p, const Position& at, Shared& shared) {
     Tokens w = load_tokens(p.w, at), a = load_tokens(p.a, at), b = load_tokens(p.b, at);
     Tokens k = load_tokens(p.k, at), r = load_tokens(p.r, at);
     Tokens v = load_tokens(p.v, at), dy = load_tokens(p.dy, at);
     Inverse inverse = load_inverse(p.inverse, at);
-    auto states = load_states(p, at);
+    States states = load_states(p, at);
     write_documents(p.segments, p.T, p.H, at.chunk, shared.documents);
     put_inverse(At::INVERSE, inverse);
     put_tokens(At::V, v);
     put_tokens(At::DY, dy);
     Factors factor = decay_factors(w, at, shared);
-    float* rows = &shared_at<float>(At::FACTOR) + own_token() * WIDE;
-    write_eight(rows, factor.before);
-    write_eight(rows + WIDE, factor.first);
-    if (own_token() == C - TOKENS) write_eight(rows + 2 * WIDE, factor.second);
+    put_factors(factor);
     put_scaled(At::A, a, factor.before, factor.first);
     put_scaled(At::R, r, factor.first, factor.second);
     factor.invert();
@@ -259,13 +264,12 @@ template <class Args> DEVICE void load_gradients(const Args& p, const Position& 
 }
 
 // x += sign * values * gradients of this thread's tokens
-DEVICE void add_products(float (&x)[TOKENS][8], const Tokens& values, const Io* gradients,
-                         float sign, const Position& at) {
-    Tokens d = load_tokens(gradients, at);
+DEVICE void add_products(float (&x)[TOKENS][8], const Tokens& values, const Tokens& gradients,
+                         float sign) {
 #pragma unroll
     for (int i = 0; i < TOKENS; i++) {
         float value[8], gradient[8];
-        unpack(values.x[i], value), unpack(d.x[i], gradient);
+        unpack(values.x[i], value), unpack(gradients.x[i], gradient);
 #pragma unroll
         for (int c = 0; c < 8; c++) x[i][c] += sign * value[c] * gradient[c];
     }
@@ -273,22 +277,23 @@ DEVICE void add_products(float (&x)[TOKENS][8], const Tokens& values, const Io* 
 
 // What the gradient of w is made of beside gradients.
 struct Inputs { Tokens r, w, k, a, b; };
+struct Written { Tokens dr, dk, da, db; };
 
 // Gradient of w from the gradients that the block has written; `leaving` (parts, N) adds up to what
 // scales with the leaving state. A decay scales what comes after it in
 // its document: with x = r dr - k dk - b db + a da, it has the sum of x from its token on, without
 // its own a da, and what scales with the leaving state.
 template <int PARTS, class Args>
-DEVICE void decay_gradient(const Args& p, const Position& at, const Inputs& in, const float* leaving_parts,
+DEVICE void decay_gradient(const Args& p, const Position& at, const Inputs& in, const Written& written, const float* leaving_parts,
                            const Documents& documents, Shared& shared) {
     int warp = warp_index(), group = thread_index() % 32 / 8, token = own_token();
     int last[TOKENS] = {documents.last(token), documents.last(token + 1)};
     int warp_end = (warp + 1) * WARP_TOKENS;
     float x[TOKENS][8] = {}, d[TOKENS][8] = {}, head[8];
-    add_products(d, in.a, p.da, -1.0f, at);
-    add_products(x, in.r, p.dr, 1.0f, at);
-    add_products(x, in.k, p.dk, -1.0f, at);
-    add_products(x, in.b, p.db, -1.0f, at);
+    add_products(d, in.a, written.da, -1.0f);
+    add_products(x, in.r, written.dr, 1.0f);
+    add_products(x, in.k, written.dk, -1.0f);
+    add_products(x, in.b, written.db, -1.0f);
 #pragma unroll
     for (int c = 0; c < 8; c++) {
 #pragma unroll
@@ -418,6 +423,10 @@ DEVICE void input_gradients(const Args& p, const Position& at, const Documents& 
     }
 }
 
+template <class Args> DEVICE Written load_written(const Args& p, const Position& at) {
+    return {load_tokens(p.dr, at), load_tokens(p.dk, at), load_tokens(p.da, at), load_tokens(p.db, at)};
+}
+
 DEVICE Inputs load_inputs(const Io* r, const Io* w, const Io* k, const Io* a, const Io* b, const Position& at) {
     return {load_tokens(r, at), load_tokens(w, at), load_tokens(k, at), load_tokens(a, at), load_tokens(b, at)};
 }
@@ -432,7 +441,8 @@ KERNEL(wkv7_gradients, Gradients, THREADS, 2) {
     // loaded while other warps are at work
     Inputs inputs = load_inputs(p.r, p.w, p.k, p.a, p.b, at);
     together::sync_block();
-    decay_gradient<WARPS / 4>(p, at, inputs, &shared_at<float>(At::LEAVING), documents, shared);
+    Written written = load_written(p, at);
+    decay_gradient<WARPS / 4>(p, at, inputs, written, &shared_at<float>(At::LEAVING), documents, shared);
 }
 
 struct WalkBackward {
@@ -446,6 +456,30 @@ struct WalkBackward {
     int T, H, M;
 };
 
+// Copies a chunk's tensors to shared memory, each thread what it reads later: in between no other
+// thread looks at it. w is in the place of u, the inverse in that of z, the state in that of its gradient.
+DEVICE void fetch(const WalkBackward& p, const Position& at) {
+    fetch_tokens(At::U, p.w, at);
+    fetch_tokens(At::A, p.a, at);
+    fetch_tokens(At::B, p.b, at);
+    fetch_tokens(At::K, p.k, at);
+    fetch_tokens(At::R, p.r, at);
+    fetch_tokens(At::V, p.v, at);
+    fetch_tokens(At::DY, p.dy, at);
+    int warp = warp_index();
+#pragma unroll
+    for (int i = 0; i < INVERSE_PIECES; i++) {
+        int index = i * WARPS + warp;
+        fetch_piece(At::Z, index, piece(p.inverse + at.matrix * C * C, index / (C / 16), index % (C / 16), C / 16));
+    }
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        int index = i * WARPS + warp;
+        fetch_piece(At::DSTATE, index, piece(p.states + at.matrix * N * N, index / 4, index % 4));
+    }
+    commit_copies();
+}
+
 // As above; the gradient is the one that the block has written.
 struct WalkStates {
     Fragment state[PIECES];
@@ -453,57 +487,78 @@ struct WalkStates {
     DEVICE void gradient(int i, int j, float& x, float& y) const { x = dstate[i][j].x, y = dstate[i][j].y; }
 };
 
-DEVICE WalkStates load_states(const WalkBackward& p, const Position& at) {
-    WalkStates s;
-    int g = thread_index() % 32 / 4, q = thread_index() % 4;
+DEVICE void load_fetched(const WalkBackward& p, const Position& at, Shared& shared) {
+    WalkStates states;
+    int warp = warp_index(), g = thread_index() % 32 / 4, q = thread_index() % 4;
 #pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-        int index = i * WARPS + warp_index();
-        load(s.state[i], piece(p.states + at.matrix * N * N, index / 4, index % 4));
+    for (int i = 0; i < PIECES; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
+            int index = i * WARPS + warp;
             u64 row = (u64)block_y() * N + index / 4 * 16 + g + j / 2 * 8;
-            s.dstate[i][j] = *(const FloatPair*)(p.dstate + row * N + index % 4 * 16 + j % 2 * 8 + 2 * q);
+            states.dstate[i][j] = *(const FloatPair*)(p.dstate + row * N + index % 4 * 16 + j % 2 * 8 + 2 * q);
         }
-    }
-    return s;
+    write_documents(p.segments, p.T, p.H, at.chunk, shared.documents);
+    wait_copies<0>();
+    Inverse inverse;
+#pragma unroll
+    for (int i = 0; i < INVERSE_PIECES; i++) inverse.f[i] = fetched_piece(At::Z, i * WARPS + warp);
+    put_inverse(At::INVERSE, inverse);
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) states.state[i] = fetched_piece(At::DSTATE, i * WARPS + warp);
+    if (IO != 0) put_tokens(At::V, fetched_tokens(At::V)), put_tokens(At::DY, fetched_tokens(At::DY));
+    Factors factor = decay_factors(fetched_tokens(At::U), at, shared);
+    put_factors(factor);
+    put_scaled(At::A, fetched_tokens(At::A), factor.before, factor.first);
+    put_scaled(At::R, fetched_tokens(At::R), factor.first, factor.second);
+    factor.invert();
+    put_scaled(At::B, fetched_tokens(At::B), factor.first, factor.second);
+    put_scaled(At::K, fetched_tokens(At::K), factor.first, factor.second);
+    sync_block();  // for middle and end, which the first warp writes
+    put_states(states, shared);
 }
-// Summed when the gradient was written.
-DEVICE void leaving_products(const WalkBackward&, const Position&, const WalkStates&) {}
 
-// Sums over this warp's value rows of products of a state and its gradient, written to `leaving`.
-DEVICE void put_leaving(Slab<>& products, float* leaving) {
+// Products of a state and its gradient, summed over the value rows of this thread: of column 8 j + 2 q
+// in x[2 j], of the next in x[2 j + 1].
+struct Columns { float x[N / 4]; };
+
+// A lane gives away half of the sums that it has, and gets the other half of another lane's.
+template <int COUNT> DEVICE void halve(Columns& sum, int& first, int lanes) {
+    bool is_upper = thread_index() & lanes;
 #pragma unroll
-    for (int j = 0; j < N / 8; j++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float sum = products.x[j][i] + products.x[j][2 + i];
-#pragma unroll
-            for (int lanes = 4; lanes < 32; lanes *= 2) sum += warp_shuffle(sum, lanes);
-            if (thread_index() % 32 < 4) leaving[j * 8 + thread_index() % 4 * 2 + i] = sum;
-        }
+    for (int i = 0; i < COUNT; i++) {
+        float given = is_upper ? sum.x[i] : sum.x[i + COUNT];
+        sum.x[i] = (is_upper ? sum.x[i + COUNT] : sum.x[i]) + warp_shuffle(given, lanes);
+    }
+    first += is_upper ? COUNT : 0;
+}
+DEVICE void put_columns(Columns& sum, float* leaving) {
+    int first = 0;
+    halve<8>(sum, first, 16);
+    halve<4>(sum, first, 8);
+    halve<2>(sum, first, 4);
+    *(FloatPair*)(leaving + first / 2 * 8 + thread_index() % 4 * 2) = FloatPair{sum.x[0], sum.x[1]};
 }
 
 DEVICE void begin_walk(const WalkBackward& p, int slab, float* leaving) {
-    Slab<> products;
-    clear(products);
+    Columns sum = {};
     for (int i = slab; i < SLABS; i += GROUP_WARPS)
-        each_pair([&](int j, int half, int row, int c) {
+        each_pair([&](int j, int, int row, int c) {
             u64 place = ((u64)block_y() * N + i * 16 + row) * N + c;
             FloatPair d{0.0f, 0.0f}, x = *(const FloatPair*)(p.last_state + place);
             if (p.dlast_state) d = *(const FloatPair*)(p.dlast_state + place);
             store_global(p.dstate + place, d);
-            products.x[j][2 * half] += x.x * d.x, products.x[j][2 * half + 1] += x.y * d.y;
+            sum.x[2 * j] += x.x * d.x, sum.x[2 * j + 1] += x.y * d.y;
         });
-    put_leaving(products, leaving);
+    put_columns(sum, leaving);
 }
 
-// The gradient of the state that enters the chunk from that of the leaving one.
+// The gradient of the state that enters the chunk, from that of the leaving one.
 DEVICE void step_back(const WalkBackward& p, const Documents& d, int slab, const Shared& shared,
                       float* leaving) {
-    Slab<> s, products;
-    clear(products);
+    Columns sum = {};
     for (int i = slab; i < SLABS; i += GROUP_WARPS) {
+        Slab<> s;
         float* dstate = p.dstate + ((u64)block_y() * N + i * 16) * N;
         each_pair([&](int j, int half, int row, int c) {
             FloatPair x = *(const FloatPair*)(dstate + row * N + c);
@@ -513,15 +568,14 @@ DEVICE void step_back(const WalkBackward& p, const Documents& d, int slab, const
         together::add_product_transposed(s, At::DY, i * 16, At::R, Range{0, C});
         together::add_product_transposed(s, At::Z, i * 16, At::A, Range{0, C});
         each_pair([&](int j, int half, int row, int c) {
-            float x, y;
+            float x, y, *pair = s.x[j] + 2 * half;
             get_pair(At::STATE, i * 16 + row, c, x, y);
-            products.x[j][2 * half] += x * s.x[j][2 * half];
-            products.x[j][2 * half + 1] += y * s.x[j][2 * half + 1];
-            store_global(dstate + row * N + c, FloatPair{s.x[j][2 * half] * shared.middle[c],
-                                                        s.x[j][2 * half + 1] * shared.middle[c + 1]});
+            sum.x[2 * j] += x * pair[0], sum.x[2 * j + 1] += y * pair[1];
+            store_global(dstate + row * N + c,
+                         FloatPair{pair[0] * shared.middle[c], pair[1] * shared.middle[c + 1]});
         });
     }
-    put_leaving(products, leaving);
+    put_columns(sum, leaving);
 }
 
 // All stages at once: a block goes back through the chunks of a head.
@@ -531,11 +585,12 @@ KERNEL(wkv7_walk_backward, WalkBackward, THREADS, 2) {
     // what scales with the leaving state: of this chunk, and of the one before
     float *leaving = &shared_at<float>(At::LEAVING), *earlier = leaving + GROUP_WARPS * N;
     if (group == 1) begin_walk(p, slab, leaving + slab * N);
+    fetch(p, position(p.T, p.H, p.M, p.M - 1));
     sync_block();
 #pragma unroll 1
     for (int chunk = p.M - 1; chunk >= 0; chunk--) {
         Position at = position(p.T, p.H, p.M, chunk);
-        load_gradients(p, at, shared);
+        load_fetched(p, at, shared);
         together::sync_block();
         Documents documents = read_documents(shared.documents);
         input_gradients(p, at, documents);
@@ -548,7 +603,9 @@ KERNEL(wkv7_walk_backward, WalkBackward, THREADS, 2) {
         if (group == 1) step_back(p, documents, slab, shared, earlier + slab * N);
         Inputs inputs = load_inputs(p.r, p.w, p.k, p.a, p.b, at);
         together::sync_block();
-        decay_gradient<GROUP_WARPS>(p, at, inputs, leaving, documents, shared);
+        Written written = load_written(p, at);
+        if (chunk > 0) fetch(p, position(p.T, p.H, p.M, chunk - 1));
+        decay_gradient<GROUP_WARPS>(p, at, inputs, written, leaving, documents, shared);
         sync_block();
         float* next = earlier;
         earlier = leaving, leaving = next;

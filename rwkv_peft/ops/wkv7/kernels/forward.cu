@@ -10,7 +10,8 @@ struct ForwardMemory {
         BYTES = SHARED + sizeof(Shared),
         STATE = (BYTES + 1023) / 1024 * 1024,  // of the walk
         EXACT = STATE + tile_bytes(N),  // float[N][N] of the walk, as the first group's threads have it
-        WALK_BYTES = EXACT + N * N * 4,
+        NEXT_K = EXACT + N * N * 4, NEXT_R = NEXT_K + TILE, NEXT_V = NEXT_R + TILE,
+        WALK_BYTES = NEXT_V + TILE,
     };
 };
 typedef ForwardMemory At;
@@ -37,7 +38,7 @@ DEVICE void invert(const Slab<C / 8>& pairs, int slab) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         int row = row0 + i + lane / 16 * 8;
-        shared_at<Op>(At::INVERSE + place(row, row0 + lane % 16)) =
+        shared_at<Op>(At::INVERSE, place(row, row0 + lane % 16)) =
             to_operand(lane < 16 ? x[i] : x[i + 8]);
     }
     for (int turn = 1; turn < GROUP_WARPS; turn++) {
@@ -89,7 +90,7 @@ struct ChunkForward {
     int T, H, M;
 };
 
-template <class Args> DEVICE void load_forward(const Args& p, const Position& at, Shared& shared) {
+DEVICE void load_forward(const ChunkForward& p, const Position& at, Shared& shared) {
     Tokens w = load_tokens(p.w, at), a = load_tokens(p.a, at), b = load_tokens(p.b, at);
     Tokens k = load_tokens(p.k, at), r = load_tokens(p.r, at), v = load_tokens(p.v, at);
     write_documents(p.segments, p.T, p.H, at.chunk, shared.documents);
@@ -238,23 +239,50 @@ DEVICE void store_exact(const Slab<>& s, int slab) {
         *(FloatFour*)(here + j * 32 * 4) = FloatFour{s.x[j][0], s.x[j][1], s.x[j][2], s.x[j][3]};
 }
 
+// A chunk's tensors on their way to shared memory, to where there is room before the one before is done.
+DEVICE void fetch(const WalkForward& p, const Position& at) {
+    fetch_tokens(At::INVERSE, p.w, at);
+    fetch_tokens(At::A, p.a, at);
+    fetch_tokens(At::STATE, p.b, at);
+    fetch_tokens(At::NEXT_K, p.k, at);
+    fetch_tokens(At::NEXT_R, p.r, at);
+    fetch_tokens(At::NEXT_V, p.v, at);
+    commit_copies();
+}
+
+DEVICE void load_fetched(const WalkForward& p, const Position& at, Shared& shared) {
+    write_documents(p.segments, p.T, p.H, at.chunk, shared.documents);
+    wait_copies<0>();
+    put_tokens(At::V, fetched_tokens(At::NEXT_V));
+    Tokens b = fetched_tokens(At::STATE);  // others write the state there
+    Factors factor = decay_factors(fetched_tokens(At::INVERSE), at, shared);
+    put_scaled(At::A, fetched_tokens(At::A), factor.before, factor.first);
+    put_scaled(At::R, fetched_tokens(At::NEXT_R), factor.first, factor.second);
+    factor.invert();
+    put_scaled(At::B, b, factor.first, factor.second);
+    put_scaled(At::K, fetched_tokens(At::NEXT_K), factor.first, factor.second);
+}
+
 // All stages at once: a block goes through the chunks of a head. The first group of warps has the
 // state, the second y.
 KERNEL(wkv7_walk_forward, WalkForward, THREADS, 2) {
     Shared& shared = shared_at<Shared>(At::SHARED);
-    int group = warp_index() / GROUP_WARPS, slab = warp_index() % GROUP_WARPS, row0 = slab * 16;
+    int group = warp_index() / GROUP_WARPS, own_slab = warp_index() % GROUP_WARPS;
     Slab<> s;
     if (group == 0)
-        for (int i = slab; i < SLABS; i += GROUP_WARPS) {
+        for (int i = own_slab; i < SLABS; i += GROUP_WARPS) {
             clear(s);
             const float* initial = p.initial + ((u64)block_y() * N + i * 16) * N;
             if (p.initial) each(s, [&](float& x, int, int row, int c) { x = initial[row * N + c]; });
             store_exact(s, i);
         }
+    fetch(p, position(p.T, p.H, p.M, 0));
 #pragma unroll 1
     for (int chunk = 0; chunk < p.M; chunk++) {
         Position at = position(p.T, p.H, p.M, chunk);
-        load_forward(p, at, shared);
+        // addresses of a whole chunk, made before the loop, would not fit the registers
+        int slab = computed_here(own_slab), row0 = slab * 16;
+        load_fetched(p, at, shared);
         if (group == 0) {
             sync_group(1, GROUP_THREADS);  // for middle, which the first warp writes
             for (int i = slab; i < SLABS; i += GROUP_WARPS) {
@@ -277,6 +305,10 @@ KERNEL(wkv7_walk_forward, WalkForward, THREADS, 2) {
             mask_entering(s, row0, documents);
             together::add_pairs(s, left, Pairs{At::K, At::V, false}, earlier);
             store_tile(At::U, row0, s);
+            left = load_rows_of(At::R, row0);
+            together::set_transposed(s, left, At::STATE);
+            mask_entering(s, row0, documents);
+            together::add_pairs(s, left, Pairs{At::K, At::V, true}, earlier);
             // compute-sanitizer orders two groups by how many barriers each has passed
             for (int turn = 0; turn < GROUP_WARPS; turn++) sync_group(2, GROUP_THREADS);
         }
@@ -289,14 +321,10 @@ KERNEL(wkv7_walk_forward, WalkForward, THREADS, 2) {
             together::sync_group(1);
             store_tile(At::U, row0, s);
             if (p.inverse) store_inverse(p.inverse, at, slab);
-        } else {
-            Rows left = load_rows_of(At::R, row0);
-            together::set_transposed(s, left, At::STATE);
-            mask_entering(s, row0, documents);
-            together::add_pairs(s, left, Pairs{At::K, At::V, true}, earlier);
         }
         together::sync_block();
 
+        if (chunk + 1 < p.M) fetch(p, position(p.T, p.H, p.M, chunk + 1));
         if (group == 1) {
             together::add_pairs(s, load_rows_of(At::R, row0), Pairs{At::B, At::U, true}, earlier);
             store_rows(p.y, at, row0, s);
@@ -320,7 +348,7 @@ KERNEL(wkv7_walk_forward, WalkForward, THREADS, 2) {
         together::sync_block();
     }
     if (group == 0)
-        for (int i = slab; i < SLABS; i += GROUP_WARPS) {
+        for (int i = own_slab; i < SLABS; i += GROUP_WARPS) {
             load_exact(s, i);
             float* last = p.last + ((u64)block_y() * N + i * 16) * N;
             each(s, [&](float& x, int, int row, int c) { last[row * N + c] = x; });
