@@ -14,10 +14,11 @@ from torch import Tensor
 
 from rwkv_peft.errors import BackendUnavailableError, TrainingError
 from rwkv_peft.ops.dispatch import Choice, Request
-from rwkv_peft.ops.testing import OPERATORS, Case, Deviation, deviation, run
+from rwkv_peft.ops.testing import OPERATORS, Case, Deviation, batched, deviation, run
 
 # more than a chunk of 64, and no multiple of any
 TOKENS = 83
+ROWS, HEADS = 2, 2
 # plain PyTorch, which the tests prove on a CPU
 PROVEN = ("torch", "reference")
 
@@ -59,7 +60,7 @@ class Check:
         return f"{self.worst} is off by {error:.1e}, {allowed:.1e} is allowed"
 
 
-def check(choice: Choice, request: Request, *, packed: bool = False) -> Check:
+def check(choice: Choice, request: Request, *, packed: bool = False, heads: int = 1) -> Check:
     """The errors of a backend's results and gradients on a few dozen tokens with a state.
 
     Exact is the float64 reference and plain the same maths in the kernel's type, both on the CPU,
@@ -67,10 +68,14 @@ def check(choice: Choice, request: Request, *, packed: bool = False) -> Check:
 
     Args:
         packed: whether the rows hold several documents.
+        heads: the least number of rows times heads, by which backends choose among their kernels.
     Raises:
         BackendUnavailableError: the kernel does not run; the message names the next to try.
     """
-    case, exact, plain = _yardstick(choice.operator, request.head_size, request.dtype, packed)
+    case, *others = _yardstick(choice.operator, request.head_size, request.dtype, packed)
+    copies = -(-heads // (ROWS * HEADS))
+    case = batched([case] * copies)
+    exact, plain = ({name: _again(name, x, copies) for name, x in y.items()} for y in others)
     started = time.perf_counter()
     with _full_float32():
         found = _run(
@@ -81,25 +86,36 @@ def check(choice: Choice, request: Request, *, packed: bool = False) -> Check:
     return Check(choice.name, deviations, seconds)
 
 
+def _again(name: str, x: Tensor, copies: int) -> Tensor:
+    """A result of rows that come so many times; u has a sum over them."""
+    return x * copies if name == "du" else x.repeat(copies, *[1] * (x.ndim - 1))
+
+
 @functools.cache
 def _yardstick(
     name: str, head_size: int, dtype: torch.dtype, packed: bool
 ) -> tuple[Case, dict[str, Tensor], dict[str, Tensor]]:
     operator = OPERATORS[name]
-    case = operator.make_case(B=2, T=TOKENS, H=2, N=head_size, packed=packed, dtype=dtype)
+    case = operator.make_case(
+        B=ROWS, T=TOKENS, H=HEADS, N=head_size, packed=packed, dtype=dtype
+    )
     return case, run(case.to(torch.float64), operator.reference), run(case, operator.plain)
 
 
-def require_right(choice: Choice, request: Request, *, packed: bool = False) -> str | None:
+def require_right(
+    choice: Choice, request: Request, *, packed: bool = False, heads: int = 1
+) -> str | None:
     """Checks a chosen backend and says so in a line for the log; None where there is no need.
 
+    Args:
+        packed, heads: see `check`.
     Raises:
         TrainingError: it is wrong on this device; the message has the figures.
         BackendUnavailableError: it does not run on this device.
     """
     if request.device.type == "cpu" and choice.name in PROVEN:
         return None
-    done = check(choice, request, packed=packed)
+    done = check(choice, request, packed=packed, heads=heads)
     dtype = str(request.dtype).removeprefix("torch.")
     if not done.has_passed:
         raise TrainingError(

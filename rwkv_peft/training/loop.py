@@ -96,7 +96,12 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
 
     torch.manual_seed(config.random_seed)
     model, num_weights = _load_model(config, geometry, weights), _count(weights)
-    checked = require_right(model.op, _request(config, geometry), packed=config.dataload == "pack")
+    checked = require_right(
+        model.op,
+        _request(config, geometry),
+        packed=config.dataload == "pack",
+        heads=config.micro_bsz * geometry.n_head,
+    )
     names = set() if documents.states is None else set(documents.states.tolist())
     trainee = make_trainee(config, model, weights, names, plan.steps)
     del weights

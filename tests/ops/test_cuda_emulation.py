@@ -24,13 +24,15 @@ class Form(NamedTuple):
     op: str
     dtype: torch.dtype
     C: int
+    walks: bool = False
 
     def __str__(self) -> str:
-        return f"{self.op}-{str(self.dtype).removeprefix('torch.')}-{self.C}"
+        name = f"{self.op}-{str(self.dtype).removeprefix('torch.')}-{self.C}"
+        return f"{name}-walk" if self.walks else name
 
 
 MODULES = {"wkv6": wkv6_cuda, "wkv7": wkv7_cuda}
-FORMS = tuple(
+STAGES = tuple(
     Form(op, dtype, C)
     for op in MODULES
     for dtype, C in (
@@ -40,6 +42,8 @@ FORMS = tuple(
         (torch.float32, 32),
     )
 )
+WALK = Form("wkv7", torch.bfloat16, 64, walks=True)
+FORMS = (*STAGES, WALK)
 
 
 def _function(form: Form) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -49,6 +53,8 @@ def _function(form: Form) -> Callable[..., tuple[Tensor, Tensor]]:
         source, signature, shared_bytes, options = module.KERNELS.recipe(name, dtype, C)
         return emulator.load(source, name, signature, shared_bytes, options)
 
+    if form.walks:
+        return wkv7_cuda.operator("walked", load, lambda dtype, device: form.C, lambda starts: True)
     name = f"emulated_{form.C}_{str(form.dtype)[6:]}"
     return module.operator(name, load, lambda dtype, device: form.C)
 
@@ -87,6 +93,17 @@ def test_they_do_with_packed_documents_rows_and_heads(form: Form) -> None:
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_they_do_without_an_initial_state(form: Form) -> None:
     check(form, 40, has_state=False)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_chunks_in_one_launch_are_those_of_the_stages(packed: bool) -> None:
+    case = OPERATORS["wkv7"].make_case(B=2, T=200, H=2, packed=packed, dtype=WALK.dtype)
+    exact = run(case.to(torch.float64), OPERATORS["wkv7"].reference)
+    staged = run(case, FUNCTIONS[WALK._replace(walks=False)])
+    for name, value in run(case, FUNCTIONS[WALK]).items():
+        # what is not rounded between stages is not worse
+        errors = [(x.double() - exact[name]).norm() for x in (value, staged[name])]
+        assert errors[0] <= 1.05 * errors[1], name
 
 
 def test_pytorch_finds_nothing_wrong_with_the_operators_of_wkv6() -> None:

@@ -160,7 +160,7 @@ DEVICE void fetch_tokens(Tile tile, const Io* tensor, const Position& at) {
 #pragma unroll
     for (int i = 0; i < TOKENS; i++) {
         int t = own_token() + i;
-        Vector* there = shared_at<RawEight>(tile, place(t, own_channel())).x;
+        Vector* there = shared_at<RawEight>(tile + place(t, own_channel())).x;
 #pragma unroll
         for (int j = 0; j < (int)(sizeof(RawEight) / 16); j++)
             copy_async(there + j, (const Vector*)(here + t * at.stride) + j, t < at.length);
@@ -170,13 +170,13 @@ DEVICE Tokens fetched_tokens(Tile tile) {
     Tokens tokens;
 #pragma unroll
     for (int i = 0; i < TOKENS; i++)
-        tokens.x[i] = shared_at<RawEight>(tile, place(own_token() + i, own_channel()));
+        tokens.x[i] = shared_at<RawEight>(tile + place(own_token() + i, own_channel()));
     return tokens;
 }
 
 // A lane's part of a piece on its way to shared memory, as the piece of that number there.
 DEVICE Vector* place_of_piece(Tile tile, int index) {
-    return &shared_at<Vector>(tile, (index * 32 + thread_index() % 32) * sizeof(Fragment));
+    return &shared_at<Vector>(tile + (index * 32 + thread_index() % 32) * sizeof(Fragment));
 }
 DEVICE void fetch_piece(Tile tile, int index, const Op* from) {
 #pragma unroll
@@ -189,7 +189,7 @@ DEVICE void put_tokens(Tile tile, const Tokens& tokens) {
 #pragma unroll
     for (int i = 0; i < TOKENS; i++) {
 #if IO == 0
-        shared_at<RawEight>(tile, place(own_token() + i, own_channel())) = tokens.x[i];
+        shared_at<RawEight>(tile + place(own_token() + i, own_channel())) = tokens.x[i];
 #else
         float x[8];
         unpack(tokens.x[i], x);

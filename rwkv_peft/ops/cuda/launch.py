@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -26,6 +26,8 @@ IO = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 SCAN = Path(__file__).with_name("scan.cu")
 # chunks that the scan may fetch ahead
 SCAN_DEPTHS = (6, 4, 3, 2)
+# of shared memory, which CUDA takes for each block
+RESERVED_BYTES = 1024
 # shapes of inputs whose launches are kept ready
 SHAPES = 64
 
@@ -37,19 +39,25 @@ class Kernels:
     Attributes:
         sources: of each kernel the source and the signature, as `driver.load_kernel` wants them.
         shared_bytes: (name, dtype, C) -> shared memory of a block.
-        largest: name of the kernel that needs most of it.
+        largest: name of the kernel that every call needs and that needs most of it.
+        narrow: the sources that are built for bfloat16 in chunks of 64 alone.
     """
 
     sources: Mapping[str, tuple[Path, str]]
     shared_bytes: Callable[[str, torch.dtype, int], int]
     largest: str
+    narrow: Collection[Path] = ()
 
     def builds(self) -> list[tuple[tuple[Path], tuple[str, ...]]]:
         """Files and options of every build, for `BUILDS`."""
         lengths = [(torch.bfloat16, 64), *((dtype, 32) for dtype in IO)]
         files = dict.fromkeys(file for file, _ in self.sources.values())
         return [
-            *(((file,), options(dtype, C)) for file in files for dtype, C in lengths),
+            *(
+                ((file,), options(dtype, C))
+                for file in files
+                for dtype, C in (lengths[:1] if file in self.narrow else lengths)
+            ),
             *(((SCAN,), scan_options(dtype)) for dtype in (torch.bfloat16, torch.float32)),
         ]
 
@@ -96,6 +104,8 @@ class Starts:
 
     Attributes:
         layout: of the memory between them.
+        heads: rows times heads.
+        dtype, C, device: type of the inputs, tokens of a chunk, and where they are.
     """
 
     def __init__(
@@ -107,9 +117,9 @@ class Starts:
         device: torch.device,
     ) -> None:
         B, T, H, _ = shape
-        self._C = C = length(dtype, device)
-        self._load, self._dtype, self._device = load, dtype, device
-        self._rows, self._numbers = B * H, (T, H, (T + C - 1) // C)
+        self.C = C = length(dtype, device)
+        self.dtype, self.device, self.heads = dtype, device, B * H
+        self._load, self._numbers = load, (T, H, (T + C - 1) // C)
         self.layout = layout(shape, dtype, C)
 
     def like(self, memory: Memory) -> Tensor:
@@ -117,7 +127,7 @@ class Starts:
 
         To `new_empty` its shape alone is as much work as the rest of the allocation.
         """
-        found = torch.empty(memory.shape, dtype=memory.dtype, device=self._device)
+        found = torch.empty(memory.shape, dtype=memory.dtype, device=self.device)
         found.untyped_storage().resize_(0)
         return found
 
@@ -135,21 +145,14 @@ class Starts:
 
     def over_chunks(self, name: str, threads: int, *numbers: int) -> Launch:
         """A kernel with a block a chunk, of so many threads a token; given T, H, M and numbers."""
-        kernel = self._load(name, self._dtype, self._C, self._device)
-        grid = (self._numbers[-1], self._rows, 1)
-        return kernel(grid, threads * self._C, *self._numbers, *numbers)
+        kernel = self._load(name, self.dtype, self.C, self.device)
+        grid = (self._numbers[-1], self.heads, 1)
+        return kernel(grid, threads * self.C, *self._numbers, *numbers)
 
     def over_heads(self, name: str, threads: int) -> Launch:
         """A kernel with a block for each head of each row, of so many threads a token of a chunk."""
-        kernel = self._load(name, self._dtype, self._C, self._device)
-        return kernel((1, self._rows, 1), threads * self._C, *self._numbers)
-
-    def fill_gpu(self) -> bool:
-        """Whether a block for each head of each row keeps the GPU busy, two a multiprocessor."""
-        if self._device.type != "cuda":
-            return False
-        at_once = 2 * int(_properties(self._device).multi_processor_count)
-        return self._rows >= 0.75 * at_once * -(-self._rows // at_once)
+        kernel = self._load(name, self.dtype, self.C, self.device)
+        return kernel((1, self.heads, 1), threads * self.C, *self._numbers)
 
     def over_states(self, *, reverse: bool) -> Launch:
         """The pass over the chunks, see scan.cu: (transition, added, decay, first, states, last).
@@ -158,9 +161,9 @@ class Starts:
         the same memory.
         """
         dtype = self.layout.matrices.dtype
-        depth = scan_depth(dtype, N // 16 * self._rows, self._device)
-        kernel = self._load("scan", dtype, depth, self._device)
-        return kernel((N // 16, self._rows, 1), 32, self._numbers[-1], int(reverse), depth)
+        depth = scan_depth(dtype, N // 16 * self.heads, self.device)
+        kernel = self._load("scan", dtype, depth, self.device)
+        return kernel((N // 16, self.heads, 1), 32, self._numbers[-1], int(reverse), depth)
 
 
 class Direction(Protocol):
@@ -227,16 +230,24 @@ def device_bytes(device: torch.device) -> int:
     return int(_properties(device).shared_memory_per_block_optin)
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Their number on a GPU."""
+    return int(_properties(device).multi_processor_count)
+
+
+def resident(nbytes: int, device: torch.device) -> int:
+    """How many blocks of so much shared memory fit a multiprocessor."""
+    return int(_properties(device).shared_memory_per_multiprocessor) // (nbytes + RESERVED_BYTES)
+
+
 def scan_depth(dtype: torch.dtype, blocks: int, device: torch.device) -> int:
     """As many chunks ahead as still let all blocks run at once."""
     if device.type != "cuda":
         return SCAN_DEPTHS[1]
-    found = _properties(device)
-    together = -(-blocks // found.multi_processor_count)
+    together = -(-blocks // multiprocessors(device))
     for depth in SCAN_DEPTHS[:-1]:
         bytes_ = scan_bytes(dtype, depth)
-        fits = together * (bytes_ + 1024) <= found.shared_memory_per_multiprocessor
-        if fits and bytes_ <= device_bytes(device):
+        if together <= resident(bytes_, device) and bytes_ <= device_bytes(device):
             return depth
     return SCAN_DEPTHS[-1]
 

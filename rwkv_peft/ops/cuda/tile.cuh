@@ -240,20 +240,16 @@ DEVICE u32 place(int row, int column) {
     return row * ROW_BYTES + column * sizeof(Op);
 }
 template <class T> DEVICE T& shared_at(u32 offset) { return *(T*)(shared_memory + offset); }
-// The tile is added last, so that it can be part of an instruction and needs no register.
-template <class T> DEVICE T& shared_at(Tile tile, u32 place) {
-    return *(T*)(shared_memory + place + tile);
-}
 
 DEVICE void set_pair(Tile tile, int row, int column, float x, float y) {
 #if IO == 0
-    shared_at<u32>(tile, place(row, column)) = pack_bf16(x, y);
+    shared_at<u32>(tile + place(row, column)) = pack_bf16(x, y);
 #else
-    shared_at<FloatPair>(tile, place(row, column)) = FloatPair{x, y};
+    shared_at<FloatPair>(tile + place(row, column)) = FloatPair{x, y};
 #endif
 }
 DEVICE void set_eight(Tile tile, int row, int column, const float (&x)[8]) {
-    Op* at = &shared_at<Op>(tile, place(row, column));
+    Op* at = &shared_at<Op>(tile + place(row, column));
 #if IO == 0
     *(RawEight*)at = pack(x);
 #else
@@ -262,10 +258,10 @@ DEVICE void set_eight(Tile tile, int row, int column, const float (&x)[8]) {
 }
 DEVICE void get_pair(Tile tile, int row, int column, float& x, float& y) {
 #if IO == 0
-    u32 bits = shared_at<u32>(tile, place(row, column));
+    u32 bits = shared_at<u32>(tile + place(row, column));
     x = as_float(bits << 16), y = as_float(bits & 0xffff0000u);
 #else
-    FloatPair pair = shared_at<FloatPair>(tile, place(row, column));
+    FloatPair pair = shared_at<FloatPair>(tile + place(row, column));
     x = pair.x, y = pair.y;
 #endif
 }
@@ -328,7 +324,7 @@ DEVICE void load_left_transposed(Fragment& f, Tile tile, int row0, int column0) 
 #pragma unroll
     for (int i = 0; i < 8; i++)
         f.x[i] = shared_at<float>(
-            tile, place(row0 + 2 * q + i % 2 + i / 4 * 8, column0 + g + i / 2 % 2 * 8));
+            tile + place(row0 + 2 * q + i % 2 + i / 4 * 8, column0 + g + i / 2 % 2 * 8));
 }
 DEVICE Fragment as_right(const Fragment& f) {
     const float* x = f.x;

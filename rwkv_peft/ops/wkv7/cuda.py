@@ -1,5 +1,6 @@
 """WKV-7 through CUDA kernels of our own, for NVIDIA GPUs from Ampere on."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from rwkv_peft.ops.cuda.launch import (
     Load,
     N,
     Starts,
+    device_bytes,
     located,
+    multiprocessors,
     per_shape,
     readable,
+    resident,
     row_bytes,
 )
 from rwkv_peft.ops.staged import Function
@@ -23,6 +27,8 @@ from rwkv_peft.ops.wkv7.stages import declare
 
 _FORWARD = Path(__file__).parent / "kernels" / "forward.cu"
 _BACKWARD = _FORWARD.with_name("backward.cu")
+_WALK_FORWARD = _FORWARD.with_name("walk_forward.cu")
+_WALK_BACKWARD = _FORWARD.with_name("walk_backward.cu")
 
 
 def shared_bytes(name: str, dtype: torch.dtype, C: int) -> int:
@@ -45,16 +51,35 @@ KERNELS = Kernels(
     {
         "wkv7_chunk_forward": (_FORWARD, "13P3i"),
         "wkv7_output": (_FORWARD, "3P3i"),
-        "wkv7_walk_forward": (_FORWARD, "12P3i"),
+        "wkv7_walk_forward": (_WALK_FORWARD, "12P3i"),
         "wkv7_chunk_backward": (_BACKWARD, "10P3i"),
         "wkv7_gradients": (_BACKWARD, "18P3i"),
-        "wkv7_walk_backward": (_BACKWARD, "19P3i"),
+        "wkv7_walk_backward": (_WALK_BACKWARD, "19P3i"),
     },
     shared_bytes,
     largest="wkv7_gradients",
+    narrow=(_WALK_FORWARD, _WALK_BACKWARD),
 )
 BUILDS = KERNELS.builds()
 objection = KERNELS.objection
+
+
+# What so many walking blocks on each multiprocessor take, in times of the stages for one head on each:
+# H200, bf16, benchmarks/results/ops_h200_2026-11-26.md
+WALK_COSTS = {1: 0.92, 2: 1.4}
+
+
+def is_walked(starts: Starts) -> bool:
+    """Whether one launch, a block for each head, is faster than the stages."""
+    if (starts.dtype, starts.C, starts.device.type) != (torch.bfloat16, 64, "cuda"):
+        return False
+    nbytes = shared_bytes("wkv7_walk_forward", starts.dtype, starts.C)
+    at_once = min(resident(nbytes, starts.device), max(WALK_COSTS))
+    if at_once == 0 or nbytes > device_bytes(starts.device):
+        return False
+    load = starts.heads / multiprocessors(starts.device)
+    turns, rest = divmod(math.ceil(load), at_once)
+    return turns * WALK_COSTS[at_once] + (WALK_COSTS[rest] if rest else 0) <= load
 
 
 class _Forward:
@@ -191,7 +216,7 @@ class _WalkBackward:
 
 
 def operator(
-    name: str, load: Load, length: Length, walks: Callable[[Starts], bool] = Starts.fill_gpu
+    name: str, load: Load, length: Length, walks: Callable[[Starts], bool] = is_walked
 ) -> Function:
     """The operator `wkv7_{name}` by the kernels that `load` brings, in chunks of `length`.
 
