@@ -1,5 +1,8 @@
-"""Recurrences of other programs, as backends that `ops.py` measures beside ours."""
+"""What `ops.py` measures beside our backends: recurrences of other programs, and forms of our own.
 
+The CUDA backend of WKV-7 chooses between two forms by the number of heads; here are both."""
+
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,22 @@ from rwkv_peft.ops import fla
 from rwkv_peft.ops.dispatch import Backend, Request, is_installed
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _load_form(name: str) -> Kernel:
+    from rwkv_peft.ops.wkv7.cuda import KERNELS, operator
+
+    walks = name == "walk"
+    return operator(f"cuda_{name}", KERNELS.load, KERNELS.chunk_length, lambda starts: walks)
+
+
+def _form_objection(request: Request) -> str | None:
+    from rwkv_peft.ops.wkv7.cuda import KERNELS, objection
+
+    if (why := objection(request)) is not None:
+        return why
+    has_both = KERNELS.chunk_length(request.dtype, request.device) == 64
+    return None if has_both else "has one form alone there"
 
 
 def _load_flashrwkv2() -> Kernel:
@@ -86,7 +105,13 @@ def _rwkv_objection(request: Request) -> str | None:
 
 # measured without packing
 PEERS: dict[str, tuple[Backend, ...]] = {
-    "wkv7": (Backend("flashrwkv2", _load_flashrwkv2, _flashrwkv2_objection, "TileLang, untuned"),),
+    "wkv7": (
+        *(
+            Backend(f"cuda {form}", functools.partial(_load_form, form), _form_objection, "")
+            for form in ("stages", "walk")
+        ),
+        Backend("flashrwkv2", _load_flashrwkv2, _flashrwkv2_objection, "TileLang, untuned"),
+    ),
     "wkv6": (
         Backend("fla recurrent", _load_fla_recurrent, fla.objection, "token by token, in Triton"),
         Backend("rwkv", _load_rwkv, _rwkv_objection, "token by token, in CUDA, forward alone"),

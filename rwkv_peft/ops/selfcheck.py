@@ -96,9 +96,7 @@ def _yardstick(
     name: str, head_size: int, dtype: torch.dtype, packed: bool
 ) -> tuple[Case, dict[str, Tensor], dict[str, Tensor]]:
     operator = OPERATORS[name]
-    case = operator.make_case(
-        B=ROWS, T=TOKENS, H=HEADS, N=head_size, packed=packed, dtype=dtype
-    )
+    case = operator.make_case(B=ROWS, T=TOKENS, H=HEADS, N=head_size, packed=packed, dtype=dtype)
     return case, run(case.to(torch.float64), operator.reference), run(case, operator.plain)
 
 

@@ -100,7 +100,7 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
         model.op,
         _request(config, geometry),
         packed=config.dataload == "pack",
-        heads=config.micro_bsz * geometry.n_head,
+        heads=(config.micro_bsz or 1) * geometry.n_head,
     )
     names = set() if documents.states is None else set(documents.states.tolist())
     trainee = make_trainee(config, model, weights, names, plan.steps)

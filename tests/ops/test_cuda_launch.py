@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rwkv_peft
+from rwkv_peft.ops.cuda import launch
 from rwkv_peft.ops.cuda.launch import Starts, per_shape, readable
 from rwkv_peft.ops.testing import OPERATORS
 from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
@@ -63,7 +64,7 @@ def length(dtype: torch.dtype, device: torch.device) -> int:
     return 64 if dtype == torch.bfloat16 else 32
 
 
-def measured(op: str) -> tuple[float, float]:
+def measured(op: str, forward_type: str, backward_type: str) -> tuple[float, float]:
     """MiB kept for backward and at the peak at (1, 4096, 32) in bf16; see benchmarks/ops.py."""
     num = {"wkv6": 4, "wkv7": 6}[op]
     *inputs, dy = torch.empty(num + 1, 1, 4096, 32, 64, dtype=torch.bfloat16, device="meta")
@@ -71,7 +72,7 @@ def measured(op: str) -> tuple[float, float]:
         inputs.append(torch.empty(32, 64, device="meta"))
     module, load = MODULES[op], Prepared(Counter(), Counter()).load
     starts = Starts(load, length, inputs[0].shape, inputs[0].dtype, inputs[0].device)
-    forward, backward = module._Forward(starts), module._Backward(starts)
+    forward, backward = (getattr(module, x)(starts) for x in (forward_type, backward_type))
     with Allocated() as allocated:
         y, state, *kept = forward.run(*inputs, None, None, True)
         results = y.nbytes + state.nbytes
@@ -85,10 +86,12 @@ def measured(op: str) -> tuple[float, float]:
 def test_memory_beside_the_results_is_what_the_layout_says() -> None:
     # states and inverses of 64 chunks and 32 heads; at the peak also the states' gradients, and
     # a single gradient of a state
-    assert measured("wkv7") == (32, 48.5)
+    assert measured("wkv7", "_Forward", "_Backward") == (32, 48.5)
+    # in one launch nothing lies between stages
+    assert measured("wkv7", "_WalkForward", "_WalkBackward") == (32, 32.5)
     # u in float32 is kept too; the decays and the parts of du are not freed before the end
     kept = 16 + 32 * 64 * 4 / MIB
-    assert measured("wkv6") == (kept, kept + 16 + 0.5 + 0.5 + 0.5)
+    assert measured("wkv6", "_Forward", "_Backward") == (kept, kept + 16 + 0.5 + 0.5 + 0.5)
 
 
 @pytest.mark.parametrize("op", MODULES)
@@ -103,6 +106,52 @@ def test_a_shape_seen_before_prepares_nothing(op: str) -> None:
     # a stage serves both directions, or one
     assert sorted(set(counts.kernels.values())) == [2, 4]
     assert sum(counts.launches.values()) == 5 * 6
+
+
+def test_one_launch_a_direction_where_a_block_goes_through_all_chunks() -> None:
+    counts = Prepared(Counter(), Counter())
+    function = wkv7_cuda.operator("walked_alone", counts.load, length, lambda starts: True)
+    case = OPERATORS["wkv7"].make_case(B=1, T=70, H=1, has_state=False, dtype=torch.bfloat16)
+    inputs = [x.detach().requires_grad_() for x in case.inputs.values()]
+    y, _ = function(*inputs, None, None)
+    torch.autograd.grad(y, inputs, case.dy)
+    assert counts.launches == {"wkv7_walk_forward": 1, "wkv7_walk_backward": 1}
+
+
+class Chip(NamedTuple):
+    """What the choice between the forms looks at."""
+
+    multi_processor_count: int
+    shared_memory_per_multiprocessor: int
+    shared_memory_per_block_optin: int
+
+
+H200, A100 = Chip(132, 233_472, 232_448), Chip(108, 167_936, 166_912)
+RTX_4090 = Chip(128, 102_400, 101_376)
+
+
+@pytest.mark.parametrize(
+    ("chip", "walked", "staged"),
+    [
+        # where one was measured to be faster: (heads, rows times heads)
+        (H200, (128, 192, 256, 384, 512, 2048), (1, 32, 64, 96, 160)),
+        (A100, (104, 208, 640), (1, 32, 64, 128)),
+        (RTX_4090, (), (1, 64, 128, 256, 2048)),
+    ],
+)
+def test_blocks_go_through_all_chunks_where_heads_fill_the_gpu(
+    chip: Chip, walked: tuple[int, ...], staged: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_properties", lambda device: chip)
+    cuda, load = torch.device("cuda"), Prepared(Counter(), Counter()).load
+
+    def starts(heads: int, dtype: torch.dtype, device: torch.device = cuda) -> Starts:
+        shape = torch.Size((1, 100, heads, 64))
+        return Starts(load, wkv7_cuda.KERNELS.chunk_length, shape, dtype, device)
+
+    found = {n: wkv7_cuda.is_walked(starts(n, torch.bfloat16)) for n in (*walked, *staged)}
+    assert found == {**dict.fromkeys(walked, True), **dict.fromkeys(staged, False)}
+    assert not wkv7_cuda.is_walked(starts(256, torch.float32))
 
 
 def test_launches_are_made_ready_in_each_thread() -> None:

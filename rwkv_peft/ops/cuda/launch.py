@@ -150,7 +150,7 @@ class Starts:
         return kernel(grid, threads * self.C, *self._numbers, *numbers)
 
     def over_heads(self, name: str, threads: int) -> Launch:
-        """A kernel with a block for each head of each row, of so many threads a token of a chunk."""
+        """A kernel with a block for each head of each row, of so many threads a chunk's token."""
         kernel = self._load(name, self.dtype, self.C, self.device)
         return kernel((1, self.heads, 1), threads * self.C, *self._numbers)
 

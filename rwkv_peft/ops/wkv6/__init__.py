@@ -50,9 +50,8 @@ _triton_objection = functools.partial(triton.objection, shared_memory=SHARED_MEM
 TABLE = (
     Backend("cuda", _load_cuda, _cuda_objection, "kernels for NVIDIA GPUs"),
     Backend("triton", _load_triton, _triton_objection, triton.NOTE),
-    Backend("torch", _load_torch, lambda request: None, "chunked matrix products in PyTorch"),
-    # after torch: on an H200 gradients of mixed decays leave the error budget
     Backend("fla", _load_fla, fla.objection, fla.NOTE),
+    Backend("torch", _load_torch, lambda request: None, "chunked matrix products in PyTorch"),
     Backend("reference", lambda: wkv6_reference, lambda request: None, "token by token"),
 )
 

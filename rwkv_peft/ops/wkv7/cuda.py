@@ -64,8 +64,8 @@ BUILDS = KERNELS.builds()
 objection = KERNELS.objection
 
 
-# What so many walking blocks on each multiprocessor take, in times of the stages for one head on each:
-# H200, bf16, benchmarks/results/ops_h200_2026-11-26.md
+# What so many walking blocks on each multiprocessor take, in times of the stages for one head on
+# each: on an H200, see benchmarks/results/ops_h200_2026-11-26.md
 WALK_COSTS = {1: 0.92, 2: 1.4}
 
 
