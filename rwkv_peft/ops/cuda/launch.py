@@ -163,7 +163,8 @@ class Starts:
         dtype = self.layout.matrices.dtype
         depth = scan_depth(dtype, N // 16 * self.heads, self.device)
         kernel = self._load("scan", dtype, depth, self.device)
-        return kernel((N // 16, self.heads, 1), 32, self._numbers[-1], int(reverse), depth)
+        grid, numbers = (N // 16, self.heads, 1), (self._numbers[-1], int(reverse), depth)
+        return kernel(grid, 32 * (N // 16), *numbers)
 
 
 class Direction(Protocol):
@@ -216,7 +217,7 @@ def row_bytes(dtype: torch.dtype) -> int:
 def scan_bytes(dtype: torch.dtype, depth: int) -> int:
     """Shared memory of a block of the scan."""
     size = 2 if dtype == torch.bfloat16 else 4
-    return depth * ((N * N + 16 * N) * size + N * 4)
+    return 2 * 16 * N * size + depth * ((N * N + 16 * N) * size + N * 4)
 
 
 @functools.cache

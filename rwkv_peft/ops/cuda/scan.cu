@@ -12,34 +12,29 @@ struct Scan {
     int M, is_reverse, depth;
 };
 
-// A warp holds 16 rows of one state, which evolve alone. What it needs for the chunks ahead is copied
-// into `depth` stages of shared memory.
+// A block holds 16 rows of one state, which evolve alone, and a warp of it 16 columns of them. What a
+// warp needs for the chunks ahead it copies into `depth` stages of shared memory; the rows as operands
+// go from warp to warp, twice in turn, so that one barrier a chunk is enough.
+constexpr int COLUMN_WARPS = N / 16;
 struct Stage {
     Op transition[N * N], added[16 * N];
     float decay[N];
 };
 static_assert(sizeof(Stage) == (N * N + 16 * N) * sizeof(Op) + N * sizeof(float), "as the host has it");
+struct Exchange { Fragment k[COLUMN_WARPS][32]; };
 
-DEVICE void fetch(Stage& stage, const Scan& p, u64 matrix, int slab) {
-    int lane = thread_index() % 32;
-    constexpr int COPIES = sizeof(Fragment) / 16;
+// `count` numbers of a chunk to their place in a stage, by one warp
+template <class T> DEVICE void copy(T* to, const T* from, int count) {
+    for (int i = thread_index() % 32 * (16 / sizeof(T)); i < count; i += 32 * (16 / sizeof(T)))
+        copy_async(to + i, from + i);
+}
+DEVICE void fetch(Stage& stage, const Scan& p, u64 matrix, int slab, int columns) {
+    constexpr int PIECE = 16 * 16;
+    int transition = columns * (N / 16) * PIECE, added = columns * PIECE;
     if (p.transition)
-#pragma unroll
-        for (int i = 0; i < SLABS * (N / 16); i++)
-#pragma unroll
-            for (int j = 0; j < COPIES; j++) {
-                int offset = ((i * 32 + lane) * COPIES + j) * (16 / sizeof(Op));
-                copy_async(stage.transition + offset, p.transition + matrix * N * N + offset);
-            }
-#pragma unroll
-    for (int k = 0; k < N / 16; k++)
-#pragma unroll
-        for (int j = 0; j < COPIES; j++) {
-            int offset = ((k * 32 + lane) * COPIES + j) * (16 / sizeof(Op));
-            copy_async(stage.added + offset,
-                       p.added + matrix * N * N + slab * 16 * N + offset);
-        }
-    if (lane < N / 4) copy_async(stage.decay + lane * 4, p.decay + matrix * N + lane * 4);
+        copy(stage.transition + transition, p.transition + matrix * N * N + transition, N / 16 * PIECE);
+    copy(stage.added + added, p.added + matrix * N * N + slab * 16 * N + added, PIECE);
+    copy(stage.decay + columns * 16, p.decay + matrix * N + columns * 16, 16);
 }
 
 DEVICE void wait_for_oldest(int depth) {
@@ -50,58 +45,58 @@ DEVICE void wait_for_oldest(int depth) {
     sync_warp();
 }
 
-KERNEL(scan, Scan, 32, 1) {
-    Stage* stages = (Stage*)shared_memory;
-    int slab = block_x();
+KERNEL(scan, Scan, 32 * COLUMN_WARPS, 1) {
+    Exchange* exchange = (Exchange*)shared_memory;
+    Stage* stages = (Stage*)(exchange + 2);
+    int slab = block_x(), columns = warp_index(), lane = thread_index() % 32;
     u64 first = (u64)block_y() * p.M;
     auto matrix = [&](int step) { return first + (p.is_reverse ? p.M - 1 - step : step); };
+    auto place = [&](int row, int column) {
+        return ((u64)block_y() * N + slab * 16 + row) * N + columns * 16 + column;
+    };
 
-    Slab<> s;
+    Slab<2> s;
     clear(s);
     if (p.initial)
-        each(s, [&](float& x, int, int row, int column) {
-            x = p.initial[((u64)block_y() * N + slab * 16 + row) * N + column];
-        });
+        each(s, [&](float& x, int, int row, int column) { x = p.initial[place(row, column)]; });
     for (int i = 0; i < p.depth; i++) {
-        if (i < p.M) fetch(stages[i], p, matrix(i), slab);
+        if (i < p.M) fetch(stages[i], p, matrix(i), slab, columns);
         commit_copies();
     }
     for (int step = 0, at = 0; step < p.M; step++, at = at + 1 < p.depth ? at + 1 : 0) {
-        wait_for_oldest(p.depth);
         Stage& stage = stages[at];
-        Fragment rows[N / 16];
+        Exchange& rows = exchange[step % 2];
+        Fragment own = fragment(s, 0), added;
+        wait_for_oldest(p.depth);
+        if (p.states) store(piece(p.states + matrix(step) * N * N, slab, columns), as_right(own));
+        load(added, piece((const Op*)stage.added, 0, columns));
 #pragma unroll
-        for (int k = 0; k < N / 16; k++) {
-            rows[k] = fragment(s, k);
-            if (p.states) store(piece(p.states + matrix(step) * N * N, slab, k), as_right(rows[k]));
-            Fragment added;
-            load(added, piece((const Op*)stage.added, 0, k));
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float x[2];
-                get_fragment(added, i, x[0], x[1]);
-                float* pair = s.x[2 * k + i / 2] + i % 2 * 2;
-                int column = k * 16 + i / 2 * 8 + thread_index() % 4 * 2;
-                pair[0] = pair[0] * stage.decay[column] + x[0];
-                pair[1] = pair[1] * stage.decay[column + 1] + x[1];
-            }
+        for (int i = 0; i < 4; i++) {
+            float x[2], *pair = s.x[i / 2] + i % 2 * 2;
+            get_fragment(added, i, x[0], x[1]);
+            const float* decay = stage.decay + columns * 16 + i / 2 * 8 + lane % 4 * 2;
+            pair[0] = pair[0] * decay[0] + x[0], pair[1] = pair[1] * decay[1] + x[1];
         }
-        if (p.transition)
+        if (p.transition) {
+            rows.k[columns][lane] = own;
+            Fragment right[N / 16];
+#pragma unroll
+            for (int k = 0; k < N / 16; k++)
+                load(right[k], piece((const Op*)stage.transition, columns, k));
+            sync_block();
+            Slab<2> half;  // so that fewer products wait for each other
+            clear(half);
 #pragma unroll
             for (int k = 0; k < N / 16; k++)
 #pragma unroll
-                for (int j = 0; j < SLABS; j++) {
-                    Fragment right;
-                    load(right, piece((const Op*)stage.transition, j, k));
-                    mma(s.x[2 * j], rows[k], right, 0);
-                    mma(s.x[2 * j + 1], rows[k], right, 1);
-                }
+                for (int j = 0; j < 2; j++)
+                    mma(k % 2 ? half.x[j] : s.x[j], rows.k[k][lane], right[k], j);
+#pragma unroll
+            for (int i = 0; i < 8; i++) s.x[i / 4][i % 4] += half.x[i / 4][i % 4];
+        }
         sync_warp();
-        if (step + p.depth < p.M) fetch(stage, p, matrix(step + p.depth), slab);
+        if (step + p.depth < p.M) fetch(stage, p, matrix(step + p.depth), slab, columns);
         commit_copies();
     }
-    if (p.last)
-        each(s, [&](float& x, int, int row, int column) {
-            p.last[((u64)block_y() * N + slab * 16 + row) * N + column] = x;
-        });
+    if (p.last) each(s, [&](float& x, int, int row, int column) { p.last[place(row, column)] = x; });
 }
