@@ -79,20 +79,14 @@ KERNEL(scan, Scan, 32 * COLUMN_WARPS, 1) {
         }
         if (p.transition) {
             rows.k[columns][lane] = own;
-            Fragment right[N / 16];
-#pragma unroll
-            for (int k = 0; k < N / 16; k++)
-                load(right[k], piece((const Op*)stage.transition, columns, k));
             sync_block();
-            Slab<2> half;  // so that fewer products wait for each other
-            clear(half);
 #pragma unroll
-            for (int k = 0; k < N / 16; k++)
-#pragma unroll
-                for (int j = 0; j < 2; j++)
-                    mma(k % 2 ? half.x[j] : s.x[j], rows.k[k][lane], right[k], j);
-#pragma unroll
-            for (int i = 0; i < 8; i++) s.x[i / 4][i % 4] += half.x[i / 4][i % 4];
+            for (int k = 0; k < N / 16; k++) {
+                Fragment right;
+                load(right, piece((const Op*)stage.transition, columns, k));
+                mma(s.x[0], rows.k[k][lane], right, 0);
+                mma(s.x[1], rows.k[k][lane], right, 1);
+            }
         }
         sync_warp();
         if (step + p.depth < p.M) fetch(stage, p, matrix(step + p.depth), slab, columns);

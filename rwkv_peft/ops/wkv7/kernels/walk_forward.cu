@@ -138,7 +138,7 @@ KERNEL(wkv7_walk_forward, WalkForward, THREADS, 2) {
             read_state(s, At::A, row0, false, documents, earlier);
             store_tile(At::U, row0, s);
             // compute-sanitizer orders two groups by how many barriers each has passed
-            for (int turn = 0; turn < GROUP_WARPS; turn++) sync_group(2, GROUP_THREADS);
+            for (int turn = 0; turn <= GROUP_WARPS; turn++) sync_group(2, GROUP_THREADS);
         }
         together::sync_block();
 
