@@ -1,4 +1,9 @@
-"""WKV-7 through CUDA kernels of our own, for NVIDIA GPUs from Ampere on."""
+"""WKV-7 through CUDA kernels of our own, for NVIDIA GPUs from Ampere on.
+
+Two forms give the same results and keep the same for the backward pass: the stages of `stages`,
+parallel over time, and one launch a direction in which a block walks through the chunks of a head,
+faster where heads are many.
+"""
 
 import math
 from collections.abc import Callable
@@ -66,7 +71,7 @@ objection = KERNELS.objection
 
 # What so many walking blocks on each multiprocessor take, in times of the stages for one head on
 # each: on an H200, see benchmarks/results/ops_h200_2026-11-26.md
-WALK_COSTS = {1: 0.92, 2: 1.4}
+WALK_COSTS = {1: 0.94, 2: 1.4}
 
 
 def is_walked(starts: Starts) -> bool:

@@ -8,7 +8,8 @@ its own. Both come from the chunk alone, so that only this one product a chunk i
     backward  chunk_backward             -> state_backward (reversed) -> gradients
 
 A backend brings the six stages; memory, order and what is kept for the backward pass are the same
-for all and are here. `torch_stages` holds the formulas.
+for all and are here. `torch_stages` holds the formulas. The CUDA backend has a second form beside
+them, which goes through the chunks in order (`kernels/walk_forward.cu`).
 """
 
 from collections.abc import Callable
