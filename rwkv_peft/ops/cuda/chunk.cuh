@@ -156,7 +156,7 @@ DEVICE Tokens load_tokens(const Io* tensor, const Position& at) {
 // The same, on their way to where `fetched_tokens` of the same thread finds them in a tile.
 DEVICE void fetch_tokens(Tile tile, const Io* tensor, const Position& at) {
     const Io* here = tensor + at.first + own_channel();
-    tile = computed_here(tile);
+    tile = computed_here(tile);  // a loop would keep an address for each tile
 #pragma unroll
     for (int i = 0; i < TOKENS; i++) {
         int t = own_token() + i;
@@ -180,9 +180,12 @@ DEVICE Vector* place_of_piece(Tile tile, int index) {
 }
 DEVICE void fetch_piece(Tile tile, int index, const Op* from) {
 #pragma unroll
-    for (int i = 0; i < VECTORS; i++) copy_async(place_of_piece(tile, index) + i, (const Vector*)from + i);
+    for (int i = 0; i < VECTORS; i++)
+        copy_async(place_of_piece(tile, index) + i, (const Vector*)from + i);
 }
-DEVICE Fragment fetched_piece(Tile tile, int index) { return *(const Fragment*)place_of_piece(tile, index); }
+DEVICE Fragment fetched_piece(Tile tile, int index) {
+    return *(const Fragment*)place_of_piece(tile, index);
+}
 
 // Tile rows = tokens, or tokens times factors
 DEVICE void put_tokens(Tile tile, const Tokens& tokens) {
