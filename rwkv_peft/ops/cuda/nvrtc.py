@@ -42,6 +42,18 @@ def compile(
         BackendUnavailableError: there is no NVRTC, it knows no GPU as old, or the source is wrong;
             the message holds the first lines of the log.
     """
+    return compile_with_log(source, arch=arch, name=name, options=options, headers=headers)[0]
+
+
+def compile_with_log(
+    source: str,
+    *,
+    arch: str,
+    name: str = "kernel.cu",
+    options: Sequence[str] = (),
+    headers: Mapping[str, str] | None = None,
+) -> tuple[bytes, str]:
+    """What `compile` gives, and what NVRTC says of it."""
     library = load()
     headers = headers or {}
     target, is_ptx = _target(arch, supported_archs())
@@ -57,12 +69,11 @@ def compile(
     )
     try:
         if code := library.nvrtcCompileProgram(program, len(arguments), flags):
-            lines = _read(library, "ProgramLog", program).rstrip(b"\0").decode("utf-8", "replace")
+            lines = _log(library, program).splitlines()[:LOG_LINES]
             raise BackendUnavailableError(
-                f"{name} does not compile for {target} ({_error(code)}):\n"
-                + "\n".join(lines.splitlines()[:LOG_LINES])
+                f"{name} does not compile for {target} ({_error(code)}):\n" + "\n".join(lines)
             )
-        return _read(library, "PTX" if is_ptx else "CUBIN", program)
+        return _read(library, "PTX" if is_ptx else "CUBIN", program), _log(library, program)
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
@@ -193,6 +204,10 @@ def _open(path: Path | str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.nvrtcGetErrorString.restype = ctypes.c_char_p
     return library
+
+
+def _log(library: ctypes.CDLL, program: ctypes.c_void_p) -> str:
+    return _read(library, "ProgramLog", program).rstrip(b"\0").decode("utf-8", "replace")
 
 
 def _read(library: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:

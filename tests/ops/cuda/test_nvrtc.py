@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,6 +48,24 @@ def test_every_kernel_of_the_package_compiles(arch: str) -> None:
     declared = {file for builds in build.declared_builds() for file in builds[0]}
     assert files == declared, "a .cu file is in no BUILDS"
     assert build.compile_all(arch) == len(list(build.declared_builds()))
+
+
+def test_the_matrix_units_of_hopper_are_not_waited_for_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logs = []
+
+    def compile(source: str, **given: Any) -> bytes:
+        code, log = nvrtc.compile_with_log(source, **given)
+        logs.append(log)
+        return code
+
+    monkeypatch.setattr(nvrtc, "compile", compile)
+    for files, options in build.declared_builds():
+        if "-DC=64" in options:
+            build.build(files, arch="sm_90a", options=(*options, "--ptxas-options=-v"))
+    # the compiler does so where registers are too few, which it says beside their number
+    assert logs and all("registers" in log and "serialized" not in log for log in logs), logs
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90])

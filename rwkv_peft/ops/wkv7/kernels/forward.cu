@@ -32,8 +32,8 @@ KERNEL(wkv7_chunk_forward, ChunkForward, THREADS, 2) {
     together::sync_block();
     Documents documents = read_documents(shared.documents);
     write_decay(p.decay, at, documents, shared);
-
     Bounds earlier = bounds(slab, documents, false);
+
     Slab<> y, s;
     if (group == 0) {
         Slab<C / 8> pairs;
@@ -49,6 +49,7 @@ KERNEL(wkv7_chunk_forward, ChunkForward, THREADS, 2) {
         for (int turn = 1; turn < GROUP_WARPS; turn++) sync_group(2, GROUP_THREADS);
     }
     together::sync_block();
+    documents = read_documents(shared.documents);  // again, as registers are few
     if (documents.is_packed()) {
         zero_rows(At::A, documents.entering, C);
         together::sync_block();
@@ -62,6 +63,7 @@ KERNEL(wkv7_chunk_forward, ChunkForward, THREADS, 2) {
     store_tile(solved, row0, s);
     together::sync_group(1 + group);
 
+    earlier = bounds(slab, documents, false);
     if (group == 0) clear(y);
     together::add_pairs(y, load_rows_of(At::R, row0), Pairs{At::B, solved, true}, earlier);
     if (group == 0) {

@@ -93,8 +93,9 @@ DEVICE void step_state(const Documents& documents, int slab, const Shared& share
 }
 
 // s = left state^T of the tokens that see the entering state, + (left K^T) V
-DEVICE void read_state(Slab<>& s, Tile left, int row0, bool with_itself, const Documents& documents,
-                       const Bounds& earlier) {
+DEVICE void read_state(Slab<>& s, Tile left, int row0, bool with_itself, const Shared& shared) {
+    Documents documents = read_documents(shared.documents);
+    Bounds earlier = bounds(row0 / 16, documents, false);
     Rows rows = load_rows_of(left, row0);
     together::set_transposed(s, rows, Walk::STATE);
     if (documents.is_packed())
@@ -128,14 +129,13 @@ KERNEL(wkv7_walk_forward, WalkForward, THREADS, 2) {
         }
         together::sync_block();
 
-        Documents documents = read_documents(shared.documents);
-        Bounds earlier = bounds(slab, documents, false);
         if (group == 0) {
+            Bounds earlier = bounds(slab, read_documents(shared.documents), false);
             Slab<C / 8> pairs;
             together::set_pairs(pairs, load_rows_of(At::A, row0), At::B, earlier, false);
             invert(pairs, slab);
         } else {
-            read_state(s, At::A, row0, false, documents, earlier);
+            read_state(s, At::A, row0, false, shared);
             store_tile(At::U, row0, s);
             // compute-sanitizer orders two groups by how many barriers each has passed
             for (int turn = 0; turn <= GROUP_WARPS; turn++) sync_group(2, GROUP_THREADS);
@@ -149,12 +149,14 @@ KERNEL(wkv7_walk_forward, WalkForward, THREADS, 2) {
             store_tile(At::U, row0, s);
             if (p.inverse) store_inverse(p.inverse, at, slab);
         } else {
-            read_state(s, At::R, row0, true, documents, earlier);
+            read_state(s, At::R, row0, true, shared);
         }
         together::sync_block();
 
         if (chunk + 1 < p.M) fetch(p, chunk + 1);
+        Documents documents = read_documents(shared.documents);
         if (group == 1) {
+            Bounds earlier = bounds(slab, documents, false);
             together::add_pairs(s, load_rows_of(At::R, row0), Pairs{At::B, At::U, true}, earlier);
             store_rows(p.y, at, row0, s);
         }
