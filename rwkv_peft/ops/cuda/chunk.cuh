@@ -174,17 +174,16 @@ DEVICE Tokens fetched_tokens(Tile tile) {
     return tokens;
 }
 
-// A lane's part of a piece on its way to shared memory, as the piece of that number there.
-DEVICE Vector* place_of_piece(Tile tile, int index) {
-    return &shared_at<Vector>(tile + (index * 32 + thread_index() % 32) * sizeof(Fragment));
-}
+// A piece on its way to shared memory, as the piece of that number there.
 DEVICE void fetch_piece(Tile tile, int index, const Op* from) {
+    Op* to = piece(&shared_at<Op>(tile), 0, index);
 #pragma unroll
-    for (int i = 0; i < VECTORS; i++)
-        copy_async(place_of_piece(tile, index) + i, (const Vector*)from + i);
+    for (int i = 0; i < VECTORS; i++) copy_async((Vector*)to + i, (const Vector*)from + i);
 }
 DEVICE Fragment fetched_piece(Tile tile, int index) {
-    return *(const Fragment*)place_of_piece(tile, index);
+    Fragment f;
+    load(f, piece(&shared_at<Op>(tile), 0, index));
+    return f;
 }
 
 // Tile rows = tokens, or tokens times factors
