@@ -32,7 +32,7 @@ def build(files: Sequence[Path], *, arch: str, options: Sequence[str] = ()) -> b
     name = files[0].name
     return cached(
         key,
-        lambda: nvrtc.compile(source, arch=arch, name=name, options=options, headers=headers),
+        lambda: nvrtc.compile(source, arch=arch, name=name, options=options, headers=headers)[0],
     )
 
 

@@ -28,8 +28,8 @@ def compile(
     name: str = "kernel.cu",
     options: Sequence[str] = (),
     headers: Mapping[str, str] | None = None,
-) -> bytes:
-    """A cubin of `source` for a GPU, or PTX where the GPU is newer than NVRTC.
+) -> tuple[bytes, str]:
+    """A cubin of `source` for a GPU, or PTX where the GPU is newer than NVRTC, and NVRTC's log.
 
     Args:
         source: CUDA C++ with `extern "C"` kernels; no header of the host exists for it, and a
@@ -42,18 +42,6 @@ def compile(
         BackendUnavailableError: there is no NVRTC, it knows no GPU as old, or the source is wrong;
             the message holds the first lines of the log.
     """
-    return compile_with_log(source, arch=arch, name=name, options=options, headers=headers)[0]
-
-
-def compile_with_log(
-    source: str,
-    *,
-    arch: str,
-    name: str = "kernel.cu",
-    options: Sequence[str] = (),
-    headers: Mapping[str, str] | None = None,
-) -> tuple[bytes, str]:
-    """What `compile` gives, and what NVRTC says of it."""
     library = load()
     headers = headers or {}
     target, is_ptx = _target(arch, supported_archs())
