@@ -24,7 +24,7 @@ from report import report
 from rwkv_peft.checkpoint.pth import load_weights
 from rwkv_peft.data.batching import Batch
 from rwkv_peft.models import build
-from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.models.initial import default_ranks, initial_weights
 from rwkv_peft.ops.testing import (
     assert_within_budget,
@@ -85,10 +85,10 @@ def operator_rows(rounds: int) -> list[str]:
     return rows
 
 
-def make_step(geometry: Geometry, op: str, batch: Batch) -> Callable[[], float]:
+def make_step(model_config: ModelConfig, op: str, batch: Batch) -> Callable[[], float]:
     """A LoRA step (rank 32) of a fresh model, and its loss."""
-    model = build(geometry, op=op)
-    load_weights(model, initial_weights(geometry, seed=0))
+    model = build(model_config, op=op)
+    load_weights(model, initial_weights(model_config, seed=0))
     optimizer = make_optimizer(model, "lora")
     return lambda: timed_step(model, optimizer, batch)[0]
 
@@ -97,11 +97,11 @@ def step_rows(rounds: int) -> list[str]:
     """A table row a model: a whole step with each backend."""
     rows = []
     for name, n_layer, n_embd, vocab_size, num_rows, T in MODELS:
-        geometry = Geometry(
+        model_config = ModelConfig(
             "x070", n_layer, n_embd, n_embd, 4 * n_embd, 64, vocab_size, default_ranks(n_embd)
         )
         batch = random_batch(num_rows, T, vocab_size)
-        steps = {op: make_step(geometry, op, batch) for op in ("reference", "torch")}
+        steps = {op: make_step(model_config, op, batch) for op in ("reference", "torch")}
         losses = [step() for step in steps.values()]
         assert abs(losses[0] - losses[1]) < 1e-5 * losses[0], losses
         seconds = take_turns(dict(steps), rounds)

@@ -23,7 +23,7 @@ from rwkv_peft.methods import Method
 from rwkv_peft.methods.attach import attach
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.step import full_step
 
@@ -44,7 +44,7 @@ def make_model(size: str, op: str, device: torch.device) -> RWKV:
     """A model of a released shape with random weights of a realistic scale; float32 on a CPU."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     n_layer, n_embd, ranks, vocab_size = SIZES[size]
-    geometry = Geometry(
+    model_config = ModelConfig(
         "x070",
         n_layer,
         n_embd,
@@ -55,7 +55,7 @@ def make_model(size: str, op: str, device: torch.device) -> RWKV:
         dict(zip("wavg", ranks, strict=True)),
         False,
     )
-    model = build(geometry, op=op, device=device, dtype=dtype)
+    model = build(model_config, op=op, device=device, dtype=dtype)
     model.to_empty(device=device).to(dtype)
     generator = torch.Generator(device=device).manual_seed(0)
     with torch.no_grad():

@@ -28,11 +28,11 @@ from torch import Tensor
 from rwkv_peft.checkpoint.adapter import read_adapter, write_adapter
 from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.merge import merge
-from rwkv_peft.checkpoint.pth import geometry_of, load_weights, read_weights
+from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights
 from rwkv_peft.checkpoint.stream import Spec, write_tensors
 from rwkv_peft.methods.attach import PREFIX, attach
 from rwkv_peft.models import build
-from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.models.config import ModelConfig
 
 # of the released 7.2B
 RANKS = {"w": 128, "a": 128, "v": 96, "g": 480}
@@ -52,10 +52,10 @@ BLOCK = 1 << 22
 def make_base(path: Path, options: argparse.Namespace) -> None:
     """Writes values of the size of trained ones, a piece at a time."""
     width = options.n_embd
-    geometry = Geometry(
+    model_config = ModelConfig(
         "x070", options.n_layer, width, width, 4 * width, 64, options.vocab_size, RANKS
     )
-    tensors = dict(build(geometry, op="torch").named_parameters())
+    tensors = dict(build(model_config, op="torch").named_parameters())
     drawn = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))
 
     def pieces(name: str) -> Iterator[Tensor]:
@@ -79,7 +79,7 @@ def make_base(path: Path, options: argparse.Namespace) -> None:
 def make_adapter(base: Path, folder: Path, name: str) -> None:
     """Writes an adapter of random values, small as those of a short training are."""
     weights = read_weights(base)
-    model = build(geometry_of(weights), op="torch")
+    model = build(infer_model_config(weights), op="torch")
     load_weights(model, weights, dtype=None)
     trained = attach(model, *OPTIONS.get(name, (name, {})))
     generator = torch.Generator().manual_seed(1)

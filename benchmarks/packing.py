@@ -87,7 +87,7 @@ def measure(size: str, micro_bsz: int, seconds: float) -> list[Way]:
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = make_model(size, "auto", device)
     optimizer = make_optimizer(model, "lora")
-    documents = make_documents(model.geometry.vocab_size)
+    documents = make_documents(model.model_config.vocab_size)
     ways = [Way(name, documents, micro_bsz) for name in WAYS]
     for way in ways:
         seen = sum(way.batches[i].num_trained for i in range(len(way.batches)))

@@ -9,7 +9,7 @@ from rwkv_peft.checkpoint.convert import convert
 from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.merge import merge
 from rwkv_peft.checkpoint.older import Unsaved
-from rwkv_peft.checkpoint.pth import geometry_of, load_weights, read_weights
+from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights
 from rwkv_peft.checkpoint.state import load_state
 from rwkv_peft.device import dtype_of
 from rwkv_peft.generation.engine import generate
@@ -51,7 +51,7 @@ def load_model(
     """
     dtype = dtype_of(dtype) if isinstance(dtype, str) else dtype
     weights = read_weights(path)
-    model = build(geometry_of(weights), op=op, device=device, dtype=dtype)
+    model = build(infer_model_config(weights), op=op, device=device, dtype=dtype)
     load_weights(model, weights, device=device, dtype=dtype)
     if adapter is not None:
         own = fingerprint(weights)

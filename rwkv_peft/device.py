@@ -1,4 +1,4 @@
-"""Devices and number types by the names of the command line."""
+"""Devices and dtypes by the names of the command line."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _import_plugin(kind: str) -> None:
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """The number type of a precision: fp32, tf32, bf16 or fp16 (or float32 and the like)."""
+    """The dtype of a precision: fp32, tf32, bf16 or fp16 (or float32 and the like)."""
     import torch
 
     names = {
@@ -97,7 +97,7 @@ def dtype_of(precision: str) -> torch.dtype:
         "float64": torch.float64,
     }
     if precision not in names:
-        raise ConfigError(f"'{precision}' is no number type: use one of {', '.join(names)}")
+        raise ConfigError(f"'{precision}' is not a dtype: use one of {', '.join(names)}")
     return names[precision]
 
 

@@ -16,7 +16,7 @@ os.environ["RWKV_JIT_ON"] = "0"
 
 from rwkv_peft.checkpoint.pth import write_weights
 from rwkv_peft.models import build
-from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.models.initial import initial_weights
 
 
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-def make_geometry(**changes: Any) -> Geometry:
+def make_model_config(**changes: Any) -> ModelConfig:
     values = {
         "version": "x070",
         "n_layer": 2,
@@ -41,14 +41,14 @@ def make_geometry(**changes: Any) -> Geometry:
         "ranks": {"w": 32, "a": 32, "v": 32, "g": 32},
         "has_first_value_mix": False,
     }
-    return Geometry(**{**values, **changes})
+    return ModelConfig(**{**values, **changes})
 
 
-def older_weights(geometry: Geometry, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def older_weights(model_config: ModelConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Tensors of RWKV-5 or 6 in the range of trained ones."""
     vectors = ("time_mix", "time_maa", "time_fa", "time_first")
     weights = {}
-    for name, parameter in build(geometry, op="reference").named_parameters():
+    for name, parameter in build(model_config, op="reference").named_parameters():
         shape, leaf = parameter.shape, name.split(".")[-1]
         uniform = torch.rand(shape, generator=generator)
         if leaf == "time_decay":
@@ -73,12 +73,12 @@ def make_model_file(tmp_path: Path) -> Callable[..., Path]:
         seed: int = 0,
         **changes: Any,
     ) -> Path:
-        geometry = make_geometry(**changes)
+        model_config = make_model_config(**changes)
         generator = torch.Generator().manual_seed(seed)
-        if geometry.version == "x070":
-            start = initial_weights(geometry, seed)
+        if model_config.version == "x070":
+            start = initial_weights(model_config, seed)
         else:
-            start = older_weights(geometry, generator)
+            start = older_weights(model_config, generator)
         weights = {}
         for key, value in start.items():
             scale = 0.05 if value.ndim == 2 else 0.1

@@ -45,7 +45,7 @@ def test_bundled_and_tuned_model_have_the_official_runtimes_logits(
     text = "User: What is the meaning of love?\n\nAssistant: LOVE, n. A temporary insanity"
     for path in (BASE, demo.folder / "rwkv-2.pth"):
         model = rwkv_peft.load_model(path)
-        tokens = rwkv_peft.Tokenizer(model.geometry.vocab_size).encode(text)
+        tokens = rwkv_peft.Tokenizer(model.model_config.vocab_size).encode(text)
         official = official_logits(Path(path), tokens)
         whole = model(torch.tensor([tokens]))[0][0]
         torch.testing.assert_close(whole, official, rtol=0, atol=1e-4)

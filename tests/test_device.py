@@ -1,4 +1,4 @@
-"""Devices and number types, with stand-ins for what this machine lacks."""
+"""Devices and dtypes, with stand-ins for what this machine lacks."""
 
 import sys
 from collections.abc import Callable

@@ -17,7 +17,7 @@ def bits_per_byte(path: str, data: str) -> tuple[float, float]:
     device = resolve_device("auto")
     model = rwkv_peft.load_model(path, device=device, dtype=torch.float32, op="torch")
     documents = read_documents(
-        DataConfig(data_file=data), rwkv_peft.Tokenizer(model.geometry.vocab_size)
+        DataConfig(data_file=data), rwkv_peft.Tokenizer(model.model_config.vocab_size)
     )
     loss, num_tokens = evaluate_loss(model, documents)
     return loss / math.log(2) / documents.report.num_bytes, loss / num_tokens

@@ -16,7 +16,7 @@ from rwkv_peft.checkpoint.folder import SavedAdapter, write_folder
 from rwkv_peft.checkpoint.older import Unsaved, start_file
 from rwkv_peft.checkpoint.pth import (
     STATE_SUFFIX,
-    geometry_of,
+    infer_model_config,
     load_weights,
     read_weights,
     write_weights,
@@ -70,7 +70,7 @@ def convert(
     """
     output = Path(output)
     weights = read_weights(base_model)
-    state = read_state(source, geometry_of(weights)) if is_state_file(source) else None
+    state = read_state(source, infer_model_config(weights)) if is_state_file(source) else None
     _check(output, to, is_state=state is not None)
     if state is not None:
         if not any(bool(x.any()) for x in state.values()):
@@ -110,7 +110,7 @@ def _describe(adapter: SavedAdapter) -> str:
 
 def _attached(weights: Mapping[str, Tensor], adapter: SavedAdapter, source: str | Path) -> RWKV:
     """A model of the base's own memory with the adapter attached, which proves that it fits."""
-    model = build(geometry_of(weights), op="reference")
+    model = build(infer_model_config(weights), op="reference")
     official = {name: x for name, x in weights.items() if not name.endswith(STATE_SUFFIX)}
     load_weights(model, official, dtype=None)
     attach_values(model, adapter, source, keeps_float32=True)

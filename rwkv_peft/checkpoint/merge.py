@@ -16,7 +16,7 @@ from rwkv_peft.checkpoint.compare import Comparison, compare_models, sample
 from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.mapped import mapped
 from rwkv_peft.checkpoint.older import Unsaved
-from rwkv_peft.checkpoint.pth import STATE_SUFFIX, geometry_of, load_weights, read_weights
+from rwkv_peft.checkpoint.pth import STATE_SUFFIX, infer_model_config, load_weights, read_weights
 from rwkv_peft.checkpoint.state import is_state_file, read_state
 from rwkv_peft.checkpoint.stream import Spec, write_tensors
 from rwkv_peft.device import dtype_of
@@ -154,15 +154,15 @@ def merge(
     if len(factors) != len(sources):
         raise ConfigError(f"{len(sources)} adapters came with {len(factors)} weights")
     base = read_weights(base_model)
-    geometry = geometry_of(base)
-    text = sample(geometry.vocab_size, compare, data_file)
+    model_config = infer_model_config(base)
+    text = sample(model_config.vocab_size, compare, data_file)
     pairs = list(zip(sources, factors, strict=True))
     states = _states(base, [pair for pair in pairs if is_state_file(pair[0])])
     adapters = [pair for pair in pairs if not is_state_file(pair[0])]
     additions = _adapters(base, adapters, Unsaved(lora_alpha, pissa_init), force)
     merged = MergedWeights(base, additions)
     names = [str(s) for s in sources]
-    report = MergeReport(str(base_model), names, factors, str(output), "", geometry.version)
+    report = MergeReport(str(base_model), names, factors, str(output), "", model_config.version)
     report.states = len(states)
     # attaching, above, may decompose whole matrices, which threads make quicker
     with _one_thread():
@@ -224,7 +224,7 @@ def _stored(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _plain_model(weights: Mapping[str, Tensor]) -> RWKV:
-    model = build(geometry_of(weights), op="torch")
+    model = build(infer_model_config(weights), op="torch")
     # the parameters are the file's own memory, so that a model costs none
     load_weights(model, weights, dtype=None)
     return model
@@ -252,7 +252,7 @@ def _adapters(
 def _states(base: Mapping[str, Tensor], sources: Sequence[Source]) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for path, factor in sources:
-        for name, x in read_state(path, geometry_of(base)).items():
+        for name, x in read_state(path, infer_model_config(base)).items():
             total[name] = total.get(name, torch.zeros_like(x)) + factor * x
     return total
 
@@ -272,7 +272,7 @@ def _adapted(
     model = additions[0].model if is_one else _plain_model(_without_states(base))
     given = {n: x.float() for n, x in base.items() if n.endswith(STATE_SUFFIX)} | dict(states)
     if given:
-        model.initial_state = state_from(given, model.geometry)
+        model.initial_state = state_from(given, model.model_config)
     return mapped(model) if is_one else mapped(model, merged)
 
 

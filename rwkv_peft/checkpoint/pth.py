@@ -12,7 +12,7 @@ from rwkv_peft.checkpoint.stream import Spec, map_safetensors, write_tensors
 from rwkv_peft.errors import CheckpointError
 from rwkv_peft.methods.state import shapes, state_from
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.models.geometry import Geometry, read_geometry
+from rwkv_peft.models.config import ModelConfig, read_model_config
 
 LISTED_PROBLEMS = 12
 # end of the names of a learned state's tensors
@@ -81,9 +81,9 @@ def write_weights(path: str | Path, weights: Mapping[str, Tensor]) -> None:
     write_tensors(path, specs, weights.__getitem__)
 
 
-def geometry_of(weights: Mapping[str, Tensor]) -> Geometry:
-    """The geometry of a file's tensors; see `read_geometry`."""
-    return read_geometry({name: tuple(x.shape) for name, x in weights.items()})
+def infer_model_config(weights: Mapping[str, Tensor]) -> ModelConfig:
+    """The model config of a file's tensors; see `read_model_config`."""
+    return read_model_config({name: tuple(x.shape) for name, x in weights.items()})
 
 
 def load_weights(
@@ -105,7 +105,7 @@ def load_weights(
     expected = {name: tuple(x.shape) for name, x in model.named_parameters()}
     states = {name: x for name, x in weights.items() if name.endswith(STATE_SUFFIX)}
     if states:
-        wanted = shapes(model.geometry, is_full=len(states) > model.geometry.n_layer)
+        wanted = shapes(model.model_config, is_full=len(states) > model.model_config.n_layer)
         expected |= wanted if wanted.keys() >= states.keys() else {}
     problems = [f"missing {name}" for name in expected if name not in weights]
     problems += [f"unexpected {name}" for name in weights if name not in expected]
@@ -123,7 +123,7 @@ def load_weights(
         )
     if states:
         here = {name: x.to(device).float() for name, x in states.items()}
-        model.initial_state = state_from(here, model.geometry)
+        model.initial_state = state_from(here, model.model_config)
     for name in expected.keys() - states.keys():
         owner, _, leaf = name.rpartition(".")
         value = weights[name].to(device=device, dtype=dtype)

@@ -12,7 +12,7 @@ from rwkv_peft.checkpoint.stream import Spec, write_tensors
 from rwkv_peft.errors import CheckpointError
 from rwkv_peft.methods.state import shapes, state_from
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.models.config import ModelConfig
 
 
 def is_state_file(path: str | Path) -> bool:
@@ -36,7 +36,7 @@ def write_state(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     write_tensors(path, specs, lambda name: tensors[name].float())
 
 
-def read_state(path: str | Path, geometry: Geometry) -> dict[str, Tensor]:
+def read_state(path: str | Path, model_config: ModelConfig) -> dict[str, Tensor]:
     """The float32 tensors of a state file.
 
     Raises:
@@ -51,12 +51,12 @@ def read_state(path: str | Path, geometry: Geometry) -> dict[str, Tensor]:
         )
     found = {n: tuple(x.shape) for n, x in states.items()}
     for is_full in (False, True):
-        if found == shapes(geometry, is_full=is_full):
+        if found == shapes(model_config, is_full=is_full):
             return states
-    wanted = shapes(geometry, is_full=False)
+    wanted = shapes(model_config, is_full=False)
     name = next((n for n in wanted if found.get(n) != wanted[n]), next(iter(found), "nothing"))
     raise CheckpointError(
-        f"{path} is no state of this model ({geometry.describe()}): {name} is "
+        f"{path} is no state of this model ({model_config.describe()}): {name} is "
         f"{found.get(name, 'missing')}, {wanted.get(name, 'not expected')} is needed; give a file "
         "that --peft state wrote for it"
     )
@@ -69,5 +69,5 @@ def load_state(model: RWKV, path: str | Path) -> None:
         CheckpointError: it is not the state of such a model.
     """
     device = model.emb.weight.device
-    tensors = {n: x.to(device) for n, x in read_state(path, model.geometry).items()}
-    model.initial_state = state_from(tensors, model.geometry)
+    tensors = {n: x.to(device) for n, x in read_state(path, model.model_config).items()}
+    model.initial_state = state_from(tensors, model.model_config)

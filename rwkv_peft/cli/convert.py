@@ -29,7 +29,7 @@ class ConvertOptions:
     pissa_init: str = ""
     """For PiSSA, the init_pissa.pth of the run."""
     dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
-    """Number type of the residual's changed matrices; that of the base if keep."""
+    """Dtype of the residual's changed matrices; that of the base if keep."""
     force: bool = False
     """Take an adapter that was trained on another base."""
 

@@ -88,7 +88,7 @@ def held_out_loss(model: "RWKV") -> float:
     from rwkv_peft.training.step import evaluate_loss
 
     documents = read_documents(
-        DataConfig(data_file=str(HELD_OUT)), Tokenizer(model.geometry.vocab_size)
+        DataConfig(data_file=str(HELD_OUT)), Tokenizer(model.model_config.vocab_size)
     )
     loss, num_tokens = evaluate_loss(model, documents)
     return loss / num_tokens

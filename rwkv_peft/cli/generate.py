@@ -52,7 +52,7 @@ class ModelOptions:
     accelerator: str = "auto"
     """Device: auto, gpu, cpu, cuda, mps, xpu, musa, npu, or one of several as in cuda:1."""
     precision: str = "auto"
-    """Number type: auto, fp32, bf16, fp16."""
+    """Dtype: auto, fp32, bf16, fp16."""
     op: str = "auto"
     """Backend of the recurrence: auto, cuda, triton, fla, torch, reference."""
 

@@ -25,7 +25,7 @@ class InitOptions:
     head_size_a: int = 64
     """Head size."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Number type of the file."""
+    """Dtype of the file."""
     random_seed: int = 0
     """Seed of the random tensors."""
 
@@ -46,10 +46,10 @@ def run(args: Sequence[str]) -> int:
 
     from rwkv_peft.checkpoint.pth import write_weights
     from rwkv_peft.device import dtype_of
-    from rwkv_peft.models.geometry import Geometry
+    from rwkv_peft.models.config import ModelConfig
     from rwkv_peft.models.initial import default_ranks, initial_weights
 
-    geometry = Geometry(
+    model_config = ModelConfig(
         version="x070",
         n_layer=options.n_layer,
         n_embd=options.n_embd,
@@ -60,9 +60,9 @@ def run(args: Sequence[str]) -> int:
         ranks=default_ranks(options.n_embd),
         has_first_value_mix=False,
     )
-    weights = initial_weights(geometry, options.random_seed)
+    weights = initial_weights(model_config, options.random_seed)
     dtype = dtype_of(options.precision)
     write_weights(options.output, {name: x.to(dtype) for name, x in weights.items()})
     count = sum(x.numel() for x in weights.values())
-    print(f"wrote {options.output}: {geometry.describe()}, {count:,} weights")
+    print(f"wrote {options.output}: {model_config.describe()}, {count:,} weights")
     return 0

@@ -22,7 +22,7 @@ class InspectOptions:
 
 
 def run(args: Sequence[str]) -> int:
-    """Prints version, geometry, dtypes, parameter count and what is odd about a file."""
+    """Prints version, model config, dtypes, parameter count and what is odd about a file."""
     arguments = [f"{a}=true" if a == "--json" else a for a in args]
     options = parse(InspectOptions, arguments, command="inspect", positional=("file",))
     if not options.file:
@@ -86,24 +86,24 @@ def _totals(path: str | Path) -> dict[str, Any]:
 
 
 def _describe_model(path: str | Path) -> dict[str, Any]:
-    from rwkv_peft.checkpoint.pth import geometry_of, load_weights, read_weights
+    from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights
     from rwkv_peft.models import build
 
     weights = read_weights(path)
-    geometry = geometry_of(weights)
+    model_config = infer_model_config(weights)
     odd = []
     try:
-        load_weights(build(geometry, op="reference"), weights, device="meta")
+        load_weights(build(model_config, op="reference"), weights, device="meta")
     except RwkvPeftError as error:
         odd.append(str(error))
     totals = _totals(path)
     if len(totals["dtype"]) > 1:
         odd.append("tensors of several types")
-    if not geometry.has_first_value_mix:
+    if not model_config.has_first_value_mix:
         odd.append("no blocks.0.att.v0, v1, v2 (nothing reads them; some releases lack them)")
     broken = [n for n, x in weights.items() if not bool(x.isfinite().all())]
     odd += [f"{name} holds values that are not finite" for name in broken]
-    if geometry.vocab_size != 65536:
-        odd.append(f"vocabulary {geometry.vocab_size}, official files have 65536")
-    facts = {"file": str(path), **asdict(geometry), "n_head": geometry.n_head}
+    if model_config.vocab_size != 65536:
+        odd.append(f"vocabulary {model_config.vocab_size}, official files have 65536")
+    facts = {"file": str(path), **asdict(model_config), "n_head": model_config.n_head}
     return {**facts, **totals, "odd": odd}

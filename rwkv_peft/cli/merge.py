@@ -26,7 +26,7 @@ class MergeOptions:
     weights: list[float] | None = None
     """With which the change of each adapter is added, as a JSON list; 1 each if left out."""
     dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
-    """Number type of the file; that of each tensor in the base if keep."""
+    """Dtype of the file; that of each tensor in the base if keep."""
     force: bool = False
     """Merge into another base than the adapter was trained on."""
     compare: int = 64

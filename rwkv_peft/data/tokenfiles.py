@@ -69,7 +69,7 @@ def _open_binidx(path: str) -> TokenFile:
     _, version, code, count, num_marks = _HEADER.unpack(raw[: _HEADER.size].tobytes())
     if version != 1 or code not in _DTYPES:
         raise DataError(
-            f"{path}.idx: version {version} with number type {code} cannot be read: tokens must "
+            f"{path}.idx: version {version} with dtype code {code} cannot be read: tokens must "
             "be whole numbers, version 1"
         )
     if len(raw) != _HEADER.size + 12 * count + 8 * num_marks:

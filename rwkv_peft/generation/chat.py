@@ -26,7 +26,7 @@ class Chat:
         seed: int | None = None,
     ) -> None:
         self._template = template or TEMPLATES["chat"]
-        self._tokenizer = Tokenizer(model.geometry.vocab_size)
+        self._tokenizer = Tokenizer(model.model_config.vocab_size)
         self._session = Session(model, self._tokenizer)
         num_tokens = num_known_tokens(model, self._tokenizer)
         self._sampler = Sampler(sampling, num_tokens, seed)

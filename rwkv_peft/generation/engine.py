@@ -62,7 +62,7 @@ class Session:
 
 def num_known_tokens(model: RWKV, tokenizer: Tokenizer) -> int:
     """Ids that may be drawn: in the model's vocabulary and with text in the tokenizer's."""
-    return min(model.geometry.vocab_size, tokenizer.num_tokens)
+    return min(model.model_config.vocab_size, tokenizer.num_tokens)
 
 
 def generate(
@@ -98,7 +98,7 @@ def stream(
     seed: int | None = None,
 ) -> Iterator[str]:
     """Like `generate`, piece by piece as the text comes."""
-    tokenizer = Tokenizer(model.geometry.vocab_size)
+    tokenizer = Tokenizer(model.model_config.vocab_size)
     session = Session(model, tokenizer)
     session.read(tokenizer.encode(prompt))
     sampler = Sampler(sampling or Sampling(), num_known_tokens(model, tokenizer), seed)

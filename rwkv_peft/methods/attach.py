@@ -73,7 +73,7 @@ def attach(
     if method == "none":
         trained = {n: p for n, p in model.named_parameters() if n not in _UNREAD}
         return with_parts(model, Attachment({}), parts or trained)
-    config = method_config(method, options, model.geometry.version)
+    config = method_config(method, options, model.model_config.version)
     return with_parts(model, attach_config(model, config, is_fused=is_fused), parts)
 
 

@@ -1,4 +1,4 @@
-"""Models: which versions there are, and how one is built from a geometry."""
+"""Models: which versions there are, and how one is built from a model_config."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.models.rwkv5 import Block as Block5
 from rwkv_peft.models.rwkv6 import Block as Block6
 from rwkv_peft.models.rwkv7 import Block as Block7
@@ -25,7 +25,7 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], str, tuple[Backend, ...]]] = {
 
 
 def build(
-    geometry: Geometry,
+    model_config: ModelConfig,
     *,
     op: str = "auto",
     device: torch.device | str = "cpu",
@@ -38,8 +38,8 @@ def build(
     Raises:
         BackendUnavailableError: no backend, or not the one asked for, can serve.
     """
-    block, operator, table = MODELS[geometry.version]
-    request = Request(torch.device(device), dtype, geometry.head_size)
+    block, operator, table = MODELS[model_config.version]
+    request = Request(torch.device(device), dtype, model_config.head_size)
     choice = select(operator, table, op, request)
     with torch.device("meta"):
-        return RWKV(geometry, block, choice)
+        return RWKV(model_config, block, choice)

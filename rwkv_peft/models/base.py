@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_peft.errors import ShapeError
-from rwkv_peft.models.geometry import Geometry
-from rwkv_peft.models.layers import Borders
-from rwkv_peft.models.recompute import recomputed
+from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.models.layers import PackingInfo
+from rwkv_peft.models.recompute import recompute
 from rwkv_peft.ops.dispatch import Choice
 from rwkv_peft.ops.validation import require_segments
 from rwkv_peft.state import LayerState, RWKVState
@@ -18,7 +18,7 @@ class RWKV(nn.Module):
     """An RWKV language model whose parameters are named as in the official files.
 
     Attributes:
-        geometry: its shape.
+        model_config: its shape.
         op: the chosen backend of its operator.
         grad_cp: recompute each block in backward instead of keeping its activations.
         initial_state: of one row, where a text begins if no state is given; zeros if None. A file
@@ -27,22 +27,22 @@ class RWKV(nn.Module):
 
     def __init__(
         self,
-        geometry: Geometry,
-        block: Callable[[Geometry, int, Callable[..., tuple[Tensor, Tensor]]], nn.Module],
+        model_config: ModelConfig,
+        block: Callable[[ModelConfig, int, Callable[..., tuple[Tensor, Tensor]]], nn.Module],
         op: Choice,
     ) -> None:
         super().__init__()
-        self.geometry, self.op, self.grad_cp = geometry, op, False
+        self.model_config, self.op, self.grad_cp = model_config, op, False
         self.initial_state: RWKVState | None = None
         # an embedding that draws its own weights on the meta device loads a compiler to do so
         self.emb = nn.Embedding.from_pretrained(
-            torch.empty(geometry.vocab_size, geometry.n_embd), freeze=False
+            torch.empty(model_config.vocab_size, model_config.n_embd), freeze=False
         )
         self.blocks = nn.ModuleList(
-            block(geometry, layer, op.function) for layer in range(geometry.n_layer)
+            block(model_config, layer, op.function) for layer in range(model_config.n_layer)
         )
-        self.ln_out = nn.LayerNorm(geometry.n_embd)
-        self.head = nn.Linear(geometry.n_embd, geometry.vocab_size, bias=False)
+        self.ln_out = nn.LayerNorm(model_config.n_embd)
+        self.head = nn.Linear(model_config.n_embd, model_config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -86,13 +86,13 @@ class RWKV(nn.Module):
                 f"the model and tokens of {(len(self.blocks), len(tokens))}"
             )
         require_segments("the model", segment_ids, tokens)
-        x, carry, borders = self.emb(tokens), None, Borders.of(segment_ids)
+        x, carry, packing = self.emb(tokens), None, PackingInfo.of(segment_ids)
         given = [None] * len(self.blocks) if state is None else state.layers()
         layers: list[LayerState] = []
         for block, layer in zip(self.blocks, given, strict=True):
             if self.grad_cp and torch.is_grad_enabled():
-                x, carry, layer = recomputed(block, x, carry, layer, borders)
+                x, carry, layer = recompute(block, x, carry, layer, packing)
             else:
-                x, carry, layer = block(x, carry, layer, borders)
+                x, carry, layer = block(x, carry, layer, packing)
             layers.append(layer)
         return self.ln_out(x), layers

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.models.config import ModelConfig
 
 
 def default_ranks(n_embd: int) -> dict[str, int]:
@@ -21,10 +21,10 @@ def default_ranks(n_embd: int) -> dict[str, int]:
     return {"w": width(2.5), "a": width(2.5), "v": width(1.7), "g": width(5.0)}
 
 
-def initial_weights(geometry: Geometry, seed: int) -> dict[str, Tensor]:
+def initial_weights(model_config: ModelConfig, seed: int) -> dict[str, Tensor]:
     """All tensors of a new RWKV-7 by official name, in official order, float32."""
     generator = torch.Generator().manual_seed(seed)
-    V, D, L = geometry.vocab_size, geometry.n_embd, geometry.n_layer
+    V, D, L = model_config.vocab_size, model_config.n_embd, model_config.n_layer
     weights = {"emb.weight": torch.empty(V, D).uniform_(-1e-4, 1e-4, generator=generator)}
     for layer in range(L):
         prefix = f"blocks.{layer}."
@@ -32,17 +32,19 @@ def initial_weights(geometry: Geometry, seed: int) -> dict[str, Tensor]:
         for norm in norms:
             weights[f"{prefix}{norm}.weight"] = torch.ones(D)
             weights[f"{prefix}{norm}.bias"] = torch.zeros(D)
-        for name, value in _time_mix(geometry, layer, generator).items():
+        for name, value in _time_mix(model_config, layer, generator).items():
             weights[f"{prefix}att.{name}"] = value
-        for name, value in _channel_mix(geometry, layer, generator).items():
+        for name, value in _channel_mix(model_config, layer, generator).items():
             weights[f"{prefix}ffn.{name}"] = value
     weights["ln_out.weight"], weights["ln_out.bias"] = torch.ones(D), torch.zeros(D)
     weights["head.weight"] = _orthogonal(V, D, 0.5 * max(1.0, math.sqrt(V / D)), generator)
     return weights
 
 
-def _time_mix(geometry: Geometry, layer: int, generator: torch.Generator) -> dict[str, Tensor]:
-    D, L, N = geometry.n_embd, geometry.n_layer, geometry.head_size
+def _time_mix(
+    model_config: ModelConfig, layer: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    D, L, N = model_config.n_embd, model_config.n_layer, model_config.head_size
     depth = layer / max(L - 1, 1)  # 0 in the first layer, 1 in the last
     rest = 1 - layer / L
     channel = torch.arange(D) / D
@@ -65,8 +67,8 @@ def _time_mix(geometry: Geometry, layer: int, generator: torch.Generator) -> dic
         "g": None,
     }
     for name, bias in biases.items():
-        rank = geometry.ranks[name]
-        if name == "v" and layer == 0 and not geometry.has_first_value_mix:
+        rank = model_config.ranks[name]
+        if name == "v" and layer == 0 and not model_config.has_first_value_mix:
             continue
         if bias is not None:
             weights[f"{name}0"] = row(bias)
@@ -74,7 +76,7 @@ def _time_mix(geometry: Geometry, layer: int, generator: torch.Generator) -> dic
         weights[f"{name}2"] = _orthogonal(rank, D, 0.1, generator)
     weights["k_k"] = row(0.71 - linear * 0.1)
     weights["k_a"] = torch.full((1, 1, D), 1.02)
-    weights["r_k"] = torch.full((geometry.n_head, N), -0.04)
+    weights["r_k"] = torch.full((model_config.n_head, N), -0.04)
     weights["receptance.weight"] = _orthogonal(D, D, 1.0, generator)
     weights["key.weight"] = _orthogonal(D, D, 0.1, generator)
     weights["value.weight"] = _orthogonal(D, D, 1.0, generator)
@@ -84,9 +86,11 @@ def _time_mix(geometry: Geometry, layer: int, generator: torch.Generator) -> dic
     return weights
 
 
-def _channel_mix(geometry: Geometry, layer: int, generator: torch.Generator) -> dict[str, Tensor]:
-    D, F = geometry.n_embd, geometry.dim_ffn
-    rest = 1 - layer / geometry.n_layer
+def _channel_mix(
+    model_config: ModelConfig, layer: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    D, F = model_config.n_embd, model_config.dim_ffn
+    rest = 1 - layer / model_config.n_layer
     return {
         "x_k": (1 - (torch.arange(D) / D) ** (rest**4)).reshape(1, 1, D),
         "key.weight": _orthogonal(F, D, 1.0, generator),

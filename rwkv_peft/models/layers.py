@@ -6,7 +6,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.ops.autograd import once_differentiable
 from rwkv_peft.ops.segments import goes_on
 from rwkv_peft.state import LayerState
@@ -15,7 +15,7 @@ from rwkv_peft.state import LayerState
 GROUP_NORM_EPS = 64e-5
 
 
-class Borders(NamedTuple):
+class PackingInfo(NamedTuple):
     """Where further documents begin in the rows of a batch; None both if a row is one document.
 
     Attributes:
@@ -34,18 +34,18 @@ class Borders(NamedTuple):
         return cls(segment_ids, ~goes_on(segment_ids).unsqueeze(-1))
 
 
-def token_shift(x_BTD: Tensor, shift_BD: Tensor | None, borders: Borders) -> Tensor:
+def token_shift(x_BTD: Tensor, shift_BD: Tensor | None, packing: PackingInfo) -> Tensor:
     """The previous token's vector at each position; `shift_BD`, or zero, at the first.
 
     Zero also at the first token of each further document of a row.
     """
     first = torch.zeros_like(x_BTD[:, :1]) if shift_BD is None else shift_BD.unsqueeze(1)
     shifted = torch.cat((first.to(x_BTD.dtype), x_BTD[:, :-1]), 1)
-    return shifted if borders.begins is None else shifted.masked_fill(borders.begins, 0)
+    return shifted if packing.begins is None else shifted.masked_fill(packing.begins, 0)
 
 
 def shift_mix(
-    x: Tensor, shift: Tensor | None, borders: Borders, mix: Tensor, sizes: Sequence[int] = ()
+    x: Tensor, shift: Tensor | None, packing: PackingInfo, mix: Tensor, sizes: Sequence[int] = ()
 ) -> tuple[Tensor, ...]:
     """x + (token_shift(x) - x) * m for each m of `mix`, as rows (B*T, D).
 
@@ -56,7 +56,7 @@ def shift_mix(
         sizes: of M, how many are made in one launch; they share memory, which is there as long as
             one of them is. Each alone if empty.
     """
-    mixed: tuple[Tensor, ...] = _ShiftMix.apply(x, shift, borders.begins, mix, sizes)
+    mixed: tuple[Tensor, ...] = _ShiftMix.apply(x, shift, packing.begins, mix, sizes)
     return mixed
 
 
@@ -132,24 +132,26 @@ def squared_relu(x: Tensor) -> Tensor:
 class PlainBlock(nn.Module):
     """One layer of a version that hands on nothing beside x: norms around two mixers."""
 
-    def __init__(self, geometry: Geometry, layer: int, att: nn.Module, ffn: nn.Module) -> None:
+    def __init__(
+        self, model_config: ModelConfig, layer: int, att: nn.Module, ffn: nn.Module
+    ) -> None:
         super().__init__()
         if layer == 0:
-            self.ln0 = nn.LayerNorm(geometry.n_embd)
-        self.ln1 = nn.LayerNorm(geometry.n_embd)
-        self.ln2 = nn.LayerNorm(geometry.n_embd)
+            self.ln0 = nn.LayerNorm(model_config.n_embd)
+        self.ln1 = nn.LayerNorm(model_config.n_embd)
+        self.ln2 = nn.LayerNorm(model_config.n_embd)
         self.att, self.ffn = att, ffn
         self.is_first = layer == 0
 
     def forward(
-        self, x: Tensor, carry: None, state: LayerState | None, borders: Borders
+        self, x: Tensor, carry: None, state: LayerState | None, packing: PackingInfo
     ) -> tuple[Tensor, None, LayerState]:
         """x (B, T, D) for the next block, nothing beside it, and this layer's new state."""
         if self.is_first:
             x = self.ln0(x)
         att_in = self.ln1(x)
-        mixed, wkv = self.att(att_in, state, borders)
+        mixed, wkv = self.att(att_in, state, packing)
         x = x + mixed
         ffn_in = self.ln2(x)
-        x = x + self.ffn(ffn_in, None if state is None else state.ffn_shift, borders)
+        x = x + self.ffn(ffn_in, None if state is None else state.ffn_shift, packing)
         return x, carry, LayerState(att_in[:, -1], ffn_in[:, -1], wkv)

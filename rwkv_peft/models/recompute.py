@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 
-def recomputed(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+def recompute(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
     """`function(x, *args)`, which keeps no more than its arguments for backward.
 
     It is called again when backward comes to it, with the random generators of the CPU and of x's

@@ -8,8 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_peft.models.geometry import Geometry
-from rwkv_peft.models.layers import GROUP_NORM_EPS, Borders, PlainBlock, squared_relu, token_shift
+from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.models.layers import (
+    GROUP_NORM_EPS,
+    PackingInfo,
+    PlainBlock,
+    squared_relu,
+    token_shift,
+)
 from rwkv_peft.ops.wkv6 import Kernel, wkv6
 from rwkv_peft.state import LayerState
 
@@ -23,14 +29,17 @@ class TimeMix(nn.Module):
     time_first: nn.Parameter
     time_faaaa: nn.Parameter
 
-    def __init__(self, geometry: Geometry, kernel: Kernel) -> None:
+    def __init__(self, model_config: ModelConfig, kernel: Kernel) -> None:
         super().__init__()
-        D, H, N = geometry.n_embd, geometry.n_head, geometry.head_size
+        D, H, N = model_config.n_embd, model_config.n_head, model_config.head_size
         self.n_head, self.head_size, self.kernel = H, N, kernel
-        self.has_time_first, self.has_gate = geometry.has_time_first, geometry.version != "x050"
+        self.has_time_first, self.has_gate = (
+            model_config.has_time_first,
+            model_config.version != "x050",
+        )
         for name in ("k", "v", "r"):
             self.register_parameter(f"time_mix_{name}", nn.Parameter(torch.empty(1, 1, D)))
-        own = (H, N) if geometry.version == "x052" else (H,)
+        own = (H, N) if model_config.version == "x052" else (H,)
         self.time_decay = nn.Parameter(torch.empty(own))
         first = "time_first" if self.has_time_first else "time_faaaa"
         self.register_parameter(first, nn.Parameter(torch.empty(own)))
@@ -44,13 +53,13 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(H, D, eps=GROUP_NORM_EPS)
 
     def forward(
-        self, x: Tensor, state: LayerState | None, borders: Borders
+        self, x: Tensor, state: LayerState | None, packing: PackingInfo
     ) -> tuple[Tensor, Tensor]:
         """Mixed x (B, T, D) and the new wkv state."""
         B, T, D = x.shape
         heads = (B, T, self.n_head, self.head_size)
 
-        last = token_shift(x, None if state is None else state.att_shift, borders)
+        last = token_shift(x, None if state is None else state.att_shift, packing)
         k = self.key(torch.lerp(last, x, self.time_mix_k))
         v = self.value(torch.lerp(last, x, self.time_mix_v))
         r = self.receptance(torch.lerp(last, x, self.time_mix_r))
@@ -63,7 +72,7 @@ class TimeMix(nn.Module):
             v.view(heads),
             u.view(self.n_head, -1).expand(heads[2:]),
             initial_state=None if state is None else state.wkv,
-            segment_ids=borders.segment_ids,
+            segment_ids=packing.segment_ids,
             kernel=self.kernel,
         )
         y = self.ln_x(y.reshape(B * T, D)).view(B, T, D)
@@ -76,18 +85,18 @@ class TimeMix(nn.Module):
 class ChannelMix(nn.Module):
     """Channel mixing of one block: a squared ReLU over shifted input, let through by a gate."""
 
-    def __init__(self, geometry: Geometry) -> None:
+    def __init__(self, model_config: ModelConfig) -> None:
         super().__init__()
-        D = geometry.n_embd
+        D = model_config.n_embd
         self.time_mix_k = nn.Parameter(torch.empty(1, 1, D))
         self.time_mix_r = nn.Parameter(torch.empty(1, 1, D))
-        self.key = nn.Linear(D, geometry.dim_ffn, bias=False)
+        self.key = nn.Linear(D, model_config.dim_ffn, bias=False)
         self.receptance = nn.Linear(D, D, bias=False)
-        self.value = nn.Linear(geometry.dim_ffn, D, bias=False)
+        self.value = nn.Linear(model_config.dim_ffn, D, bias=False)
 
-    def forward(self, x: Tensor, shift: Tensor | None, borders: Borders) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None, packing: PackingInfo) -> Tensor:
         """Mixed x (B, T, D)."""
-        last = token_shift(x, shift, borders)
+        last = token_shift(x, shift, packing)
         k = squared_relu(self.key(torch.lerp(last, x, self.time_mix_k)))
         r = torch.sigmoid(self.receptance(torch.lerp(last, x, self.time_mix_r)))
         mixed: Tensor = r * self.value(k)
@@ -97,5 +106,7 @@ class ChannelMix(nn.Module):
 class Block(PlainBlock):
     """One layer of RWKV-5."""
 
-    def __init__(self, geometry: Geometry, layer: int, kernel: Kernel) -> None:
-        super().__init__(geometry, layer, TimeMix(geometry, kernel), ChannelMix(geometry))
+    def __init__(self, model_config: ModelConfig, layer: int, kernel: Kernel) -> None:
+        super().__init__(
+            model_config, layer, TimeMix(model_config, kernel), ChannelMix(model_config)
+        )

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_peft.models.geometry import Geometry
-from rwkv_peft.models.layers import GROUP_NORM_EPS, Borders, PlainBlock, shift_mix, squared_relu
+from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.models.layers import GROUP_NORM_EPS, PackingInfo, PlainBlock, shift_mix, squared_relu
 from rwkv_peft.ops.wkv6 import Kernel, wkv6
 from rwkv_peft.state import LayerState
 
@@ -25,9 +25,14 @@ class TimeMix(nn.Module):
     time_maa_g: nn.Parameter
     time_decay: nn.Parameter
 
-    def __init__(self, geometry: Geometry, kernel: Kernel) -> None:
+    def __init__(self, model_config: ModelConfig, kernel: Kernel) -> None:
         super().__init__()
-        D, H, N, ranks = geometry.n_embd, geometry.n_head, geometry.head_size, geometry.ranks
+        D, H, N, ranks = (
+            model_config.n_embd,
+            model_config.n_head,
+            model_config.head_size,
+            model_config.ranks,
+        )
         self.n_head, self.head_size, self.kernel = H, N, kernel
         for name in ("maa_x", "maa_w", "maa_k", "maa_v", "maa_r", "maa_g", "decay"):
             self.register_parameter(f"time_{name}", nn.Parameter(torch.empty(1, 1, D)))
@@ -44,19 +49,19 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(H, D, eps=GROUP_NORM_EPS)
 
     def forward(
-        self, x: Tensor, state: LayerState | None, borders: Borders
+        self, x: Tensor, state: LayerState | None, packing: PackingInfo
     ) -> tuple[Tensor, Tensor]:
         """Mixed x (B, T, D) and the new wkv state."""
         B, T, D = x.shape
         heads = (B, T, self.n_head, self.head_size)
 
         shift = None if state is None else state.att_shift
-        (xx,) = shift_mix(x, shift, borders, self.time_maa_x)
+        (xx,) = shift_mix(x, shift, packing, self.time_maa_x)
         mixes = torch.tanh(xx @ self.time_maa_w1).view(B * T, 5, -1).transpose(0, 1)
         names = ("w", "k", "v", "r", "g")
         fixed = torch.cat([getattr(self, f"time_maa_{name}") for name in names])
         mix = torch.baddbmm(fixed, mixes, self.time_maa_w2)
-        xw, xk, xv, xr, xg = shift_mix(x, shift, borders, mix)
+        xw, xk, xv, xr, xg = shift_mix(x, shift, packing, mix)
         narrow = torch.tanh(xw @ self.time_decay_w1)
         w = torch.addmm(self.time_decay.view(D), narrow, self.time_decay_w2)
         k = self.key(xk)
@@ -71,7 +76,7 @@ class TimeMix(nn.Module):
             v.view(heads),
             self.time_faaaa,
             initial_state=None if state is None else state.wkv,
-            segment_ids=borders.segment_ids,
+            segment_ids=packing.segment_ids,
             kernel=self.kernel,
         )
         y = self.ln_x(y.reshape(B * T, D))
@@ -82,19 +87,19 @@ class TimeMix(nn.Module):
 class ChannelMix(nn.Module):
     """Channel mixing of one block: a squared ReLU over shifted input, let through by a gate."""
 
-    def __init__(self, geometry: Geometry) -> None:
+    def __init__(self, model_config: ModelConfig) -> None:
         super().__init__()
-        D = geometry.n_embd
+        D = model_config.n_embd
         self.time_maa_k = nn.Parameter(torch.empty(1, 1, D))
         self.time_maa_r = nn.Parameter(torch.empty(1, 1, D))
-        self.key = nn.Linear(D, geometry.dim_ffn, bias=False)
+        self.key = nn.Linear(D, model_config.dim_ffn, bias=False)
         self.receptance = nn.Linear(D, D, bias=False)
-        self.value = nn.Linear(geometry.dim_ffn, D, bias=False)
+        self.value = nn.Linear(model_config.dim_ffn, D, bias=False)
 
-    def forward(self, x: Tensor, shift: Tensor | None, borders: Borders) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None, packing: PackingInfo) -> Tensor:
         """Mixed x (B, T, D)."""
         mix = torch.cat((self.time_maa_k, self.time_maa_r))
-        xk, xr = shift_mix(x, shift, borders, mix)
+        xk, xr = shift_mix(x, shift, packing, mix)
         k = squared_relu(self.key(xk))
         mixed: Tensor = torch.sigmoid(self.receptance(xr)) * self.value(k)
         return mixed.view_as(x)
@@ -103,5 +108,7 @@ class ChannelMix(nn.Module):
 class Block(PlainBlock):
     """One layer of RWKV-6."""
 
-    def __init__(self, geometry: Geometry, layer: int, kernel: Kernel) -> None:
-        super().__init__(geometry, layer, TimeMix(geometry, kernel), ChannelMix(geometry))
+    def __init__(self, model_config: ModelConfig, layer: int, kernel: Kernel) -> None:
+        super().__init__(
+            model_config, layer, TimeMix(model_config, kernel), ChannelMix(model_config)
+        )

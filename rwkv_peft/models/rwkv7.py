@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_peft.models.geometry import Geometry
-from rwkv_peft.models.layers import GROUP_NORM_EPS, Borders, shift_mix, squared_relu
+from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.models.layers import GROUP_NORM_EPS, PackingInfo, shift_mix, squared_relu
 from rwkv_peft.ops.wkv7 import Kernel, wkv7
 from rwkv_peft.state import LayerState
 
@@ -36,15 +36,20 @@ class TimeMix(nn.Module):
     k_k: nn.Parameter
     k_a: nn.Parameter
 
-    def __init__(self, geometry: Geometry, layer: int, kernel: Kernel) -> None:
+    def __init__(self, model_config: ModelConfig, layer: int, kernel: Kernel) -> None:
         super().__init__()
-        D, H, N, ranks = geometry.n_embd, geometry.n_head, geometry.head_size, geometry.ranks
+        D, H, N, ranks = (
+            model_config.n_embd,
+            model_config.n_head,
+            model_config.head_size,
+            model_config.ranks,
+        )
         self.n_head, self.head_size, self.is_first, self.kernel = H, N, layer == 0, kernel
 
         for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a"):
             self.register_parameter(name, nn.Parameter(torch.empty(1, 1, D)))
         low_rank = ["w", "a", "g"]
-        if layer > 0 or geometry.has_first_value_mix:
+        if layer > 0 or model_config.has_first_value_mix:
             self.v0 = nn.Parameter(torch.empty(1, 1, D))
             low_rank.append("v")
         for name in low_rank:
@@ -62,7 +67,7 @@ class TimeMix(nn.Module):
         x: Tensor,
         v_first: Tensor | None,
         state: LayerState | None,
-        borders: Borders,
+        packing: PackingInfo,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mixed x (B, T, D), the first layer's values (B*T, D), the new wkv state."""
         B, T, D = x.shape
@@ -72,7 +77,7 @@ class TimeMix(nn.Module):
         # the first three are what an adapter by default keeps, the others are seldom kept
         mix = torch.cat((self.x_r, self.x_k, self.x_v, self.x_w, self.x_a, self.x_g))
         shift = None if state is None else state.att_shift
-        xr, xk, xv, xw, xa, xg = shift_mix(x, shift, borders, mix, (3, 3))
+        xr, xk, xv, xw, xa, xg = shift_mix(x, shift, packing, mix, (3, 3))
         r = self.receptance(xr)
         w = torch.addmm(self.w0.view(D), torch.tanh(xw @ self.w1), self.w2)
         k = self.key(xk)
@@ -99,7 +104,7 @@ class TimeMix(nn.Module):
             kk * (-1 / N),
             kk * a.view(heads),
             initial_state=None if state is None else state.wkv,
-            segment_ids=borders.segment_ids,
+            segment_ids=packing.segment_ids,
             kernel=self.kernel,
         )
         y = self.ln_x(y.reshape(B * T, D)).view(heads)
@@ -111,15 +116,15 @@ class TimeMix(nn.Module):
 class ChannelMix(nn.Module):
     """Channel mixing of one block: a squared ReLU over shifted input."""
 
-    def __init__(self, geometry: Geometry) -> None:
+    def __init__(self, model_config: ModelConfig) -> None:
         super().__init__()
-        self.x_k = nn.Parameter(torch.empty(1, 1, geometry.n_embd))
-        self.key = nn.Linear(geometry.n_embd, geometry.dim_ffn, bias=False)
-        self.value = nn.Linear(geometry.dim_ffn, geometry.n_embd, bias=False)
+        self.x_k = nn.Parameter(torch.empty(1, 1, model_config.n_embd))
+        self.key = nn.Linear(model_config.n_embd, model_config.dim_ffn, bias=False)
+        self.value = nn.Linear(model_config.dim_ffn, model_config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, shift: Tensor | None, borders: Borders) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None, packing: PackingInfo) -> Tensor:
         """Mixed x (B, T, D)."""
-        (k,) = shift_mix(x, shift, borders, self.x_k)
+        (k,) = shift_mix(x, shift, packing, self.x_k)
         mixed: Tensor = self.value(squared_relu(self.key(k)))
         return mixed.view_as(x)
 
@@ -127,15 +132,15 @@ class ChannelMix(nn.Module):
 class Block(nn.Module):
     """One layer of RWKV-7. What it hands on beside x is the first layer's values, v_first."""
 
-    def __init__(self, geometry: Geometry, layer: int, kernel: Kernel) -> None:
+    def __init__(self, model_config: ModelConfig, layer: int, kernel: Kernel) -> None:
         super().__init__()
-        D = geometry.n_embd
+        D = model_config.n_embd
         if layer == 0:
             self.ln0 = nn.LayerNorm(D)
         self.ln1 = nn.LayerNorm(D)
         self.ln2 = nn.LayerNorm(D)
-        self.att = TimeMix(geometry, layer, kernel)
-        self.ffn = ChannelMix(geometry)
+        self.att = TimeMix(model_config, layer, kernel)
+        self.ffn = ChannelMix(model_config)
         self.is_first = layer == 0
 
     def forward(
@@ -143,14 +148,14 @@ class Block(nn.Module):
         x: Tensor,
         v_first: Tensor | None,
         state: LayerState | None,
-        borders: Borders,
+        packing: PackingInfo,
     ) -> tuple[Tensor, Tensor, LayerState]:
         """x (B, T, D) and v_first (B*T, D) for the next block, and this layer's new state."""
         if self.is_first:
             x = self.ln0(x)
         att_in = self.ln1(x)
-        mixed, v_first, wkv = self.att(att_in, v_first, state, borders)
+        mixed, v_first, wkv = self.att(att_in, v_first, state, packing)
         x = x + mixed
         ffn_in = self.ln2(x)
-        x = x + self.ffn(ffn_in, None if state is None else state.ffn_shift, borders)
+        x = x + self.ffn(ffn_in, None if state is None else state.ffn_shift, packing)
         return x, v_first, LayerState(att_in[:, -1], ffn_in[:, -1], wkv)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_peft.checkpoint.pth import geometry_of, load_weights, read_weights
+from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.batching import Batch, Batches, load
 from rwkv_peft.data.prepare import read_documents
@@ -21,7 +21,7 @@ from rwkv_peft.device import dtype_of, resolve_device
 from rwkv_peft.errors import TrainingError
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.models.geometry import FLAGS, Geometry, check_flags
+from rwkv_peft.models.config import FLAGS, ModelConfig, check_flags
 from rwkv_peft.ops.dispatch import Request
 from rwkv_peft.ops.selfcheck import require_right
 from rwkv_peft.training import plan as planning
@@ -83,24 +83,24 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
     config.require_files()
     find_sources(config.data_file, config.data_type)
     weights = read_weights(config.load_model)
-    geometry = geometry_of(weights)
-    check_flags(geometry, {name: getattr(config, name) for name in FLAGS}, config.load_model)
+    model_config = infer_model_config(weights)
+    check_flags(model_config, {name: getattr(config, name) for name in FLAGS}, config.load_model)
     config, choices = planning.choose_model_settings(config)
-    documents = read_documents(config, Tokenizer(geometry.vocab_size))
+    documents = read_documents(config, Tokenizer(model_config.vocab_size))
     if config.epoch_unit == "samples":
         documents = first_documents(documents, config.epoch_steps)
-    config, more = planning.choose_training_settings(config, geometry, documents)
+    config, more = planning.choose_training_settings(config, model_config, documents)
     batches = planning.make_batches(config, documents)
     plan = planning.make_plan(config, batches)
     config, last = planning.choose_warmup(config, plan.steps)
 
     torch.manual_seed(config.random_seed)
-    model, num_weights = _load_model(config, geometry, weights), _count(weights)
+    model, num_weights = _load_model(config, model_config, weights), _count(weights)
     checked = require_right(
         model.op,
-        _request(config, geometry),
+        _request(config, model_config),
         packed=config.dataload == "pack",
-        heads=(config.micro_bsz or 1) * geometry.n_head,
+        heads=(config.micro_bsz or 1) * model_config.n_head,
     )
     names = set() if documents.states is None else set(documents.states.tolist())
     trainee = make_trainee(config, model, weights, names, plan.steps)
@@ -109,7 +109,7 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
     optimizer.load(trainee.values)
     num_trained = _count(trainee.parameters)
     lines = [
-        *planning.describe_model(config, geometry, model.op.name, num_weights, num_trained),
+        *planning.describe_model(config, model_config, model.op.name, num_weights, num_trained),
         f"op: {model.op.name} ({model.op.reason})",
         *([checked] if checked else []),
         *(f"chosen: {c.name} = {c.value} ({c.reason})" for c in choices + more + last),
@@ -124,19 +124,21 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
         return _run_epochs(run)
 
 
-def _load_model(config: TrainConfig, geometry: Geometry, weights: Mapping[str, Tensor]) -> RWKV:
-    request = _request(config, geometry)
+def _load_model(
+    config: TrainConfig, model_config: ModelConfig, weights: Mapping[str, Tensor]
+) -> RWKV:
+    request = _request(config, model_config)
     device, dtype = request.device, request.dtype
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
-    model = build(geometry, op=config.op, device=device, dtype=dtype)
+    model = build(model_config, op=config.op, device=device, dtype=dtype)
     load_weights(model, weights, device=device, dtype=dtype)
     model.grad_cp = bool(config.grad_cp)
     return model
 
 
-def _request(config: TrainConfig, geometry: Geometry) -> Request:
+def _request(config: TrainConfig, model_config: ModelConfig) -> Request:
     device, dtype = resolve_device(config.accelerator), dtype_of(config.precision)
-    return Request(device, dtype, geometry.head_size)
+    return Request(device, dtype, model_config.head_size)
 
 
 def _count(tensors: Mapping[str, Tensor]) -> int:

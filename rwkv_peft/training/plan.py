@@ -16,7 +16,7 @@ from rwkv_peft.data.prepare import Documents
 from rwkv_peft.device import choose_precision, dtype_of, resolve_device
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods.catalog import canonical
-from rwkv_peft.models.geometry import Geometry
+from rwkv_peft.models.config import ModelConfig
 
 # longest row chosen without being asked: what recent official files were trained on
 MAX_CHOSEN_CTX = 4096
@@ -97,7 +97,7 @@ def _with_canonical_method(config: TrainConfig) -> TrainConfig:
 
 
 def choose_training_settings(
-    config: TrainConfig, geometry: Geometry, documents: Documents
+    config: TrainConfig, model_config: ModelConfig, documents: Documents
 ) -> tuple[TrainConfig, list[Choice]]:
     """Fills in what depends on the model and the data."""
     config, choices = _choose_rows(config, documents)
@@ -111,7 +111,7 @@ def choose_training_settings(
     reason = f"{len(documents)} documents are {'few' if few else 'enough'}"
     choose("epoch_count", 3 if few else 1, reason)
     if config.peft == "none":
-        lr, reason = 3e-5 * math.sqrt(768 / geometry.n_embd), "full tuning at this width"
+        lr, reason = 3e-5 * math.sqrt(768 / model_config.n_embd), "full tuning at this width"
     elif config.peft == "state":
         lr, reason = STATE_RATE, "a state has far to go from zero"
     else:
@@ -119,7 +119,7 @@ def choose_training_settings(
     lr = config.lr_init or float(f"{lr:.1g}")
     choose("lr_init", lr, reason)
     choose("lr_final", lr / 10, "a tenth of lr_init")
-    is_deep = config.ctx_len * config.micro_bsz * geometry.n_layer * geometry.n_embd > 2**24
+    is_deep = config.ctx_len * config.micro_bsz * model_config.n_layer * model_config.n_embd > 2**24
     choose("grad_cp", int(is_deep), "saves memory" if is_deep else "the batch is small")
     return replace(config, **{c.name: c.value for c in choices}), choices
 
@@ -202,14 +202,15 @@ def make_plan(config: TrainConfig, batches: Batches) -> Plan:
 
 
 def describe_model(
-    config: TrainConfig, geometry: Geometry, op: str, num_weights: int, num_trained: int
+    config: TrainConfig, model_config: ModelConfig, op: str, num_weights: int, num_trained: int
 ) -> Iterable[str]:
     """Model, method and memory in lines for a person."""
     trained = f"{num_trained:,} of them trained"
     if config.peft != "none":
         trained = f"frozen; {config.peft} trains {num_trained:,} beside them"
-    yield f"model: {config.load_model}, {geometry.describe()}, {num_weights:,} weights, {trained}"
-    memory = guess_memory(config, geometry, op, num_weights, num_trained)
+    described = model_config.describe()
+    yield f"model: {config.load_model}, {described}, {num_weights:,} weights, {trained}"
+    memory = guess_memory(config, model_config, op, num_weights, num_trained)
     yield f"memory: about {memory / 2**30:.1f} GiB (a guess)"
     if config.strategy != "auto":
         yield f"strategy: {config.strategy} has nothing to share on one device, and changes nothing"
@@ -262,19 +263,21 @@ def _describe_shares(batches: Batches) -> Iterable[str]:
 
 
 def guess_memory(
-    config: TrainConfig, geometry: Geometry, op: str, num_weights: int, num_trained: int
+    config: TrainConfig, model_config: ModelConfig, op: str, num_weights: int, num_trained: int
 ) -> float:
     """Bytes that training may take: weights, what trains them, activations, logits."""
     assert config.ctx_len is not None and config.micro_bsz is not None
     size = dtype_of(config.precision).itemsize
     rows = config.ctx_len * config.micro_bsz
     # vectors of D that a block keeps for backward, and those that the chunked operator does
-    kept = rows * geometry.n_embd * (47 * size + (13 * 4 if op == "torch" else 0))
-    layers = geometry.n_layer
-    activations = kept + rows * geometry.n_embd * size * layers if config.grad_cp else kept * layers
+    kept = rows * model_config.n_embd * (47 * size + (13 * 4 if op == "torch" else 0))
+    layers = model_config.n_layer
+    activations = (
+        kept + rows * model_config.n_embd * size * layers if config.grad_cp else kept * layers
+    )
     # gradients and moments in float32, and what float32 values have more than 16-bit weights
     training = num_trained * (4 + 8 + (0 if size == 4 else 2))
-    logits = min(rows * geometry.vocab_size, 1 << 24) * 12
+    logits = min(rows * model_config.vocab_size, 1 << 24) * 12
     return num_weights * size + training + activations + logits
 
 

@@ -151,7 +151,7 @@ class States:
         self.plain: tuple[str, ...] = ()
         self.values: dict[str, Tensor] = {}
         if config.load_adapter:
-            saved = read_state(config.load_adapter, model.geometry)
+            saved = read_state(config.load_adapter, model.model_config)
             for name in self.parameters.names:
                 wanted = self.parameters.tensors(name)
                 if wanted.keys() != saved.keys():

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import rwkv_peft
-from rwkv_peft.checkpoint.pth import geometry_of, read_weights, write_like, write_weights
+from rwkv_peft.checkpoint.pth import infer_model_config, read_weights, write_like, write_weights
 from rwkv_peft.errors import CheckpointError, ConfigError
-from rwkv_peft.models.geometry import check_flags
+from rwkv_peft.models.config import check_flags
 
 
 class RunsCode:
@@ -19,13 +19,15 @@ class RunsCode:
         return os.system, ("touch was-here",)
 
 
-def test_geometry_is_read_from_names_and_shapes(make_model_file: Callable[..., Path]) -> None:
+def test_the_model_config_is_read_from_names_and_shapes(
+    make_model_file: Callable[..., Path],
+) -> None:
     ranks = {"w": 64, "a": 32, "v": 16, "g": 96}
     path = make_model_file(n_layer=3, ranks=ranks, dim_ffn=448, vocab_size=777)
-    geometry = geometry_of(read_weights(path))
-    assert (geometry.version, geometry.n_layer, geometry.n_embd) == ("x070", 3, 128)
-    assert (geometry.dim_ffn, geometry.vocab_size, geometry.n_head) == (448, 777, 2)
-    assert (geometry.ranks, geometry.has_first_value_mix) == (ranks, False)
+    model_config = infer_model_config(read_weights(path))
+    assert (model_config.version, model_config.n_layer, model_config.n_embd) == ("x070", 3, 128)
+    assert (model_config.dim_ffn, model_config.vocab_size, model_config.n_head) == (448, 777, 2)
+    assert (model_config.ranks, model_config.has_first_value_mix) == (ranks, False)
 
 
 @pytest.mark.parametrize(
@@ -43,10 +45,10 @@ def test_geometry_is_read_from_names_and_shapes(make_model_file: Callable[..., P
 def test_a_flag_that_contradicts_the_file_names_both_values(
     flag: str, value: int | str, model_file: Path
 ) -> None:
-    geometry = geometry_of(read_weights(model_file))
+    model_config = infer_model_config(read_weights(model_file))
     with pytest.raises(ConfigError, match=rf"--{flag} {value} contradicts .*it is \w+"):
-        check_flags(geometry, {flag: value}, str(model_file))
-    check_flags(geometry, {flag: 0}, str(model_file))
+        check_flags(model_config, {flag: value}, str(model_file))
+    check_flags(model_config, {flag: 0}, str(model_file))
 
 
 def test_saving_what_was_read_changes_no_bit(model_file: Path, tmp_path: Path) -> None:

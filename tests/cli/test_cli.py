@@ -42,7 +42,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = 
         lambda m, d, t: [m, d, "--my_testing", "x060"],
         "--my_testing x060 contradicts",
     ),
-    "wrong geometry": (lambda m, d, t: [m, d, "--n_layer", 12], "--n_layer 12 contradicts"),
+    "wrong model config": (lambda m, d, t: [m, d, "--n_layer", 12], "--n_layer 12 contradicts"),
     "empty data": (lambda m, d, t: [m, write(t / "e.jsonl", b"")], "the file is empty"),
     "broken line": (
         lambda m, d, t: [m, write(t / "b.jsonl", b'{"text": "a"}\n{"text\n')],
@@ -216,7 +216,7 @@ def test_merge_command_gives_the_file_that_training_wrote(
     )
 
 
-def test_inspect_tells_a_files_geometry_and_what_is_odd(
+def test_inspect_tells_a_files_model_config_and_what_is_odd(
     cli: Cli, make_model_file: Callable[..., Path]
 ) -> None:
     path = make_model_file()

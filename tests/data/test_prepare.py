@@ -274,7 +274,7 @@ def test_a_mask_of_a_binidx_pair_is_that_of_its_text(tmp_path: Path) -> None:
     [
         (lambda raw: b"X" + raw[1:], "not the index of a binidx pair"),
         (lambda raw: raw[:-3], "do not hold 2 documents"),
-        (lambda raw: raw[:17] + b"\x06" + raw[18:], "number type 6 cannot be read"),
+        (lambda raw: raw[:17] + b"\x06" + raw[18:], "dtype code 6 cannot be read"),
         (lambda raw: raw[:34] + b"\x03" + raw[35:], "do not follow one another"),
         (lambda raw: raw[:5], "not the index"),
     ],

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 import rwkv_peft
-from rwkv_peft.models.layers import Borders, shift_mix, squared_relu, token_shift
+from rwkv_peft.models.layers import PackingInfo, shift_mix, squared_relu, token_shift
 from rwkv_peft.ops.testing import packed_segments
 
 B, D = 2, 6
 
 
-def by_autograd(x: Tensor, shift: Tensor | None, borders: Borders, mix: Tensor) -> list[Tensor]:
-    last = token_shift(x, shift, borders)
+def by_autograd(x: Tensor, shift: Tensor | None, packing: PackingInfo, mix: Tensor) -> list[Tensor]:
+    last = token_shift(x, shift, packing)
     x, last = x.flatten(0, 1), last.flatten(0, 1)
     return [x + (last - x) * m for m in mix]
 
@@ -33,8 +33,8 @@ def results(
 
     x, mix, shift = draw(B, T, D), draw(num, B * T if has_all else 1, D), draw(B, D)
     inputs = [t.requires_grad_() for t in ((x, mix, shift) if has_all else (x, mix))]
-    borders = Borders.of(packed_segments(B, T)) if has_all else Borders()
-    mixed = form(x, shift if has_all else None, borders, mix)
+    packing = PackingInfo.of(packed_segments(B, T)) if has_all else PackingInfo()
+    mixed = form(x, shift if has_all else None, packing, mix)
     loss = torch.stack([(y * draw(B * T, D)).double().sum() for y in mixed]).sum()
     return [*(y.detach() for y in mixed), *torch.autograd.grad(loss, inputs)]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rwkv_peft.models.recompute import recomputed
+from rwkv_peft.models.recompute import recompute
 
 
 class Twice(torch.autograd.Function):
@@ -45,7 +45,7 @@ def loss_of(blocks: list[Block], x: Tensor, *, again: bool) -> Tensor:
     carry = None
     for block in blocks:
         args: tuple[Any, ...] = (x, 0.5, carry)
-        x, carry = recomputed(block, *args) if again else block(*args)
+        x, carry = recompute(block, *args) if again else block(*args)
     assert carry is not None
     return (x + carry).square().sum()
 
@@ -108,7 +108,7 @@ def test_nothing_inside_outlives_forward_and_each_tensor_goes_when_it_was_used()
         return x * x, None
 
     x = torch.randn(8, requires_grad=True)
-    y, _ = recomputed(function, x)
+    y, _ = recompute(function, x)
     assert [ref() for ref in made] == [None] * 4
     y.sum().backward()
     assert len(made) == 8
@@ -127,7 +127,7 @@ def test_an_error_of_the_second_call_is_told_and_the_generators_go_on(blocks: li
 
     calls: list[int] = []
     x = torch.randn(4, requires_grad=True)
-    y = recomputed(function, x)
+    y = recompute(function, x)
     torch.manual_seed(3)
     with pytest.raises(ValueError, match="the second call"):
         y.sum().backward()

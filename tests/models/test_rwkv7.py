@@ -9,7 +9,7 @@ from rwkv_peft.errors import ShapeError
 from rwkv_peft.models.base import RWKV
 
 TOLERANCE = 1e-4  # absolute, on logits of a few units
-GEOMETRIES = {
+MODEL_CONFIGS = {
     "two layers": {},
     "block 0 with an unused value mix": {"has_first_value_mix": True},
     "one layer": {"n_layer": 1},
@@ -31,14 +31,14 @@ def by_stretches(model: RWKV, tokens: torch.Tensor, *lengths: int) -> torch.Tens
     return torch.cat(logits, 1)[0]
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", MODEL_CONFIGS)
 @torch.inference_mode()
 def test_logits_equal_those_of_the_official_runtime(
     name: str, make_model_file: Callable[..., Path], official_logits: Callable[..., torch.Tensor]
 ) -> None:
-    path = make_model_file(**GEOMETRIES[name])
+    path = make_model_file(**MODEL_CONFIGS[name])
     model = rwkv_peft.load_model(path)
-    tokens = random_tokens(48, model.geometry.vocab_size)
+    tokens = random_tokens(48, model.model_config.vocab_size)
     official = official_logits(path, tokens[0].tolist())
     assert official.abs().max() > 0.5
     for ours in (

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rwkv_peft
-from rwkv_peft.checkpoint.pth import geometry_of, read_weights
+from rwkv_peft.checkpoint.pth import infer_model_config, read_weights
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import ShapeError
 from rwkv_peft.methods.attach import attach
@@ -39,7 +39,7 @@ def test_logits_equal_those_of_the_official_runtime(
     dtype = torch.bfloat16 if version == "x070" else torch.float32
     path = make_model_file(dtype=dtype, **VERSIONS[name])
     model = rwkv_peft.load_model(path)
-    assert model.geometry.version == version
+    assert model.model_config.version == version
     tokens = torch.randint(0, 320, (1, 48), generator=torch.Generator().manual_seed(1))
     official = official_logits(path, tokens[0].tolist(), version)
     assert official.abs().max() > 0.5
@@ -54,12 +54,14 @@ def test_logits_equal_those_of_the_official_runtime(
 
 
 @pytest.mark.parametrize("name", VERSIONS)
-def test_geometry_survives_the_file(name: str, make_model_file: Callable[..., Path]) -> None:
+def test_the_model_config_survives_the_file(
+    name: str, make_model_file: Callable[..., Path]
+) -> None:
     changes = VERSIONS[name]
-    geometry = geometry_of(read_weights(make_model_file(**changes)))
+    model_config = infer_model_config(read_weights(make_model_file(**changes)))
     for field, value in changes.items():
-        assert getattr(geometry, field) == value
-    assert (geometry.n_head, geometry.head_size) == (2, 64)
+        assert getattr(model_config, field) == value
+    assert (model_config.n_head, model_config.head_size) == (2, 64)
 
 
 @pytest.mark.parametrize("name", VERSIONS)

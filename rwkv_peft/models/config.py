@@ -10,7 +10,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Geometry:
+class ModelConfig:
     """Everything that fixes the tensors of a model.
 
     Attributes:
@@ -70,11 +70,11 @@ def detect_version(shapes: Shapes) -> str:
     return "x040"
 
 
-def read_geometry(shapes: Shapes) -> Geometry:
-    """The geometry of a file's tensors.
+def read_model_config(shapes: Shapes) -> ModelConfig:
+    """The model config of a file's tensors.
 
     Raises:
-        CheckpointError: the version is not supported, or a tensor that fixes the geometry is
+        CheckpointError: the version is not supported, or a tensor that fixes the model config is
             missing or has the wrong number of dimensions.
     """
     version = detect_version(shapes)
@@ -91,7 +91,7 @@ def read_geometry(shapes: Shapes) -> Geometry:
     dim_att = look("blocks.0.att.receptance.weight", 2)[0]
     if dim_att % n_head:
         raise CheckpointError(f"damaged RWKV file: {n_head} heads do not divide {dim_att} channels")
-    return Geometry(
+    return ModelConfig(
         version=version,
         n_layer=max(layers) + 1,
         n_embd=n_embd,
@@ -161,7 +161,7 @@ READERS: dict[str, Callable[[_Lookup], dict[str, Any]]] = {
 }
 
 
-# geometry flags of the command line, and the field that each must agree with
+# flags of the model config on the command line, and the field that each must agree with
 FLAGS = {
     "n_layer": "n_layer",
     "n_embd": "n_embd",
@@ -173,14 +173,16 @@ FLAGS = {
 }
 
 
-def check_flags(geometry: Geometry, flags: Mapping[str, int | str | None], file: str) -> None:
+def check_flags(
+    model_config: ModelConfig, flags: Mapping[str, int | str | None], file: str
+) -> None:
     """Compares what a user said of a model with what its file says; 0, "" and None say nothing.
 
     Raises:
         ConfigError: they differ; the message has both values.
     """
     for flag, name in FLAGS.items():
-        said, found = flags.get(flag), getattr(geometry, name)
+        said, found = flags.get(flag), getattr(model_config, name)
         if said and said != found:
             raise ConfigError(
                 f"--{flag} {said} contradicts {file}, where it is {found}: leave the flag out "
