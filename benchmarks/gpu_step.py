@@ -98,8 +98,10 @@ def timed_step(model: RWKV, optimizer: Optimizer, batch: Batch) -> tuple[float, 
     """Mean loss and seconds of an optimizer step of one micro-batch."""
     synchronize()
     started = time.perf_counter()
-    output = full_step(model, batch, l2wrap=1e-4)
-    optimizer.backward(output.objective_sum / output.num_tokens)
+    output = full_step(
+        model, batch, divisor=batch.num_trained, l2wrap=1e-4, backward=optimizer.backward
+    )
+    optimizer.clip().tolist()
     optimizer.step(lr=0.0)
     synchronize()
     seconds = time.perf_counter() - started

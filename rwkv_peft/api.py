@@ -15,7 +15,7 @@ from rwkv_peft.device import dtype_of
 from rwkv_peft.generation.engine import generate
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.training.loop import train
+from rwkv_peft.training.run import train
 
 __all__ = ["convert", "generate", "load_model", "merge", "train"]
 

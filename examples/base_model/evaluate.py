@@ -9,7 +9,7 @@ import rwkv_peft
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.prepare import read_documents
 from rwkv_peft.device import resolve_device
-from rwkv_peft.training.step import evaluate_loss
+from rwkv_peft.training.evaluate import evaluate_loss
 
 
 def bits_per_byte(path: str, data: str) -> tuple[float, float]:

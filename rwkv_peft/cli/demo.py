@@ -38,7 +38,7 @@ def run(args: Sequence[str]) -> int:
 
     from rwkv_peft.api import load_model, train
     from rwkv_peft.device import resolve_device
-    from rwkv_peft.training.plan import free_folder
+    from rwkv_peft.training.metrics import free_folder
 
     device = resolve_device(options.accelerator)
     print(
@@ -85,7 +85,7 @@ def held_out_loss(model: "RWKV") -> float:
     """Mean loss per token on the dialogues kept aside, in nats."""
     from rwkv_peft.data.prepare import read_documents
     from rwkv_peft.data.tokenizer import Tokenizer
-    from rwkv_peft.training.step import evaluate_loss
+    from rwkv_peft.training.evaluate import evaluate_loss
 
     documents = read_documents(
         DataConfig(data_file=str(HELD_OUT)), Tokenizer(model.model_config.vocab_size)

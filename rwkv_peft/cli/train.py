@@ -16,7 +16,7 @@ def run(args: Sequence[str]) -> int:
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
 
-    from rwkv_peft.training.loop import train
+    from rwkv_peft.training.run import train
 
     result = train(config)
     return 128 + result.signal if result.signal else 0

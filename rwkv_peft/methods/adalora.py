@@ -8,6 +8,9 @@ from torch import Tensor
 
 from rwkv_peft.methods.attach import ADAPTER, Attachment
 
+# what peft's allocator of ranks keeps of each number from step to step
+_IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
 
 class AdaLora:
     """The two duties that peft leaves to its own forward and to the training loop."""
@@ -55,3 +58,17 @@ class AdaLora:
         for parameter in narrow.values():
             parameter.grad = None
         return {n: values[n].masked_fill(p == 0, 0.0) for n, p in narrow.items() if ".lora_E." in n}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps taken, and how important each number was in them."""
+        allocator, config = self._tuner.rankallocator, self._tuner.peft_config[ADAPTER]
+        importance = {name: dict(getattr(allocator, name)) for name in _IMPORTANCE}
+        return {"step": self._step, "rank_pattern": config.rank_pattern, "importance": importance}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` gave."""
+        self._step = state["step"]
+        self._tuner.peft_config[ADAPTER].rank_pattern = state["rank_pattern"]
+        device = next(iter(self._attachment.values())).device
+        for name, values in state["importance"].items():
+            setattr(self._tuner.rankallocator, name, {n: x.to(device) for n, x in values.items()})

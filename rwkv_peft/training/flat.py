@@ -78,7 +78,7 @@ class Flat:
         size = -(-end // _ROW) * _ROW
         self._narrow = parameters[0].new_zeros(size)
         places = range(len(parameters))
-        self._addresses = [self._part(self._narrow, i).data_ptr() for i in places]
+        self._addresses = [self.part(self._narrow, i).data_ptr() for i in places]
         for i, parameter in enumerate(parameters):
             self.hold(i, parameter)
         self._has_halves = self._narrow.dtype == torch.bfloat16
@@ -99,25 +99,25 @@ class Flat:
         copy on a CPU.
         """
         if parameter.data_ptr() != self._addresses[i]:
-            view = self._part(self._narrow, i)
+            view = self.part(self._narrow, i)
             view.copy_(parameter)
             parameter.data = view
 
     def value(self, i: int) -> Tensor:
         """The float32 value of tensor `i`, in its shape."""
-        narrow, rest = self._part(self._narrow, i), self._part(self._rest, i)
+        narrow, rest = self.part(self._narrow, i), self.part(self._rest, i)
         return join(narrow, rest) if self._has_halves else rest
 
     def set(self, i: int, value: Tensor) -> None:
         """Gives tensor `i` a value of any type, on any device."""
-        narrow, rest = self._part(self._narrow, i), self._part(self._rest, i)
+        narrow, rest = self.part(self._narrow, i), self.part(self._rest, i)
         self._write(torch.empty_like(narrow, dtype=torch.float32).copy_(value), narrow, rest)
 
     def gradient(self, i: int) -> Tensor | None:
         """The part of `wide.grad` that is tensor `i`'s, None if no backward reached it."""
         if self.wide.grad is None or i not in self._added:
             return None
-        return self._part(self.wide.grad, i)
+        return self.part(self.wide.grad, i)
 
     @torch.no_grad()
     def add_gradients(self, gradients: Mapping[int, Tensor]) -> None:
@@ -125,7 +125,7 @@ class Flat:
         if self.wide.grad is None:
             self._added.clear()
             self.wide.grad = torch.zeros_like(self.wide, memory_format=torch.contiguous_format)
-        sums = {i: self._part(self.wide.grad, i) for i in gradients}
+        sums = {i: self.part(self.wide.grad, i) for i in gradients}
         first = gradients.keys() - self._added
         later = [i for i in gradients if i not in first]
         self._added |= first
@@ -160,7 +160,8 @@ class Flat:
             rest.copy_(wide)
             narrow.copy_(wide)
 
-    def _part(self, flat: Tensor, i: int) -> Tensor:
+    def part(self, flat: Tensor, i: int) -> Tensor:
+        """The view of tensor `i` in a tensor that lies as the buffer does, such as a moment."""
         # one call, where a slice and a view of it would be two, for hundreds of tensors a step
         return flat.as_strided(*self._places[i])
 

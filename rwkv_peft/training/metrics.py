@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from rwkv_peft.config import TEMPLATE_FILE, TrainConfig
+from rwkv_peft.config import TEMPLATE_FILE
+from rwkv_peft.training.settings import Settings
 from rwkv_peft.writing import atomic_write
 
 # without a terminal, at most one line of progress in so many seconds
@@ -43,33 +44,36 @@ class StepRecord:
 
 
 class RunFolder:
-    """The logs of one run in `proj_dir`; those of an earlier run are renamed, not overwritten."""
+    """The logs of a run in `proj_dir`.
 
-    def __init__(self, folder: str | Path) -> None:
+    Losses of an earlier run are renamed, not overwritten; a run that goes on appends to its own.
+    """
+
+    def __init__(self, folder: str | Path, *, appends: bool = False) -> None:
         self.path = Path(folder)
         self.path.mkdir(parents=True, exist_ok=True)
         losses = self.path / "loss_data.jsonl"
-        if losses.exists():
+        if losses.exists() and not appends:
             losses.rename(_free_name(losses))
-        self._losses = open(losses, "w", encoding="utf-8")  # noqa: SIM115 closed in __exit__
+        self._losses = open(losses, "a", encoding="utf-8")  # noqa: SIM115 closed in __exit__
         self._log = open(self.path / "train_log.txt", "a", encoding="utf-8")  # noqa: SIM115
         self.log(f"run begins {time.strftime('%Y-%m-%d %H:%M:%S')}")
 
-    def write_config(self, config: TrainConfig) -> None:
-        """Saves all effective values as config.yaml, which `--config` reads again.
+    def write_config(self, settings: Settings) -> None:
+        """Saves all settings as config.yaml, which `--config` reads again.
 
         A user's template is copied beside it, so that it stays what the model was trained with.
         """
         import yaml
 
         copy = self.path / TEMPLATE_FILE
-        if (template := Path(config.template)).is_file():
+        if (template := Path(settings.template)).is_file():
             source = template.read_bytes()
             with atomic_write(copy) as file:
                 file.write(source)
-            config = replace(config, template=str(copy))
+            settings = replace(settings, template=str(copy))
         with atomic_write(self.path / "config.yaml", "w") as file:
-            yaml.safe_dump(asdict(config), file, sort_keys=False, allow_unicode=True)
+            yaml.safe_dump(asdict(settings), file, sort_keys=False, allow_unicode=True)
 
     def log(self, line: str) -> None:
         """Appends a line to train_log.txt."""
@@ -94,6 +98,15 @@ def _free_name(path: Path) -> Path:
     while (free := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
         number += 1
     return free
+
+
+def free_folder(stem: str) -> str:
+    """The first of stem, stem-2, stem-3 … that does not exist."""
+    number, folder = 1, stem
+    while Path(folder).exists():
+        number += 1
+        folder = f"{stem}-{number}"
+    return folder
 
 
 class Display:

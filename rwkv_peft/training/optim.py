@@ -1,9 +1,8 @@
 """AdamW over float32 values of the trained tensors, with clipping and loss scaling."""
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +65,7 @@ class Optimizer:
         self._device = next(iter(trained.values())).device
         self._places: dict[Tensor, tuple[Flat, int]] = {}
         self._waiting = Gradients()
+        self._adamw_of: dict[Tensor, torch.optim.AdamW] = {}
         self._parts: list[_Part] = []
         self._clip_groups: dict[str, list[_Part]] = {}
         for (dtype, clip_group, scale, decays), parameters in kinds.items():
@@ -81,6 +81,7 @@ class Optimizer:
                     fused=self._device.type not in PLUGINS,
                 )
                 part = _Part(adamw, flat, scale, decays)
+                self._adamw_of |= dict.fromkeys(part.tensors, adamw)
                 self._parts.append(part)
                 self._clip_groups.setdefault(clip_group, []).append(part)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=uses_loss_scale)
@@ -128,9 +129,24 @@ class Optimizer:
         return flat.gradient(i)
 
     def backward(self, objective: Tensor) -> None:
-        """Adds the gradient of one micro-batch."""
+        """Adds the gradient of an objective (), such as that of one micro-batch."""
         self._scaler.scale(objective).backward()
         self._waiting.move()
+
+    @torch.no_grad()
+    def clip(self, before: Callable[[], None] | None = None) -> Tensor:
+        """Clips the gradients and gives their norms before that, one of each clip group.
+
+        The norms (groups,) are on the device, and nobody has waited for them.
+
+        Args:
+            before: may change the gradients first.
+        """
+        for part in self._parts:
+            self._scaler.unscale_(part.adamw)
+        if before:
+            before()
+        return torch.stack([self._clip(parts) for parts in self._clip_groups.values()])
 
     @torch.no_grad()
     def step(
@@ -138,40 +154,72 @@ class Optimizer:
         lr: float,
         weight_decay: float = 0.0,
         *,
-        before_step: Callable[[], None] | None = None,
-        after_step: Callable[["Optimizer"], None] | None = None,
-    ) -> float:
-        """Takes one step, clears the gradients and gives their norm before clipping.
+        is_finite: bool = True,
+        after: Callable[["Optimizer"], None] | None = None,
+    ) -> None:
+        """Takes one step by the gradients that `clip` left, and clears them.
 
         The decay acts on weight matrices of the model, and on nothing else unless asked to.
-        `before_step` may change the gradients; `after_step` finds them and the new values.
 
-        A step whose norm is not finite is not taken; with loss scaling that happens now and then,
-        and lowers the scale.
+        Args:
+            is_finite: whether the norms are; if not, no step is taken. With loss scaling that
+                happens now and then, and lowers the scale.
+            after: is called with the new values while the gradients are still there.
         """
-        for part in self._parts:
-            self._scaler.unscale_(part.adamw)
-        if before_step:
-            before_step()
-        norms = [self._clip(parts) for parts in self._clip_groups.values()]
-        # waits for the gradients, and nothing after it waits: a device steps while the host goes on
-        norm = math.hypot(*torch.stack(norms).tolist())
-        if math.isfinite(norm):
+        if is_finite:
             for parameter, (flat, i) in self._places.items():
                 flat.hold(i, parameter)
             for part in self._parts:
                 part.step(lr, weight_decay)
-            if after_step:
-                after_step(self)
+            if after:
+                after(self)
         self._scaler.update()
         for part in self._parts:
             part.adamw.zero_grad(set_to_none=True)
-        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Values and moments in float32 by the names of the tensors, and the loss scale."""
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self._parameters.items():
+            if parameter in self._places:
+                flat, i = self._places[parameter]
+                found = self._adamw_of[flat.wide].state[flat.wide]
+                moments[name] = {
+                    key: x if x.ndim == 0 else flat.part(x, i) for key, x in found.items()
+                }
+            else:
+                moments[name] = dict(self._adamw_of[parameter].state[parameter])
+        values = {name: value.detach() for name, value in self.values.items()}
+        return {"values": values, "moments": moments, "scaler": self._scaler.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` gave, on this optimizer's device.
+
+        Raises:
+            KeyError: it is of other tensors.
+        """
+        self.load(state["values"])
+        for name, moments in state["moments"].items():
+            parameter = self._parameters[name]
+            flat, i = self._places.get(parameter, (None, 0))
+            stepped: Tensor = flat.wide if flat else parameter
+            held = self._adamw_of[stepped].state[stepped]
+            for key, x in moments.items():
+                if x.ndim and key not in held:
+                    held[key] = torch.zeros_like(
+                        stepped, dtype=torch.float32, memory_format=torch.contiguous_format
+                    )
+                if x.ndim:
+                    (flat.part(held[key], i) if flat else held[key]).copy_(x)
+                else:
+                    held[key] = x.to(self._device, copy=True)
+        self._scaler.load_state_dict(state["scaler"])
 
     def _clip(self, parts: list["_Part"]) -> Tensor:
         """Clips gradients together and gives their norm before that."""
         measured = [x for part in parts for x in part.measured()]
-        norm = nn.utils.get_total_norm(measured, foreach=True).to(self._device)
+        norm: Tensor = nn.utils.get_total_norm(measured, foreach=True).to(self._device)
         if self._grad_clip:
             tensors = [x for part in parts for x in part.tensors]
             nn.utils.clip_grads_with_norm_(tensors, self._grad_clip, norm, foreach=True)

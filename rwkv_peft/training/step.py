@@ -1,72 +1,86 @@
-"""One micro-batch through a model."""
+"""One micro-batch: forward, loss and backward."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from rwkv_peft.data.batching import IGNORE, Batch, Batches
-from rwkv_peft.data.prepare import Documents
-from rwkv_peft.loss import head_loss
+from rwkv_peft.data.batching import IGNORE, Batch
+from rwkv_peft.loss import LossSums, head_loss
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.state import LayerState, RWKVState
 
 
 class StepOutput(NamedTuple):
-    """Sums over the trained tokens of one micro-batch, each by its weight.
+    """Sums over the trained tokens of one micro-batch.
 
     Attributes:
-        objective_sum: what is minimised; divided by the weights of the whole optimizer step.
-        loss_sum: cross-entropy in nats, for the log.
+        loss_sum: (), cross-entropy in nats, each token by its loss weight; on the device, so that
+            nobody waits for it during a step.
         num_tokens: trained tokens.
-        state: the layers' states after the last token.
     """
 
-    objective_sum: Tensor
     loss_sum: Tensor
     num_tokens: int
-    state: list[LayerState]
 
 
-Step = Callable[..., StepOutput]
+class Step(Protocol):
+    """What `train()` does with a micro-batch; a researcher's own function may take its place."""
+
+    def __call__(
+        self,
+        model: RWKV,
+        batch: Batch,
+        *,
+        state: RWKVState | None,
+        divisor: float,
+        l2wrap: float,
+        backward: Callable[[Tensor], None],
+    ) -> StepOutput:
+        """Computes the loss of a micro-batch and adds its gradient.
+
+        Args:
+            state: where the rows begin; the model's own start if None.
+            divisor: loss weights of the whole optimizer step, at least one: the objective's sum
+                over this micro-batch is divided by it.
+            l2wrap: factor of the penalty on large logits.
+            backward: adds the gradient of an objective (), which may be called more than once.
+        """
 
 
 def full_step(
-    model: RWKV, batch: Batch, state: RWKVState | None = None, *, l2wrap: float = 0.0
+    model: RWKV,
+    batch: Batch,
+    *,
+    state: RWKVState | None = None,
+    divisor: float = 1.0,
+    l2wrap: float = 0.0,
+    backward: Callable[[Tensor], None],
 ) -> StepOutput:
-    """Forward and loss of a whole micro-batch at once."""
+    """Takes whole rows through the model at once; see `Step`."""
+    sums, _ = forward_loss(model, batch, state, l2wrap=l2wrap)
+    backward(sums.objective / divisor)
+    return StepOutput(sums.cross_entropy, batch.num_trained)
+
+
+def forward_loss(
+    model: RWKV, batch: Batch, state: RWKVState | None = None, *, l2wrap: float = 0.0
+) -> tuple[LossSums, list[LayerState]]:
+    """Loss sums of a micro-batch, and the layers' states after its last tokens."""
     device = model.emb.weight.device
     # picked on the host: positions without a loss never meet the head
     trained = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)
-    targets = batch.targets.flatten()[trained].to(device)
-    weights = None if batch.weights is None else batch.weights.flatten()[trained].to(device)
-    segment_ids = None if batch.segment_ids is None else batch.segment_ids.to(device)
-    hidden, layers = model.hidden(batch.tokens.to(device), state, segment_ids=segment_ids)
-    rows = hidden.flatten(0, 1)[trained.to(device)]
-    objective, cross_entropy = head_loss(model.head, rows, targets, weights=weights, l2wrap=l2wrap)
-    return StepOutput(objective, cross_entropy, len(trained), layers)
+    targets = copy_to(batch.targets.flatten()[trained], device)
+    weights = None if batch.weights is None else copy_to(batch.weights.flatten()[trained], device)
+    segment_ids = None if batch.segment_ids is None else copy_to(batch.segment_ids, device)
+    hidden, layers = model.hidden(copy_to(batch.tokens, device), state, segment_ids=segment_ids)
+    rows = hidden.flatten(0, 1)[copy_to(trained, device)]
+    return head_loss(model.head, rows, targets, weights=weights, l2wrap=l2wrap), layers
 
 
-@torch.no_grad()
-def evaluate_loss(model: RWKV, documents: Documents) -> tuple[float, float]:
-    """Summed cross-entropy in nats over whole documents, and the tokens predicted.
-
-    Each token counts by its weight.
-    """
-    batches = Batches(
-        documents,
-        dataload="pad",
-        ctx_len=documents.longest,
-        micro_bsz=8,
-        seed=0,
-        is_shuffled=False,
-    )
-    was_training = model.training
-    model.eval()
-    total, weight = 0.0, 0.0
-    for batch in map(batches.__getitem__, range(len(batches))):
-        total += full_step(model, batch).loss_sum.item()
-        weight += batch.weight
-    model.train(was_training)
-    return total, weight
+def copy_to(x: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on a device, in a copy that the host does not wait for."""
+    if device.type == "cpu":
+        return x
+    return x.pin_memory().to(device, non_blocking=True)

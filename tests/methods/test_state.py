@@ -13,7 +13,7 @@ from rwkv_peft.checkpoint.pth import read_weights
 from rwkv_peft.checkpoint.state import write_state
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.methods.state import LearnedStates
-from rwkv_peft.training.loop import train
+from rwkv_peft.training.run import train
 
 TOKENS = torch.arange(1, 25).view(1, 24)
 SIXTH: dict[str, Any] = {"version": "x060", "ranks": {"maa": 16, "decay": 32}, "dim_ffn": 448}

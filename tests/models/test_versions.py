@@ -14,7 +14,7 @@ from rwkv_peft.errors import ShapeError
 from rwkv_peft.methods.attach import attach
 from rwkv_peft.ops.testing import packed_segments
 from rwkv_peft.state import RWKVState
-from rwkv_peft.training.loop import train
+from rwkv_peft.training.run import train
 
 SIXTH: dict[str, Any] = {"version": "x060", "ranks": {"maa": 16, "decay": 32}, "dim_ffn": 448}
 VERSIONS: dict[str, dict[str, Any]] = {

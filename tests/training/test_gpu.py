@@ -1,13 +1,15 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rwkv_peft.checkpoint.pth import read_weights
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.training.loop import train
+from rwkv_peft.training.run import train
+from rwkv_peft.training.step import StepOutput, full_step
 from tests.training.test_loop import losses
 
 
@@ -106,3 +108,33 @@ def test_on_a_gpu_too_a_state_that_no_row_of_a_step_has_does_not_move(
         for key, value in alone.items():
             assert value.abs().max() > 1e-3
             torch.testing.assert_close(together[f"rwkv-0-{name}"][key], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_micro_batch_waits_for_nothing_on_a_gpu(
+    model_file: Path, data_file: Path, tmp_path: Path
+) -> None:
+    calls = 0
+
+    def strict(*args: Any, **options: Any) -> StepOutput:
+        nonlocal calls
+        calls += 1
+        # kernels are compiled and memory is found in the first
+        torch.cuda.set_sync_debug_mode("error" if calls > 2 else "default")
+        try:
+            return full_step(*args, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    config = TrainConfig(
+        load_model=str(model_file),
+        data_file=str(data_file),
+        proj_dir=str(tmp_path / "out"),
+        peft_config={"r": 4, "lora_dropout": 0.1},
+        ctx_len=48,
+        micro_bsz=2,
+        epoch_count=3,
+        accelerator="gpu",
+    )
+    assert train(config, step=strict).signal == 0
+    assert calls > 6

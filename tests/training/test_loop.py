@@ -18,7 +18,7 @@ from rwkv_peft.checkpoint.adapter import read_adapter
 from rwkv_peft.checkpoint.pth import read_weights
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import TrainingError
-from rwkv_peft.training.loop import train
+from rwkv_peft.training.run import train
 from rwkv_peft.training.step import StepOutput, full_step
 
 Run = Callable[..., Any]
@@ -141,7 +141,7 @@ def test_split_and_whole_gradients_agree_to_a_millionth(
         assert micro_bsz > 1 or len({b.num_trained for b in micro_batches}) > 3
         count = sum(b.num_trained for b in micro_batches)
         for batch in micro_batches:
-            (full_step(model, batch, l2wrap=1e-4).objective_sum / count).backward()
+            full_step(model, batch, divisor=count, l2wrap=1e-4, backward=torch.Tensor.backward)
         gradients.append({n: p.grad for n, p in trained.items()})
     for other in gradients[1:]:
         for name, gradient in gradients[0].items():
@@ -255,8 +255,8 @@ def test_a_gradient_that_is_no_number_stops_before_the_weights_change(
     run: Run, tmp_path: Path
 ) -> None:
     def failing(model: Any, batch: Any, **options: Any) -> StepOutput:
-        output = full_step(model, batch, **options)
-        return output._replace(objective_sum=output.objective_sum * math.inf)
+        backward = options.pop("backward")
+        return full_step(model, batch, backward=lambda x: backward(x * math.inf), **options)
 
     with pytest.raises(TrainingError, match=r"the gradient is (nan|inf) at step 1"):
         run(failing)
@@ -322,3 +322,42 @@ def test_adalora_learns_and_gives_up_ranks(precision: str, run: Run) -> None:
     factors = [x for n, x in adapter_of(result).items() if ".lora_E" in n]
     kept = sum(int(x.count_nonzero()) for x in factors)
     assert kept == 2 * len(factors)
+
+
+def test_the_speed_counts_the_time_of_making_batches(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rwkv_peft.data.batching import Batches
+
+    make = Batches.__getitem__
+
+    def make_slowly(self: Batches, position: int) -> Any:
+        time.sleep(0.2)
+        return make(self, position)
+
+    monkeypatch.setattr(Batches, "__getitem__", make_slowly)
+    result = run(epoch_count=1, accumulate_grad_batches=2)
+    lines = (result.proj_dir / "loss_data.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert records[0]["t_cost"] >= 0.4
+    assert all(r["kt_s"] == pytest.approx(r["tokens"] / r["t_cost"] / 1000) for r in records)
+
+
+def test_nothing_of_a_micro_batch_is_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[bool] = []
+
+    def counting(model: Any, batch: Any, **options: Any) -> StepOutput:
+        with monkeypatch.context() as patch:
+            for name in ("item", "tolist", "__float__", "__bool__"):
+                read = getattr(torch.Tensor, name)
+                patch.setattr(
+                    torch.Tensor,
+                    name,
+                    lambda x, read=read: waits.append(x.is_floating_point()) or read(x),
+                )
+            output = full_step(model, batch, **options)
+        return output
+
+    run(counting, epoch_count=1, op="torch")
+    # integers of the batch lie on the host; all else may be on a device that is still at work
+    assert not any(waits)

@@ -8,7 +8,7 @@ from statistics import mean
 import pytest
 
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.training.loop import train
+from rwkv_peft.training.run import train
 from tests.methods.test_catalog import CASES
 
 # of a few steps these make little of the 5.9 that the loss is at first

@@ -62,8 +62,9 @@ def loss_and_gradients(
     weight = sum(batch.weight for batch in batches)
     total = torch.zeros((), dtype=torch.float64)
     for batch in batches:
-        output = full_step(model, batch, l2wrap=1e-2)
-        (output.objective_sum / weight).backward()
+        output = full_step(
+            model, batch, divisor=weight, l2wrap=1e-2, backward=torch.Tensor.backward
+        )
         total += output.loss_sum / weight
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return total, found

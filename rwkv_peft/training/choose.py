@@ -1,0 +1,190 @@
+"""Choosing what the user left open, once, when all that the choices depend on is known."""
+
+import math
+from dataclasses import fields, replace
+from secrets import randbelow
+from typing import Any, NamedTuple
+
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.data.batching import Batches
+from rwkv_peft.data.prepare import Documents
+from rwkv_peft.device import choose_precision
+from rwkv_peft.errors import ConfigError
+from rwkv_peft.methods.catalog import canonical
+from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.training.settings import Choice, Facts, Settings
+
+# longest row chosen without being asked: what recent official files were trained on
+MAX_CHOSEN_CTX = 4096
+# tokens of a micro-batch aimed at; more keeps a GPU busier but costs memory
+TOKENS_PER_MICRO_BATCH = 1024
+PACKED = "documents share rows, each with a state of its own, so that next to nothing is padding"
+# with fewer documents one pass is seldom enough
+SMALL_SET = 1000
+# numbers of one activation of all layers above which blocks are recomputed
+FEW_ACTIVATIONS = 2**24
+LORA_DEFAULTS = {"r": 32, "lora_alpha": 32}
+STATE_RATE = 0.1
+
+
+class Plan(NamedTuple):
+    """What a run will do.
+
+    Attributes:
+        settings: in which nothing is left open.
+        choices: what was chosen for it, in the order of choosing.
+        batches: all micro-batches.
+        micro_batches: of one epoch.
+        steps: optimizer steps of all epochs.
+    """
+
+    settings: Settings
+    choices: list[Choice]
+    batches: Batches
+    micro_batches: int
+    steps: int
+
+
+def choose(config: TrainConfig, facts: Facts) -> Plan:
+    """Settings from what the user said and what is known; what was said is never changed.
+
+    Raises:
+        ConfigError: settings contradict each other or the facts.
+        DataError: the documents give no row.
+    """
+    chooser = _Chooser(_with_method(config, facts))
+    _choose_run(chooser, facts, is_open=config.peft == "auto")
+    _choose_rows(chooser, facts.documents)
+    _choose_training(chooser, facts.documents, facts.model_config)
+    batches = make_batches(chooser.values, facts.documents)
+    micro_batches, steps = count_steps(chooser.values, len(batches))
+    chooser.choose("warmup_steps", min(100, steps // 20), "a twentieth of the steps")
+    return Plan(Settings(**chooser.values), chooser.choices, batches, micro_batches, steps)
+
+
+def make_batches(values: dict[str, Any], documents: Documents) -> Batches:
+    """The micro-batches of settings by their names."""
+    return Batches(
+        documents,
+        dataload=values["dataload"],
+        ctx_len=values["ctx_len"],
+        micro_bsz=values["micro_bsz"],
+        seed=values["random_seed"],
+        is_shuffled=bool(values["data_shuffle"]),
+        accumulate=values["accumulate_grad_batches"],
+    )
+
+
+def count_steps(values: dict[str, Any], micro_batches: int) -> tuple[int, int]:
+    """Micro-batches of an epoch and optimizer steps of all epochs, of so many in a pass."""
+    if values["epoch_steps"] and values["epoch_unit"] == "steps":
+        micro_batches = min(micro_batches, values["epoch_steps"])
+    steps = -(-micro_batches // values["accumulate_grad_batches"])
+    return micro_batches, steps * values["epoch_count"]
+
+
+class _Chooser:
+    """Values by name, those that were left open filled in one after the other."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.values = {f.name: getattr(config, f.name) for f in fields(config)}
+        self.choices: list[Choice] = []
+
+    def choose(self, name: str, value: object, reason: str) -> None:
+        """Takes a value for a field, unless the user gave one."""
+        if self.values[name] in (None, "", "auto"):
+            self.set(name, value, reason)
+
+    def set(self, name: str, value: object, reason: str) -> None:
+        """Takes a value for a field."""
+        self.values[name] = value
+        self.choices.append(Choice(name, value, reason))
+
+
+def _with_method(config: TrainConfig, facts: Facts) -> TrainConfig:
+    """The method under its name in peft, and the kind of training that goes with it."""
+    method, options = canonical(config.peft, config.peft_config)
+    if config.load_adapter:
+        if method not in ("auto", facts.saved_method):
+            raise ConfigError(
+                f"--peft {config.peft}: {config.load_adapter} holds {facts.saved_method}; leave "
+                "--peft out"
+            )
+        method, options = facts.saved_method, dict(config.peft_config)
+    train_type = config.train_type
+    if train_type != "none" and method in ("auto", "none"):
+        method = "state"
+    if method == "state" and train_type == "none":
+        train_type = "state"
+    if train_type != "none" and (method != "state" or config.train_parts):
+        what = f"--peft {method}" if method != "state" else "--train_parts"
+        raise ConfigError(f"--train_type {train_type} trains the state alone: leave out {what}")
+    return replace(config, peft=method, peft_config=options, train_type=train_type)
+
+
+def _choose_run(chooser: _Chooser, facts: Facts, *, is_open: bool) -> None:
+    """Folder, device, dtype, template, method and seed."""
+    values = chooser.values
+    chooser.choose("proj_dir", facts.free_folder, "the first free name")
+    chooser.choose("accelerator", str(facts.device), "found on this machine")
+    chooser.choose("precision", *choose_precision(facts.device))
+    is_sft = values["data_type"] == "sft"
+    reason = "as sft data always was" if is_sft else "RWKV's own dialogues"
+    chooser.choose("template", "alpaca" if is_sft else "chat", reason)
+    if is_open and values["load_adapter"]:
+        chooser.set("peft", values["peft"], "the method of load_adapter")
+    elif values["peft"] == "auto":
+        chooser.choose("peft", "lora", "needs little memory and gives small files")
+        if not values["peft_config"]:
+            reason = "a rank that suits most tasks, at a scale of 1"
+            chooser.set("peft_config", dict(LORA_DEFAULTS), reason)
+    if values["random_seed"] < 0:
+        chooser.set("random_seed", randbelow(2**31), "drawn; give it to repeat the run")
+
+
+def _choose_rows(chooser: _Chooser, documents: Documents) -> None:
+    """How documents become rows, and the size of a micro-batch."""
+    values = chooser.values
+    is_state = values["peft"] == "state"
+    if is_state and values["dataload"] in ("pack", "get"):
+        raise ConfigError(
+            f"--dataload {values['dataload']} cannot train states: only the first document of a "
+            "row would begin with its state; use --dataload pad"
+        )
+    if is_state:
+        reason = "the first document of a row alone begins with its state"
+        chooser.choose("dataload", "pad", reason)
+    chooser.choose("dataload", "pack", PACKED)
+    longest, is_static = documents.longest, values["dataload"] in ("pack", "get")
+    # short documents fill a row of many better than one of few
+    wanted = max(longest, min(TOKENS_PER_MICRO_BATCH, documents.num_targets) if is_static else 0)
+    wanted = min(MAX_CHOSEN_CTX, max(16, math.ceil(wanted / 16) * 16))
+    chooser.choose("ctx_len", wanted, f"the longest document has {longest} tokens")
+    ctx_len = values["ctx_len"]
+    typical = max(1, min(ctx_len, documents.num_targets // len(documents)))
+    micro_bsz, reason = TOKENS_PER_MICRO_BATCH // typical, f"a document has {typical} tokens"
+    if is_static:
+        micro_bsz, reason = TOKENS_PER_MICRO_BATCH // ctx_len, f"rows are full, of {ctx_len} tokens"
+    if values["dataload"] == "only":
+        micro_bsz, reason = 1, "--dataload only has one row a micro-batch"
+    chooser.choose("micro_bsz", max(1, min(8, micro_bsz)), reason)
+
+
+def _choose_training(chooser: _Chooser, documents: Documents, model_config: ModelConfig) -> None:
+    """Epochs, rates and recomputing."""
+    values = chooser.values
+    few = len(documents) < SMALL_SET
+    reason = f"{len(documents)} documents are {'few' if few else 'enough'}"
+    chooser.choose("epoch_count", 3 if few else 1, reason)
+    if values["peft"] == "none":
+        lr, reason = 3e-5 * math.sqrt(768 / model_config.n_embd), "full tuning at this width"
+    elif values["peft"] == "state":
+        lr, reason = STATE_RATE, "a state has far to go from zero"
+    else:
+        lr, reason = 2e-4, "usual for adapters"
+    chooser.choose("lr_init", float(f"{lr:.1g}"), reason)
+    chooser.choose("lr_final", values["lr_init"] / 10, "a tenth of lr_init")
+    rows = values["ctx_len"] * values["micro_bsz"]
+    is_deep = rows * model_config.n_layer * model_config.n_embd > FEW_ACTIVATIONS
+    reason = "saves memory" if is_deep else "the batch is small"
+    chooser.choose("grad_cp", int(is_deep), reason)

@@ -1,0 +1,231 @@
+"""What a run trains: all weights, an adapter or states, each with its files."""
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from rwkv_peft.checkpoint.adapter import attach_saved, write_adapter
+from rwkv_peft.checkpoint.fingerprint import fingerprint
+from rwkv_peft.checkpoint.merge import merge
+from rwkv_peft.checkpoint.older import Unsaved
+from rwkv_peft.checkpoint.pth import write_like
+from rwkv_peft.checkpoint.state import read_state, write_state
+from rwkv_peft.data.batching import IGNORE, Batch
+from rwkv_peft.errors import ConfigError
+from rwkv_peft.methods.adalora import AdaLora
+from rwkv_peft.methods.attach import Attachment, attach
+from rwkv_peft.methods.state import LearnedStates
+from rwkv_peft.models.base import RWKV
+from rwkv_peft.state import RWKVState
+from rwkv_peft.training.optim import Optimizer
+from rwkv_peft.training.settings import Settings
+
+
+class Saved(NamedTuple):
+    """The files of a save, None where there is none, and what is to be said of them."""
+
+    weights: Path | None
+    adapter: Path | None
+    remarks: tuple[str, ...] = ()
+
+
+class TrainTarget(Protocol):
+    """What the loop needs of it."""
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What is trained, by name."""
+
+    @property
+    def plain(self) -> Collection[str]:
+        """Names among them of the model's own tensors."""
+
+    @property
+    def initial_values(self) -> Mapping[str, Tensor]:
+        """Values of a saved adapter or state, as fine as float32, by name."""
+
+    @property
+    def clip_groups(self) -> Mapping[str, str] | None:
+        """Which tensors are clipped together, by name; None: all."""
+
+    def initial_state(self, batch: Batch) -> RWKVState | None:
+        """The state in which the rows of a micro-batch begin; None: the model's own start."""
+
+    def penalty(self) -> Tensor | None:
+        """An objective beside the loss, once an optimizer step."""
+
+    def before_clipping(self, micro_batches: Sequence[Batch]) -> None:
+        """Called between the gradients of a step and their clipping."""
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Called between the step and the clearing of its gradients."""
+
+    def save(self, stem: Path, values: Mapping[str, Tensor]) -> Saved:
+        """Writes the files whose names begin with `stem`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers from step to step, beside the values of its parameters."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` gave."""
+
+
+def make_target(
+    settings: Settings, model: RWKV, base: Mapping[str, Tensor], names: Collection[str], steps: int
+) -> TrainTarget:
+    """Attaches the method of a run to its model.
+
+    Args:
+        base: the tensors of the model's file.
+        names: of the states in the data; empty if it names none.
+        steps: optimizer steps of the run.
+    """
+    if settings.peft == "state":
+        return States(settings, model, sorted(names) or [""])
+    return Weights(settings, model, fingerprint(base), steps)
+
+
+class Weights:
+    """Weights of the model, or an adapter beside them, or both."""
+
+    clip_groups = None
+
+    def __init__(self, settings: Settings, model: RWKV, base: str, steps: int) -> None:
+        self._settings, self._base = settings, base
+        self.initial_values: Mapping[str, Tensor] = {}
+        if settings.load_adapter:
+            attachment, self.initial_values = attach_saved(
+                model,
+                settings.load_adapter,
+                unsaved=Unsaved(**settings.peft_config),
+                train_parts=settings.train_parts,
+                base_fingerprint=base,
+                force=settings.force,
+                is_fused=bool(settings.fused_adapter),
+            )
+        else:
+            options = dict(settings.peft_config)
+            if settings.peft == "adalora":
+                options.setdefault("total_step", steps)
+            attachment = attach(
+                model,
+                settings.peft,
+                options,
+                train_parts=settings.train_parts,
+                is_fused=bool(settings.fused_adapter),
+            )
+        self.parameters: Attachment = attachment
+        self.plain = attachment.plain
+        self._adalora = AdaLora(attachment) if AdaLora.is_in(attachment) else None
+
+    def initial_state(self, batch: Batch) -> RWKVState | None:
+        """The state in which the rows of a micro-batch begin: the model's own start."""
+        return None
+
+    def penalty(self) -> Tensor | None:
+        """AdaLoRA's objective beside the loss."""
+        return self._adalora.penalty() if self._adalora else None
+
+    def before_clipping(self, micro_batches: Sequence[Batch]) -> None:
+        """Called between the gradients of a step and their clipping."""
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Lets AdaLoRA move its ranks."""
+        if self._adalora:
+            optimizer.load(self._adalora.allocate(optimizer.gradients, optimizer.values))
+
+    def save(self, stem: Path, values: Mapping[str, Tensor]) -> Saved:
+        """Writes `stem`.pth with all weights, and the folder `stem`-adapter of an adapter."""
+        settings, weights = self._settings, stem.with_name(stem.name + ".pth")
+        if self.parameters.peft_model is None:
+            write_like(weights, settings.load_model, values)
+            return Saved(weights, None)
+        adapter = stem.with_name(stem.name + "-adapter")
+        write_adapter(
+            adapter, self.parameters, values, base=settings.load_model, base_fingerprint=self._base
+        )
+        if not settings.merge:
+            return Saved(None, adapter)
+        report = merge(settings.load_model, adapter, weights, force=True, compare=0)
+        remarks = (report.lines()[0],) if report.is_lossy else ()
+        return Saved(weights, adapter, remarks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What AdaLoRA remembers of earlier steps."""
+        return {"adalora": self._adalora.state_dict()} if self._adalora else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` gave."""
+        if self._adalora:
+            self._adalora.load_state_dict(state["adalora"])
+
+
+class States:
+    """Learned initial states over a frozen model."""
+
+    plain: tuple[str, ...] = ()
+
+    def __init__(self, settings: Settings, model: RWKV, names: list[str]) -> None:
+        is_full = settings.train_type == "fullstate"
+        self.parameters = LearnedStates(model, names, is_full=is_full)
+        # several states are to be what each is alone
+        self.clip_groups = {name: name.partition("/")[0] for name in self.parameters}
+        self.initial_values: dict[str, Tensor] = {}
+        if settings.load_adapter:
+            saved = read_state(settings.load_adapter, model.model_config)
+            for name in self.parameters.names:
+                wanted = self.parameters.tensors(name)
+                if wanted.keys() != saved.keys():
+                    raise ConfigError(
+                        f"--load_adapter {settings.load_adapter} holds a "
+                        f"{'plain' if is_full else 'full'} state: give --train_type "
+                        f"{'state' if is_full else 'fullstate'}"
+                    )
+                self.initial_values |= {self.parameters.key(name, n): x for n, x in saved.items()}
+
+    def initial_state(self, batch: Batch) -> RWKVState | None:
+        """The state in which the rows of a micro-batch begin."""
+        return self.parameters.rows(self._names(batch))
+
+    def penalty(self) -> Tensor | None:
+        """An objective beside the loss: there is none."""
+        return None
+
+    def before_clipping(self, micro_batches: Sequence[Batch]) -> None:
+        """Divides the gradient of each state by its own tokens, as if it were trained alone."""
+        # so far the loss was divided by the tokens of all states
+        tokens: dict[str, float] = {}
+        for batch in micro_batches:
+            weights = (batch.targets != IGNORE) if batch.weights is None else batch.weights
+            for name, count in zip(self._names(batch), weights.sum(1).tolist(), strict=True):
+                tokens[name] = tokens.get(name, 0.0) + count
+        total = sum(tokens.values())
+        for name, count in tokens.items():
+            for tensor in self.parameters.tensors(name).values():
+                if tensor.grad is not None and count:
+                    tensor.grad *= total / count
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Called between the step and the clearing of its gradients."""
+
+    def save(self, stem: Path, values: Mapping[str, Tensor]) -> Saved:
+        """Writes `stem`.pth with the state alone, or one such file for each of several."""
+        paths = []
+        for name in self.parameters.names:
+            path = stem.with_name(f"{stem.name}{'-' * bool(name)}{name}.pth")
+            write_state(path, self.parameters.tensors(name, values))
+            paths.append(path)
+        more = (f"saved {', '.join(str(p) for p in paths[1:])}",) if len(paths) > 1 else ()
+        return Saved(paths[0], None, more)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered from step to step: nothing but the states themselves."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` gave."""
+
+    def _names(self, batch: Batch) -> list[str]:
+        return batch.states or [self.parameters.names[0]] * len(batch.tokens)
