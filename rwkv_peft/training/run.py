@@ -1,34 +1,15 @@
 """The training run, from files to files."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from rwkv_peft.checkpoint.adapter import saved_method
-from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.data.prepare import read_documents
-from rwkv_peft.data.rows import first_documents
-from rwkv_peft.data.sources import find_sources
-from rwkv_peft.data.tokenizer import Tokenizer
-from rwkv_peft.device import resolve_device
-from rwkv_peft.models import build
-from rwkv_peft.models.base import RWKV
-from rwkv_peft.models.config import ModelConfig
-from rwkv_peft.ops.dispatch import Request
-from rwkv_peft.ops.selfcheck import require_right
-from rwkv_peft.training.choose import Plan, choose
-from rwkv_peft.training.describe import describe_model, describe_plan
 from rwkv_peft.training.interrupt import Interrupt
-from rwkv_peft.training.loop import Recorder, Run, run_steps
-from rwkv_peft.training.metrics import Display, RunFolder, free_folder
-from rwkv_peft.training.optim import Optimizer
-from rwkv_peft.training.settings import Facts, Settings
+from rwkv_peft.training.loop import run_steps
+from rwkv_peft.training.metrics import Display, RunFolder
+from rwkv_peft.training.prepare import prepare_run
+from rwkv_peft.training.recorder import Recorder
 from rwkv_peft.training.step import Step, full_step
-from rwkv_peft.training.target import TrainTarget, make_target
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,88 +58,3 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
         run_steps(run, (recorder.log, recorder.save_stopped, recorder.end_epoch))
     weights, adapter = (run.saved.weights, run.saved.adapter) if run.saved else (None, None)
     return Result(folder.path, weights, adapter, run.saved_loss, run.progress.step, run.stopped_by)
-
-
-def prepare_run(config: TrainConfig, *, step: Step = full_step) -> tuple[Run, list[str]]:
-    """A run that is ready for its first step, and what a person should read before it.
-
-    Raises:
-        RwkvPeftError: a file, a setting or the data cannot be used.
-    """
-    config.require_files()
-    find_sources(config.data_file, config.data_type)
-    base = read_weights(config.load_model)
-    facts = find_facts(config, base)
-    plan = choose(config, facts)
-    settings, states = plan.settings, facts.documents.states
-    torch.manual_seed(settings.random_seed)
-    model = load_base(settings, facts, base)
-    checked = require_right(
-        model.op,
-        Request(facts.device, settings.dtype, facts.model_config.head_size),
-        packed=settings.dataload == "pack",
-        heads=settings.micro_bsz * facts.model_config.n_head,
-    )
-    names = set() if states is None else set(states.tolist())
-    target = make_target(settings, model, base, names, plan.steps)
-    optimizer = make_optimizer(settings, target)
-    optimizer.load(target.initial_values)
-    lines = _describe(plan, facts.model_config, model, checked, _count(base), target)
-    return Run(plan, model, target, optimizer, step), list(lines)
-
-
-def find_facts(config: TrainConfig, base: Mapping[str, Tensor]) -> Facts:
-    """What the choice of settings depends on; reads and tokenises the data."""
-    model_config = infer_model_config(base)
-    device = resolve_device(config.accelerator)
-    folder = config.proj_dir or free_folder("out")
-    method = saved_method(config.load_adapter) if config.load_adapter else ""
-    documents = read_documents(config, Tokenizer(model_config.vocab_size))
-    if config.epoch_unit == "samples":
-        documents = first_documents(documents, config.epoch_steps)
-    return Facts(model_config, device, documents, folder, method)
-
-
-def load_base(settings: Settings, facts: Facts, base: Mapping[str, Tensor]) -> RWKV:
-    """The model of a run, frozen on its device."""
-    torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
-    device, dtype = facts.device, settings.dtype
-    model = build(facts.model_config, op=settings.op, device=device, dtype=dtype)
-    load_weights(model, base, device=device, dtype=dtype)
-    model.grad_cp = bool(settings.grad_cp)
-    return model
-
-
-def make_optimizer(settings: Settings, target: TrainTarget) -> Optimizer:
-    """The optimizer of a run over what it trains."""
-    return Optimizer(
-        target.parameters,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.adam_eps,
-        grad_clip=settings.grad_clip,
-        plain=target.plain,
-        raises_rates=bool(settings.layerwise_lr),
-        decays_adapter=bool(settings.adapter_decay),
-        uses_loss_scale=settings.dtype == torch.float16,
-        clip_groups=target.clip_groups,
-    )
-
-
-def _describe(
-    plan: Plan,
-    model_config: ModelConfig,
-    model: RWKV,
-    checked: str | None,
-    num_weights: int,
-    target: TrainTarget,
-) -> Iterator[str]:
-    num_trained, op = _count(target.parameters), model.op
-    yield from describe_model(plan.settings, model_config, op.name, num_weights, num_trained)
-    yield f"op: {op.name} ({op.reason})"
-    if checked:
-        yield checked
-    yield from describe_plan(plan)
-
-
-def _count(tensors: Mapping[str, Tensor]) -> int:
-    return sum(x.numel() for x in tensors.values())

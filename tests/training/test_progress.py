@@ -15,7 +15,7 @@ from rwkv_peft.config import TrainConfig
 from rwkv_peft.training.choose import choose
 from rwkv_peft.training.loop import Run, run_steps
 from rwkv_peft.training.metrics import RunFolder, StepRecord
-from rwkv_peft.training.run import find_facts, prepare_run
+from rwkv_peft.training.prepare import find_facts, prepare_run
 
 RUNS: dict[str, dict[str, Any]] = {
     "full": {"peft": "none"},

@@ -1,0 +1,45 @@
+"""What happens after a step: logging, showing, saving."""
+
+from rwkv_peft.training.interrupt import Interrupt
+from rwkv_peft.training.loop import Run
+from rwkv_peft.training.metrics import Display, RunFolder, StepRecord
+
+
+class Recorder:
+    """Logs, shows and saves after a step; the functions that `run_steps` calls are its methods."""
+
+    def __init__(self, folder: RunFolder, display: Display, interrupt: Interrupt) -> None:
+        self._folder, self._display, self._interrupt = folder, display, interrupt
+
+    def say(self, line: str) -> None:
+        """Shows a line to the user and keeps it in the log."""
+        self._display.line(line)
+        self._folder.log(line)
+
+    def log(self, run: Run, record: StepRecord) -> None:
+        """Notes every step."""
+        self._folder.record(record)
+        self._display.update(record)
+
+    def save_stopped(self, run: Run, record: StepRecord) -> None:
+        """Saves what was learned, and stops the run, when a signal asks for it."""
+        if not self._interrupt.signal:
+            return
+        run.stopped_by, step = self._interrupt.signal, run.progress.step
+        files = self._save(run, f"checkpoints/step-{step:06d}/rwkv")
+        self.say(f"stopped by signal {run.stopped_by} after step {step}, saved {files}")
+
+    def end_epoch(self, run: Run, record: StepRecord) -> None:
+        """Tells the loss of an epoch that is complete, and saves if it is its turn."""
+        if run.progress.position % run.plan.micro_batches or run.stopped_by:
+            return
+        line = f"epoch {record.epoch}: loss {run.progress.loss:.4f}"
+        if run.is_done or run.epoch % run.settings.epoch_save == 0:
+            line += f", saved {self._save(run, f'rwkv-{record.epoch}')}"
+        self.say(line)
+
+    def _save(self, run: Run, name: str) -> str:
+        saved = run.target.save(self._folder.path / name, run.optimizer.values)
+        run.saved, run.saved_loss = saved, run.progress.loss
+        files = " and ".join(str(p) for p in (saved.weights, saved.adapter) if p)
+        return "; ".join((files, *saved.remarks))
