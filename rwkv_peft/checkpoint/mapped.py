@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_peft.methods import fast
-from rwkv_peft.methods.merge import MergedWeights, split
+from rwkv_peft.methods.merge import MergedWeights, row_slices, split
 from rwkv_peft.models.base import RWKV
+from rwkv_peft.models.frozen import FrozenLinear
 
 # a tensor by its name in the model, as float32 pieces along its first dimension
 Pieces = Callable[[], Iterable[Tensor]]
@@ -19,8 +20,8 @@ def mapped(model: RWKV, merged: MergedWeights | None = None) -> RWKV:
     """The model itself, changed so that weights are float32 only while they are used.
 
     Of a plain linear layer these are a few rows at a time, of any other the tensors of the one
-    layer. An adapted layer computes by peft's own forward. The states that blocks leave are
-    dropped.
+    layer. An adapted layer computes by peft's own forward; where that may read the weight itself,
+    the weight must be stored dense. The states that blocks leave are dropped.
 
     Args:
         merged: tensors that take the place of the model's own, which must then be a plain one.
@@ -30,6 +31,9 @@ def mapped(model: RWKV, merged: MergedWeights | None = None) -> RWKV:
     def pieces(name: str, x: Tensor) -> Pieces:
         if merged is not None and name in merged.names:
             return lambda: merged.pieces(name)
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, FrozenLinear):
+            return lambda: (layer.dense(torch.float32, rows) for rows in row_slices(layer))
         return lambda: (piece.float() for piece in split(x.detach()))
 
     whole: list[str] = []
@@ -44,7 +48,7 @@ def mapped(model: RWKV, merged: MergedWeights | None = None) -> RWKV:
             parameter: pieces(f"{path}.{name}", parameter)
             for name, parameter in module.named_parameters(recurse=is_whole)
         }
-        if type(module) is nn.Linear:
+        if isinstance(module, nn.Linear):
             _compute_by(module, _linear(module, tensors[module.weight]))
         elif type(module) is nn.Embedding:
             _compute_by(module, _embedding(module))

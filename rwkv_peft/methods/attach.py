@@ -11,6 +11,7 @@ from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods import Method, factors, fast, residual
 from rwkv_peft.methods.catalog import is_residual, method_config
 from rwkv_peft.models.base import RWKV
+from rwkv_peft.models.frozen import FrozenLinear
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -140,11 +141,21 @@ def inject(model: nn.Module, config: "PeftConfig") -> "PeftModel":
     from peft import PeftModel
 
     _check_targets(model, config)
+    projections = [module for module in model.modules() if type(module) is FrozenLinear]
     try:
-        # the adapter keeps the model's type: its float32 values are the optimizer's
+        # peft's GLoRA adapts this very class and no subclass of it
+        _set_class(projections, nn.Linear)
+        # the adapter keeps the model's dtype: its float32 values are the optimizer's
         return PeftModel(model, config, ADAPTER, autocast_adapter_dtype=False)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ConfigError(f"peft_config: {' '.join(str(error).split())[:400]}") from error
+    finally:
+        _set_class(projections, FrozenLinear)
+
+
+def _set_class(modules: Sequence[nn.Module], new: type[nn.Module]) -> None:
+    for module in modules:
+        module.__class__ = new
 
 
 def _check_targets(model: nn.Module, config: "PeftConfig") -> None:

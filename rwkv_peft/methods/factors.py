@@ -80,7 +80,7 @@ def follow(peft_model: "PeftModel", tensors: Mapping[str, Tensor]) -> None:
             continue
         for layer in layers:
             if layer.frod_V is buffers:
-                u, _ = layer._calculate_frod_u_and_lambda(v, layer.get_base_layer().weight)
+                u, _ = layer._calculate_frod_u_and_lambda(v, layer.get_base_layer().dense())
                 (current,) = layer.frod_U.values()
                 # rounded as it was in training, however fine this model's type is
                 current.copy_(u.to(v.dtype))

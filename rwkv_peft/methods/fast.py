@@ -12,6 +12,8 @@ than a sum over shards, and its transpose than a copy to them. It is as exact: a
 
 A short step is bound by the host, a dozen microseconds a layer, so tensors are read from the
 dictionaries of modules: `nn.Module.__getattr__` and peft's containers cost as much as a product.
+The frozen layer, in whatever form it stores its weight, is asked for its two products alone; what
+it needs for the one in backward it has, so that nothing is saved for it.
 """
 
 from collections.abc import Callable
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_peft.methods.miss import shards, whole_block
+from rwkv_peft.models.frozen import FrozenLinear
 from rwkv_peft.ops.autograd import once_differentiable
 
 
@@ -47,12 +50,12 @@ class Form(NamedTuple):
 
     Attributes:
         forward: y (T, out) of x (T, in), called with a layer, its adapter's name, its frozen
-            weight, and x.
+            layer, and x.
         add: adds the change of a layer's rows to these rows of its weight (rows, in), in place;
             called with the layer, the rows as a slice, and the weight.
     """
 
-    forward: Callable[[Any, str, Tensor, Tensor], Tensor]
+    forward: Callable[[Any, str, FrozenLinear, Tensor], Tensor]
     add: Callable[[Any, slice, Tensor], None]
 
 
@@ -73,13 +76,13 @@ def _fast_class(layer: Any, form: Any) -> type[nn.Module]:
     """The subclass of a peft layer whose forward is `form` while its one adapter is at work."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        name, weight = self.fused_adapter, _weight(self._modules["base_layer"])
+        name, base = self.fused_adapter, self._modules["base_layer"]
         is_at_work = self.active_adapters == [name] and not self.disable_adapters
-        if not is_at_work or self.merged or x.dtype != weight.dtype:
+        if not is_at_work or self.merged or x.dtype != base.compute_dtype:
             plain: Tensor = layer.forward(self, x)
             return plain
         # the models give rows, for which no view has to be made and differentiated
-        y: Tensor = form(self, name, weight, x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
+        y: Tensor = form(self, name, base, x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
         return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
     return type(f"Fast{layer.__name__}", (layer,), {"forward": forward})
@@ -88,15 +91,7 @@ def _fast_class(layer: Any, form: Any) -> type[nn.Module]:
 def _is_plain(layer: Any) -> bool:
     base = layer.base_layer
     is_alone = len(layer.active_adapters) == 1
-    is_frozen = type(base) is nn.Linear and base.bias is None and not base.weight.requires_grad
-    return is_alone and is_frozen
-
-
-def _weight(base: nn.Module) -> Tensor:
-    """The frozen weight (out, in) of a base layer, in the type of the computation."""
-    weight = base._parameters["weight"]
-    assert weight is not None
-    return weight
+    return is_alone and isinstance(base, FrozenLinear) and not base.weight.requires_grad
 
 
 def _serves_lora(layer: Any) -> bool:
@@ -110,10 +105,10 @@ def _lora_matrices(layer: Any, name: str) -> tuple[Tensor, Tensor]:
     return first._parameters["weight"], second._parameters["weight"]
 
 
-def _lora(layer: Any, name: str, weight: Tensor, x: Tensor) -> Tensor:
+def _lora(layer: Any, name: str, base: FrozenLinear, x: Tensor) -> Tensor:
     rate = _dropout(layer._modules["lora_dropout"]._modules[name])
     a, b = _lora_matrices(layer, name)
-    y: Tensor = _LowRank.apply(x, weight, a, b, layer.scaling[name], rate, False)
+    y: Tensor = _LowRank.apply(x, base, a, b, layer.scaling[name], rate, False)
     return y
 
 
@@ -127,11 +122,11 @@ def _serves_miss(layer: Any) -> bool:
     return len(layer.miss_block) == 1 and layer.miss_fn != "bat"
 
 
-def _miss(layer: Any, name: str, weight: Tensor, x: Tensor) -> Tensor:
+def _miss(layer: Any, name: str, base: FrozenLinear, x: Tensor) -> Tensor:
     rate = _dropout(layer._modules["miss_dropout"]._modules[name])
     d = whole_block(layer, name)
     a = _shards(d.shape[0], x.shape[1], x.device, x.dtype)
-    y: Tensor = _LowRank.apply(x, weight, a, d, 1, rate, True)
+    y: Tensor = _LowRank.apply(x, base, a, d, 1, rate, True)
     return y
 
 
@@ -171,24 +166,24 @@ def _product(x: Tensor, y: Tensor, scale: float) -> Tensor:
 
 
 class _LowRank(torch.autograd.Function):
-    """y = x W^T + s drop(x) A^T B^T for x (T, in), W (out, in) frozen, A (r, in).
+    """y = x W^T + s drop(x) A^T B^T for x (T, in), W (out, in) of a frozen layer, A (r, in).
 
     B is (out, r), or (r, out) if `is_turned`.
     """
 
     @staticmethod
-    def forward(ctx: Any, x, w, a, b, scale, rate, is_turned):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, base, a, b, scale, rate, is_turned):  # type: ignore[no-untyped-def]
         dropped, mask = _drop(x, rate)
         # the narrow one is scaled, and kept so, as B's gradient wants it too
         u = _product(dropped, a.t(), scale)
-        ctx.scale, ctx.keep, ctx.is_turned = scale, 1 - rate, is_turned
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, w, a, b, u, mask)
-        return torch.mm(u, b if is_turned else b.t()).addmm_(x, w.t())
+        ctx.base, ctx.scale, ctx.keep, ctx.is_turned = base, scale, 1 - rate, is_turned
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, a, b, u, mask)
+        return base.add_product(torch.mm(u, b if is_turned else b.t()), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
-        x, w, a, b, u, mask = ctx.saved_tensors
+        x, a, b, u, mask = ctx.saved_tensors
         needs_x, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         dx = da = db = None
         if needs_b:
@@ -201,5 +196,5 @@ class _LowRank(torch.autograd.Function):
             dx = torch.mm(g, a)
             if mask is not None:
                 dx.mul_(mask).div_(ctx.keep)
-            dx.addmm_(dy, w)
+            ctx.base.add_transposed(dx, dy)
         return dx, None, da, db, None, None, None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rwkv_peft.methods import fast
 from rwkv_peft.methods.attach import ADAPTER, Attachment
 from rwkv_peft.models.base import RWKV
+from rwkv_peft.models.frozen import FrozenLinear
 
 # elements that are float32 at a time: few enough for a processor's cache
 PIECE = 1 << 18
@@ -68,7 +69,7 @@ class MergedWeights:
             saved: Tensor = getattr(owner.modules_to_save[ADAPTER], leaf).detach()
             return (x.float().clone() for x in split(saved))
         if form := fast.form_of(owner):
-            return _added(owner, form, getattr(owner.get_base_layer(), leaf).detach())
+            return _added(owner, form)
         return iter(split(_merged_by_peft(owner, leaf)))
 
 
@@ -76,17 +77,27 @@ def split(x: Tensor) -> tuple[Tensor, ...]:
     """A tensor as views of about `PIECE` elements along its first dimension."""
     if x.ndim == 0:
         return (x,)
-    pieces: tuple[Tensor, ...] = x.split(max(1, PIECE * len(x) // max(1, x.numel())))
+    pieces: tuple[Tensor, ...] = x.split(_rows_of_a_piece(len(x), x.numel()))
     return pieces
 
 
+def row_slices(layer: FrozenLinear) -> Iterator[slice]:
+    """The rows of a layer's weight that are one piece, as `split` cuts it."""
+    rows = layer.out_features
+    step = _rows_of_a_piece(rows, rows * layer.in_features)
+    return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
+
+
+def _rows_of_a_piece(rows: int, numel: int) -> int:
+    return max(1, PIECE * rows // max(1, numel))
+
+
 @torch.no_grad()
-def _added(owner: Any, form: fast.Form, weight: Tensor) -> Iterator[Tensor]:
-    start = 0
-    for rows in split(weight):
-        merged = rows.to(torch.float32, copy=True)
-        form.add(owner, slice(start, start + len(rows)), merged)
-        start += len(rows)
+def _added(owner: Any, form: fast.Form) -> Iterator[Tensor]:
+    base: FrozenLinear = owner.get_base_layer()
+    for rows in row_slices(base):
+        merged = base.dense(torch.float32, rows, copy=True)
+        form.add(owner, rows, merged)
         yield merged
 
 
@@ -95,7 +106,11 @@ def _merged_by_peft(owner: Any, leaf: str) -> Tensor:
     stored = dict(base.named_parameters(recurse=False))
     data = {key: parameter.data for key, parameter in stored.items()}
     for key, parameter in stored.items():
-        parameter.data = data[key].to(torch.float32, copy=True)
+        parameter.data = (
+            base.dense(torch.float32, copy=True)
+            if isinstance(base, FrozenLinear)
+            else data[key].to(torch.float32, copy=True)
+        )
     owner.merge()
     merged: Tensor = getattr(owner.get_base_layer(), leaf).detach()
     # put back as it was, not by peft's own way back, which would compute and round

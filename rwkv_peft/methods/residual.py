@@ -40,17 +40,17 @@ def begin(model: nn.Module, init: str) -> dict[str, Tensor]:
     for name, layer in layers(model):
         (adapter,) = layer.lora_A
         base: Any = layer.get_base_layer()
-        original = base.weight.data
+        stored, dtype = base.weight.data, base.compute_dtype
         # a copy, as peft's own initialisations write in place; its residual is not kept, since
-        # it is that of factors which the model's type has yet to round
-        base.weight.data = original.float().clone()
+        # it is that of factors which are yet to be rounded to the model's dtype
+        base.weight.data = base.dense(torch.float32, copy=True)
         if init.lower().startswith("pissa"):
             layer.pissa_init(adapter, init.lower())
         else:
             layer.olora_init(adapter)
         for factor in (layer.lora_A[adapter], layer.lora_B[adapter]):
-            factor.weight.data = factor.weight.data.to(original.dtype).contiguous()
-        base.weight.data = original
+            factor.weight.data = factor.weight.data.to(dtype).contiguous()
+        base.weight.data = stored
         start[f"{name}.lora_A.{adapter}.weight"] = layer.lora_A[adapter].weight.detach().clone()
         start[f"{name}.lora_B.{adapter}.weight"] = layer.lora_B[adapter].weight.detach().clone()
     take_out(model, start)
@@ -65,8 +65,8 @@ def take_out(model: nn.Module, start: Mapping[str, Tensor], sign: int = -1) -> N
         base: Any = layer.get_base_layer()
         a, b = (start[f"{name}.lora_{x}.{adapter}.weight"].float() for x in "AB")
         scale = sign * layer.scaling[adapter]
-        weight = torch.addmm(base.weight.float(), b.to(base.weight.device), a, alpha=scale)
-        base.weight.data = weight.to(base.weight.dtype)
+        weight = base.dense(torch.float32)
+        base.store(torch.addmm(weight, b.to(weight.device), a, alpha=scale))
 
 
 def joined(values: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:

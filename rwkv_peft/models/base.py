@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from rwkv_peft.errors import ShapeError
 from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.models.frozen import FrozenLinear
 from rwkv_peft.models.layers import PackingInfo
 from rwkv_peft.models.recompute import recompute
 from rwkv_peft.ops.dispatch import Choice
@@ -42,7 +43,7 @@ class RWKV(nn.Module):
             block(model_config, layer, op.function) for layer in range(model_config.n_layer)
         )
         self.ln_out = nn.LayerNorm(model_config.n_embd)
-        self.head = nn.Linear(model_config.n_embd, model_config.vocab_size, bias=False)
+        self.head = FrozenLinear(model_config.n_embd, model_config.vocab_size)
 
     def forward(
         self,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.models.frozen import FrozenLinear
 from rwkv_peft.models.layers import GROUP_NORM_EPS, PackingInfo, PlainBlock, shift_mix, squared_relu
 from rwkv_peft.ops.wkv6 import Kernel, wkv6
 from rwkv_peft.state import LayerState
@@ -41,11 +42,11 @@ class TimeMix(nn.Module):
         self.time_decay_w1 = nn.Parameter(torch.empty(D, ranks["decay"]))
         self.time_decay_w2 = nn.Parameter(torch.empty(ranks["decay"], D))
         self.time_faaaa = nn.Parameter(torch.empty(H, N))
-        self.receptance = nn.Linear(D, D, bias=False)
-        self.key = nn.Linear(D, D, bias=False)
-        self.value = nn.Linear(D, D, bias=False)
-        self.gate = nn.Linear(D, D, bias=False)
-        self.output = nn.Linear(D, D, bias=False)
+        self.receptance = FrozenLinear(D, D)
+        self.key = FrozenLinear(D, D)
+        self.value = FrozenLinear(D, D)
+        self.gate = FrozenLinear(D, D)
+        self.output = FrozenLinear(D, D)
         self.ln_x = nn.GroupNorm(H, D, eps=GROUP_NORM_EPS)
 
     def forward(
@@ -92,9 +93,9 @@ class ChannelMix(nn.Module):
         D = model_config.n_embd
         self.time_maa_k = nn.Parameter(torch.empty(1, 1, D))
         self.time_maa_r = nn.Parameter(torch.empty(1, 1, D))
-        self.key = nn.Linear(D, model_config.dim_ffn, bias=False)
-        self.receptance = nn.Linear(D, D, bias=False)
-        self.value = nn.Linear(model_config.dim_ffn, D, bias=False)
+        self.key = FrozenLinear(D, model_config.dim_ffn)
+        self.receptance = FrozenLinear(D, D)
+        self.value = FrozenLinear(model_config.dim_ffn, D)
 
     def forward(self, x: Tensor, shift: Tensor | None, packing: PackingInfo) -> Tensor:
         """Mixed x (B, T, D)."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.models.frozen import FrozenLinear
 from rwkv_peft.models.layers import GROUP_NORM_EPS, PackingInfo, shift_mix, squared_relu
 from rwkv_peft.ops.wkv7 import Kernel, wkv7
 from rwkv_peft.state import LayerState
@@ -56,10 +57,10 @@ class TimeMix(nn.Module):
             self.register_parameter(f"{name}1", nn.Parameter(torch.empty(D, ranks[name])))
             self.register_parameter(f"{name}2", nn.Parameter(torch.empty(ranks[name], D)))
         self.r_k = nn.Parameter(torch.empty(H, N))
-        self.receptance = nn.Linear(D, D, bias=False)
-        self.key = nn.Linear(D, D, bias=False)
-        self.value = nn.Linear(D, D, bias=False)
-        self.output = nn.Linear(D, D, bias=False)
+        self.receptance = FrozenLinear(D, D)
+        self.key = FrozenLinear(D, D)
+        self.value = FrozenLinear(D, D)
+        self.output = FrozenLinear(D, D)
         self.ln_x = nn.GroupNorm(H, D, eps=GROUP_NORM_EPS)
 
     def forward(
@@ -119,8 +120,8 @@ class ChannelMix(nn.Module):
     def __init__(self, model_config: ModelConfig) -> None:
         super().__init__()
         self.x_k = nn.Parameter(torch.empty(1, 1, model_config.n_embd))
-        self.key = nn.Linear(model_config.n_embd, model_config.dim_ffn, bias=False)
-        self.value = nn.Linear(model_config.dim_ffn, model_config.n_embd, bias=False)
+        self.key = FrozenLinear(model_config.n_embd, model_config.dim_ffn)
+        self.value = FrozenLinear(model_config.dim_ffn, model_config.n_embd)
 
     def forward(self, x: Tensor, shift: Tensor | None, packing: PackingInfo) -> Tensor:
         """Mixed x (B, T, D)."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import rwkv_peft
 from rwkv_peft.methods.attach import attach
 from rwkv_peft.methods.fast import _shards, fuse
+from rwkv_peft.models.frozen import FrozenLinear
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"r": 4, "lora_alpha": 12}),
@@ -29,7 +30,7 @@ class Projection(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(96, 64, generator=generator, dtype=torch.float64) / 8
-        self.key = nn.Linear(64, 96, bias=False)
+        self.key = FrozenLinear(64, 96)
         self.key.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
 
 
