@@ -22,7 +22,6 @@ from rwkv_peft.checkpoint.stream import Spec, write_tensors
 from rwkv_peft.device import dtype_of
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.methods.merge import Addition, MergedWeights, split
-from rwkv_peft.methods.state import state_from
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.writing import atomic_write
@@ -272,7 +271,7 @@ def _adapted(
     model = additions[0].model if is_one else _plain_model(_without_states(base))
     given = {n: x.float() for n, x in base.items() if n.endswith(STATE_SUFFIX)} | dict(states)
     if given:
-        model.initial_state = state_from(given, model.model_config)
+        model.initial_state = model.version.state.to_state(given, model.model_config)
     return mapped(model) if is_one else mapped(model, merged)
 
 

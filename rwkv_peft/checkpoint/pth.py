@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from rwkv_peft.checkpoint.stream import Spec, map_safetensors, write_tensors
 from rwkv_peft.errors import CheckpointError
-from rwkv_peft.methods.state import shapes, state_from
+from rwkv_peft.models import read_model_config
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.models.config import ModelConfig, read_model_config
+from rwkv_peft.models.config import ModelConfig
 
 LISTED_PROBLEMS = 12
 # end of the names of a learned state's tensors
@@ -105,7 +105,8 @@ def load_weights(
     expected = {name: tuple(x.shape) for name, x in model.named_parameters()}
     states = {name: x for name, x in weights.items() if name.endswith(STATE_SUFFIX)}
     if states:
-        wanted = shapes(model.model_config, is_full=len(states) > model.model_config.n_layer)
+        is_full = len(states) > model.model_config.n_layer
+        wanted = model.version.state.shapes(model.model_config, is_full)
         expected |= wanted if wanted.keys() >= states.keys() else {}
     problems = [f"missing {name}" for name in expected if name not in weights]
     problems += [f"unexpected {name}" for name in weights if name not in expected]
@@ -123,7 +124,7 @@ def load_weights(
         )
     if states:
         here = {name: x.to(device).float() for name, x in states.items()}
-        model.initial_state = state_from(here, model.model_config)
+        model.initial_state = model.version.state.to_state(here, model.model_config)
     for name in expected.keys() - states.keys():
         owner, _, leaf = name.rpartition(".")
         value = weights[name].to(device=device, dtype=dtype)

@@ -10,7 +10,7 @@ from rwkv_peft.checkpoint.older import old_method
 from rwkv_peft.checkpoint.pth import STATE_SUFFIX, read_weights
 from rwkv_peft.checkpoint.stream import Spec, write_tensors
 from rwkv_peft.errors import CheckpointError
-from rwkv_peft.methods.state import shapes, state_from
+from rwkv_peft.models import version_named
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.config import ModelConfig
 
@@ -50,14 +50,16 @@ def read_state(path: str | Path, model_config: ModelConfig) -> dict[str, Tensor]
             f"{next(iter(tensors), 'missing')}: give a file that --peft state wrote"
         )
     found = {n: tuple(x.shape) for n, x in states.items()}
-    for is_full in (False, True):
-        if found == shapes(model_config, is_full=is_full):
-            return states
-    wanted = shapes(model_config, is_full=False)
-    name = next((n for n in wanted if found.get(n) != wanted[n]), next(iter(found), "nothing"))
+    plain, full = (
+        version_named(model_config.version).state.shapes(model_config, is_full)
+        for is_full in (False, True)
+    )
+    if found in (plain, full):
+        return states
+    name = next((n for n in plain if found.get(n) != plain[n]), next(iter(found), "nothing"))
     raise CheckpointError(
         f"{path} is no state of this model ({model_config.describe()}): {name} is "
-        f"{found.get(name, 'missing')}, {wanted.get(name, 'not expected')} is needed; give a file "
+        f"{found.get(name, 'missing')}, {plain.get(name, 'not expected')} is needed; give a file "
         "that --peft state wrote for it"
     )
 
@@ -70,4 +72,4 @@ def load_state(model: RWKV, path: str | Path) -> None:
     """
     device = model.emb.weight.device
     tensors = {n: x.to(device) for n, x in read_state(path, model.model_config).items()}
-    model.initial_state = state_from(tensors, model.model_config)
+    model.initial_state = model.version.state.to_state(tensors, model.model_config)

@@ -46,21 +46,22 @@ def run(args: Sequence[str]) -> int:
 
     from rwkv_peft.checkpoint.pth import write_weights
     from rwkv_peft.device import dtype_of
+    from rwkv_peft.models import VERSIONS
     from rwkv_peft.models.config import ModelConfig
-    from rwkv_peft.models.initial import default_ranks, initial_weights
 
-    model_config = ModelConfig(
-        version="x070",
+    # the newest whose pre-training is known
+    name, fresh = next((version.name, version.fresh) for version in VERSIONS if version.fresh)
+    chosen = ModelConfig(
+        version=name,
         n_layer=options.n_layer,
         n_embd=options.n_embd,
         dim_att=options.n_embd,
         dim_ffn=options.dim_ffn or 4 * options.n_embd,
         head_size=options.head_size_a,
         vocab_size=options.vocab_size,
-        ranks=default_ranks(options.n_embd),
-        has_first_value_mix=False,
     )
-    weights = initial_weights(model_config, options.random_seed)
+    model_config = fresh.complete(chosen)
+    weights = fresh.weights(model_config, options.random_seed)
     dtype = dtype_of(options.precision)
     write_weights(options.output, {name: x.to(dtype) for name, x in weights.items()})
     count = sum(x.numel() for x in weights.values())

@@ -1,19 +1,9 @@
-"""What can be trained, and which modules a method adapts by default."""
+"""What can be trained, and the methods that choose the modules they adapt by themselves."""
 
 # none (all weights), state, or a method of Hugging Face peft; see `catalog.method_config`
 Method = str
 
-# as RWKV users know them: every large projection, not the low-rank maps, embedding or head
-_PROJECTIONS = ("receptance", "key", "value", "output")
-TARGET_MODULES = {
-    "x070": _PROJECTIONS,
-    "x060": (*_PROJECTIONS, "gate"),
-    "x052": (*_PROJECTIONS, "gate"),
-    "x051": (*_PROJECTIONS, "gate"),
-    "x050": _PROJECTIONS,
-}
-
-# methods that adapt something else than projections, or only some of them
+# methods that adapt other modules than a version's `target_modules`
 OWN_DEFAULTS: dict[str, dict[str, object]] = {
     "ia3": {
         "target_modules": ["att.key", "att.value", "ffn.value"],

@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 
 # name of the adapter inside peft
 ADAPTER = "default"
-# tensors of a file that no forward reads
-_UNREAD = {f"blocks.0.att.v{i}" for i in range(3)}
-# tensors of time mixing that train_parts calls `time`; RWKV-5 and 6 name theirs so themselves
-_TIME_OF_V7 = re.compile(r".*\.(x_[rwkvag]|[wav][012]|g[12]|k_k|k_a|r_k)$")
 
 
 class Attachment(dict[str, nn.Parameter]):
@@ -72,8 +68,7 @@ def attach(
     model.requires_grad_(False)
     parts = named_parts(model, train_parts)
     if method == "none":
-        trained = {n: p for n, p in model.named_parameters() if n not in _UNREAD}
-        return with_parts(model, Attachment({}), parts or trained)
+        return with_parts(model, Attachment({}), parts or _read_parameters(model))
     config = method_config(method, options, model.model_config.version)
     return with_parts(model, attach_config(model, config, is_fused=is_fused), parts)
 
@@ -96,18 +91,22 @@ def attach_config(model: RWKV, config: "PeftConfig", *, is_fused: bool = True) -
     return Attachment(trained, peft_model, start=start, init=init, factors=kept)
 
 
-def named_parts(model: nn.Module, parts: Sequence[str]) -> dict[str, nn.Parameter]:
-    """The tensors of a model whose names hold one of the substrings.
+def _read_parameters(model: RWKV) -> dict[str, nn.Parameter]:
+    """Those that its forward reads."""
+    return {n: p for n, p in model.named_parameters() if n not in model.version.unread}
+
+
+def named_parts(model: RWKV, parts: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The tensors of a model that `--train_parts` means by these words.
 
     Raises:
-        ConfigError: a substring is in no name.
+        ConfigError: a word is in no name.
     """
-    parameters = {n: p for n, p in model.named_parameters() if n not in _UNREAD}
+    parameters = _read_parameters(model)
     found: dict[str, nn.Parameter] = {}
     for part in parts:
-        names = [n for n in parameters if part in n]
-        if part == "time" and not names:
-            names = [n for n in parameters if _TIME_OF_V7.match(n)]
+        pattern = re.compile(model.version.parts.get(part, re.escape(part)))
+        names = [n for n in parameters if pattern.search(n)]
         if not names:
             leaves = sorted({n.removesuffix(".weight").rpartition(".")[2] for n in parameters})
             raise ConfigError(

@@ -6,7 +6,8 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from rwkv_peft.errors import ConfigError
-from rwkv_peft.methods import OWN_DEFAULTS, TARGET_MODULES
+from rwkv_peft.methods import OWN_DEFAULTS
+from rwkv_peft.models import version_named
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -101,7 +102,8 @@ def method_config(method: str, options: Mapping[str, Any], version: str) -> "Pef
             f"init_lora_weights={init!r} needs a pass over data or a quantised base before "
             "training: use true, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_4' or 'olora'"
         )
-    defaults = OWN_DEFAULTS.get(name) or {"target_modules": list(TARGET_MODULES[version])}
+    targets = list(version_named(version).target_modules)
+    defaults = OWN_DEFAULTS.get(name) or {"target_modules": targets}
     if any(options.get(key) for key in ("target_modules", "target_parameters")):
         defaults = {k: v for k, v in defaults.items() if not k.endswith("_modules")}
     try:

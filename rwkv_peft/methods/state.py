@@ -6,36 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.state import RWKVState
-
-
-def shapes(model_config: ModelConfig, *, is_full: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a state's tensors, as in files.
-
-    `blocks.{i}.att.time_state` (H, N, N), rows = value, columns = key. A full state also has
-    `att.ts_state` and `ffn.ts_state` (D,), what stands before the first token in the shifts.
-    """
-    heads = (model_config.n_head, model_config.head_size, model_config.head_size)
-    found: dict[str, tuple[int, ...]] = {}
-    for i in range(model_config.n_layer):
-        found[f"blocks.{i}.att.time_state"] = heads
-        if is_full:
-            found[f"blocks.{i}.att.ts_state"] = (model_config.n_embd,)
-            found[f"blocks.{i}.ffn.ts_state"] = (model_config.n_embd,)
-    return found
-
-
-def state_from(tensors: Mapping[str, Tensor], model_config: ModelConfig) -> RWKVState:
-    """The state of one row from the tensors of a file, differentiable in them."""
-    stacked = []
-    for kind, width in (("att", model_config.n_embd), ("ffn", model_config.n_embd)):
-        names = [f"blocks.{i}.{kind}.ts_state" for i in range(model_config.n_layer)]
-        zeros = next(iter(tensors.values())).new_zeros(width)
-        stacked.append(torch.stack([tensors.get(name, zeros) for name in names]).unsqueeze(1))
-    wkv = [tensors[f"blocks.{i}.att.time_state"] for i in range(model_config.n_layer)]
-    att, ffn = stacked
-    return RWKVState(att, ffn, torch.stack(wkv).unsqueeze(1))
 
 
 class LearnedStates(dict[str, nn.Parameter]):
@@ -49,7 +20,8 @@ class LearnedStates(dict[str, nn.Parameter]):
 
     def __init__(self, model: RWKV, names: Sequence[str] = ("",), *, is_full: bool = False) -> None:
         self.names, self._model_config = tuple(names), model.model_config
-        self._shapes = shapes(model.model_config, is_full=is_full)
+        self._format = model.version.state
+        self._shapes = self._format.shapes(model.model_config, is_full)
         device = model.emb.weight.device
         model.requires_grad_(False)
         super().__init__(
@@ -73,7 +45,10 @@ class LearnedStates(dict[str, nn.Parameter]):
 
         A state that no row begins with gets no gradient, and its optimizer does not step.
         """
-        states = {name: state_from(self.tensors(name), self._model_config) for name in set(names)}
+        states = {
+            name: self._format.to_state(self.tensors(name), self._model_config)
+            for name in set(names)
+        }
         if len(states) == 1:
             return states[names[0]].expand(len(names))
         rows = [states[name] for name in names]

@@ -1,27 +1,76 @@
-"""Models: which versions there are, and how one is built from a model_config."""
-
-from collections.abc import Callable
+"""Models: the table of versions, and how one is recognised and built."""
 
 import torch
-from torch import nn
 
+from rwkv_peft.errors import CheckpointError, ConfigError
+from rwkv_peft.models import rwkv5, rwkv6, rwkv7
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.models.config import ModelConfig
-from rwkv_peft.models.rwkv5 import Block as Block5
-from rwkv_peft.models.rwkv6 import Block as Block6
-from rwkv_peft.models.rwkv7 import Block as Block7
-from rwkv_peft.ops.dispatch import Backend, Request, select
-from rwkv_peft.ops.wkv6 import TABLE as WKV6
-from rwkv_peft.ops.wkv7 import TABLE as WKV7
+from rwkv_peft.models.config import ModelConfig, ShapeLookup, Shapes
+from rwkv_peft.models.version import Version
+from rwkv_peft.ops.dispatch import Request, select
 
-# version -> its block, its operator's name and table
-MODELS: dict[str, tuple[Callable[..., nn.Module], str, tuple[Backend, ...]]] = {
-    "x070": (Block7, "wkv7", WKV7),
-    "x060": (Block6, "wkv6", WKV6),
-    "x052": (Block5, "wkv6", WKV6),
-    "x051": (Block5, "wkv6", WKV6),
-    "x050": (Block5, "wkv6", WKV6),
-}
+# newest first: a file is of the first version that recognises it
+VERSIONS: tuple[Version, ...] = (rwkv7.VERSION, rwkv6.VERSION, *rwkv5.VERSIONS)
+
+
+def version_named(name: str) -> Version:
+    """The record of a version by its name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for version in VERSIONS:
+        if version.name == name:
+            return version
+    raise ConfigError(f"RWKV {name} is not known: there are {_names()}")
+
+
+def lr_factors() -> dict[str, float]:
+    """Learning-rate factors of all versions, by the end of a tensor's name."""
+    return {end: factor for version in VERSIONS for end, factor in version.lr_factors.items()}
+
+
+def read_model_config(shapes: Shapes) -> ModelConfig:
+    """The model config of a file's tensors.
+
+    Raises:
+        CheckpointError: it is no file of a version in the table, or a tensor that fixes the model
+            config is missing or has the wrong number of dimensions.
+    """
+    if "emb.weight" not in shapes or "head.weight" not in shapes:
+        known = ", ".join(list(shapes)[:3]) or "nothing"
+        raise CheckpointError(
+            f"not an RWKV model: it has no emb.weight and head.weight (it holds {known} …); "
+            "give an official .pth or .safetensors file"
+        )
+    version = next((v for v in VERSIONS if v.detect(shapes)), None)
+    if version is None:
+        raise CheckpointError(
+            f"this file holds RWKV x040, and only {_names()} can be used: give a file of one of "
+            "these, for example rwkv7-g1-0.1b or RWKV-x060-World-1B6"
+        )
+    look = ShapeLookup(shapes, version.name)
+    layers = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
+    vocab_size, n_embd = look("emb.weight", 2)
+    own = version.read(look)
+    n_head = own.pop("n_head")
+    dim_att = look("blocks.0.att.receptance.weight", 2)[0]
+    if dim_att % n_head:
+        raise CheckpointError(f"damaged RWKV file: {n_head} heads do not divide {dim_att} channels")
+    return ModelConfig(
+        version=version.name,
+        n_layer=max(layers) + 1,
+        n_embd=n_embd,
+        dim_att=dim_att,
+        dim_ffn=look("blocks.0.ffn.key.weight", 2)[0],
+        head_size=dim_att // n_head,
+        vocab_size=vocab_size,
+        **own,
+    )
+
+
+def _names() -> str:
+    return ", ".join(version.name for version in VERSIONS)
 
 
 def build(
@@ -38,8 +87,8 @@ def build(
     Raises:
         BackendUnavailableError: no backend, or not the one asked for, can serve.
     """
-    block, operator, table = MODELS[model_config.version]
+    version = version_named(model_config.version)
     request = Request(torch.device(device), dtype, model_config.head_size)
-    choice = select(operator, table, op, request)
+    choice = select(version.operator, version.backends, op, request)
     with torch.device("meta"):
-        return RWKV(model_config, block, choice)
+        return RWKV(model_config, version, choice)

@@ -1,7 +1,5 @@
 """The skeleton of every version: embedding, blocks, last norm, head; state in, state out."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +8,7 @@ from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.models.frozen import FrozenLinear
 from rwkv_peft.models.layers import PackingInfo
 from rwkv_peft.models.recompute import recompute
+from rwkv_peft.models.version import Version
 from rwkv_peft.ops.dispatch import Choice
 from rwkv_peft.ops.validation import require_segments
 from rwkv_peft.state import LayerState, RWKVState
@@ -20,27 +19,24 @@ class RWKV(nn.Module):
 
     Attributes:
         model_config: its shape.
+        version: the record of its version.
         op: the chosen backend of its operator.
         grad_cp: recompute each block in backward instead of keeping its activations.
         initial_state: of one row, where a text begins if no state is given; zeros if None. A file
             into which a learned state was merged brings one.
     """
 
-    def __init__(
-        self,
-        model_config: ModelConfig,
-        block: Callable[[ModelConfig, int, Callable[..., tuple[Tensor, Tensor]]], nn.Module],
-        op: Choice,
-    ) -> None:
+    def __init__(self, model_config: ModelConfig, version: Version, op: Choice) -> None:
         super().__init__()
-        self.model_config, self.op, self.grad_cp = model_config, op, False
+        self.model_config, self.version = model_config, version
+        self.op, self.grad_cp = op, False
         self.initial_state: RWKVState | None = None
         # an embedding that draws its own weights on the meta device loads a compiler to do so
         self.emb = nn.Embedding.from_pretrained(
             torch.empty(model_config.vocab_size, model_config.n_embd), freeze=False
         )
         self.blocks = nn.ModuleList(
-            block(model_config, layer, op.function) for layer in range(model_config.n_layer)
+            version.block(model_config, layer, op.function) for layer in range(model_config.n_layer)
         )
         self.ln_out = nn.LayerNorm(model_config.n_embd)
         self.head = FrozenLinear(model_config.n_embd, model_config.vocab_size)

@@ -5,6 +5,7 @@ Source: RWKV-LM, RWKV-v7/train_temp/src/model.py, `__init__` of both mixers and
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,12 @@ def default_ranks(n_embd: int) -> dict[str, int]:
         return max(32, round(factor * math.sqrt(n_embd) / 32) * 32)
 
     return {"w": width(2.5), "a": width(2.5), "v": width(1.7), "g": width(5.0)}
+
+
+def with_default_ranks(model_config: ModelConfig) -> ModelConfig:
+    """The config of a new model whose maker chose all but the low-rank widths."""
+    ranks = default_ranks(model_config.n_embd)
+    return replace(model_config, ranks=ranks, has_first_value_mix=False)
 
 
 def initial_weights(model_config: ModelConfig, seed: int) -> dict[str, Tensor]:

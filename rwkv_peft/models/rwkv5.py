@@ -4,11 +4,14 @@ B batch, T time, D width, F feed-forward width, H heads, N head size.
 Source: RWKV-LM, RWKV-v5/src/model.py, `RWKV_TimeMix_RWKV5`; ChatRWKV for 5.0 and 5.1.
 """
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.models.config import ModelConfig, ShapeLookup, Shapes
 from rwkv_peft.models.frozen import FrozenLinear
 from rwkv_peft.models.layers import (
     GROUP_NORM_EPS,
@@ -17,7 +20,9 @@ from rwkv_peft.models.layers import (
     squared_relu,
     token_shift,
 )
-from rwkv_peft.ops.wkv6 import Kernel, wkv6
+from rwkv_peft.models.time_state import TIME_STATE
+from rwkv_peft.models.version import Version
+from rwkv_peft.ops.wkv6 import TABLE, Kernel, wkv6
 from rwkv_peft.state import LayerState
 
 
@@ -111,3 +116,45 @@ class Block(PlainBlock):
         super().__init__(
             model_config, layer, TimeMix(model_config, kernel), ChannelMix(model_config)
         )
+
+
+def _detected_name(shapes: Shapes) -> str:
+    decay = shapes.get("blocks.0.att.time_decay")
+    if decay is None or "blocks.0.att.ln_x.weight" not in shapes:
+        return ""
+    if "blocks.0.att.gate.weight" not in shapes:
+        return "x050"
+    return "x052" if len(decay) == 2 and decay[1] > 1 else "x051"
+
+
+def _read(look: ShapeLookup) -> dict[str, Any]:
+    return {
+        "n_head": look.shapes["blocks.0.att.time_decay"][0],
+        "has_time_first": "blocks.0.att.time_first" in look.shapes,
+    }
+
+
+_X052 = Version(
+    name="x052",
+    detect=lambda shapes: _detected_name(shapes) == "x052",
+    read=_read,
+    block=Block,
+    operator="wkv6",
+    backends=TABLE,
+    target_modules=("receptance", "key", "value", "output", "gate"),
+    unread=frozenset(),
+    parts={},
+    lr_factors={"att.time_decay": 2.0, "att.time_first": 3.0},
+    state=TIME_STATE,
+    fresh=None,
+)
+VERSIONS = (
+    _X052,
+    replace(_X052, name="x051", detect=lambda shapes: _detected_name(shapes) == "x051"),
+    replace(
+        _X052,
+        name="x050",
+        detect=lambda shapes: _detected_name(shapes) == "x050",
+        target_modules=("receptance", "key", "value", "output"),
+    ),
+)

@@ -4,14 +4,18 @@ B batch, T time, D width, F feed-forward width, H heads, N head size.
 Source: RWKV-LM, RWKV-v5/src/model.py, `RWKV_Tmix_x060` and `RWKV_CMix_x060`.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.models.config import ModelConfig, ShapeLookup
 from rwkv_peft.models.frozen import FrozenLinear
 from rwkv_peft.models.layers import GROUP_NORM_EPS, PackingInfo, PlainBlock, shift_mix, squared_relu
-from rwkv_peft.ops.wkv6 import Kernel, wkv6
+from rwkv_peft.models.time_state import TIME_STATE
+from rwkv_peft.models.version import Version
+from rwkv_peft.ops.wkv6 import TABLE, Kernel, wkv6
 from rwkv_peft.state import LayerState
 
 
@@ -113,3 +117,29 @@ class Block(PlainBlock):
         super().__init__(
             model_config, layer, TimeMix(model_config, kernel), ChannelMix(model_config)
         )
+
+
+def _read(look: ShapeLookup) -> dict[str, Any]:
+    return {
+        "n_head": look("blocks.0.att.time_faaaa", 2)[0],
+        "ranks": {
+            "maa": look("blocks.0.att.time_maa_w2", 3)[1],
+            "decay": look("blocks.0.att.time_decay_w1", 2)[1],
+        },
+    }
+
+
+VERSION = Version(
+    name="x060",
+    detect=lambda shapes: "blocks.0.att.time_maa_x" in shapes,
+    read=_read,
+    block=Block,
+    operator="wkv6",
+    backends=TABLE,
+    target_modules=("receptance", "key", "value", "output", "gate"),
+    unread=frozenset(),
+    parts={},
+    lr_factors={"att.time_decay": 2.0},
+    state=TIME_STATE,
+    fresh=None,
+)

@@ -4,14 +4,19 @@ B batch, T time, D width, F feed-forward width, H heads, N head size.
 Source: RWKV-LM, RWKV-v7/train_temp/src/model.py and rwkv_v7_demo_rnn.py.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.models.config import ModelConfig, ShapeLookup
 from rwkv_peft.models.frozen import FrozenLinear
+from rwkv_peft.models.initial import initial_weights, with_default_ranks
 from rwkv_peft.models.layers import GROUP_NORM_EPS, PackingInfo, shift_mix, squared_relu
-from rwkv_peft.ops.wkv7 import Kernel, wkv7
+from rwkv_peft.models.time_state import TIME_STATE
+from rwkv_peft.models.version import FreshModel, Version
+from rwkv_peft.ops.wkv7 import TABLE, Kernel, wkv7
 from rwkv_peft.state import LayerState
 
 
@@ -160,3 +165,35 @@ class Block(nn.Module):
         ffn_in = self.ln2(x)
         x = x + self.ffn(ffn_in, None if state is None else state.ffn_shift, packing)
         return x, v_first, LayerState(att_in[:, -1], ffn_in[:, -1], wkv)
+
+
+def _read(look: ShapeLookup) -> dict[str, Any]:
+    # block 0 may have no value mix, and the narrowest model has no other block
+    value_mix = "blocks.1.att.v1" if "blocks.1.att.v1" in look.shapes else "blocks.0.att.v1"
+    has_value_mix = value_mix in look.shapes
+    return {
+        "n_head": look("blocks.0.att.r_k", 2)[0],
+        "ranks": {
+            "w": look("blocks.0.att.w1", 2)[1],
+            "a": look("blocks.0.att.a1", 2)[1],
+            "v": look(value_mix, 2)[1] if has_value_mix else 0,
+            "g": look("blocks.0.att.g1", 2)[1],
+        },
+        "has_first_value_mix": "blocks.0.att.v0" in look.shapes,
+    }
+
+
+VERSION = Version(
+    name="x070",
+    detect=lambda shapes: "blocks.0.att.r_k" in shapes,
+    read=_read,
+    block=Block,
+    operator="wkv7",
+    backends=TABLE,
+    target_modules=("receptance", "key", "value", "output"),
+    unread=frozenset({"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}),
+    parts={"time": r"\.(x_[rwkvag]|[wav][012]|g[12]|k_k|k_a|r_k)$"},
+    lr_factors={"att.w0": 2.0},
+    state=TIME_STATE,
+    fresh=FreshModel(with_default_ranks, initial_weights),
+)

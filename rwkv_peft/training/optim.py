@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_peft.device import PLUGINS
+from rwkv_peft.models import lr_factors
 from rwkv_peft.training.flat import Flat, Gradients, pack
 
-# official pre-training gives these vectors higher rates
-RATES = {"att.w0": 2.0, "att.time_decay": 2.0, "att.time_first": 3.0}
 _T = TypeVar("_T")
 
 
@@ -58,7 +57,7 @@ class Optimizer:
             is_plain = name in plain
             is_matrix = parameter.ndim == 2 and (name.endswith(".weight") or not is_plain)
             decays = is_matrix and (is_plain or decays_adapter)
-            rates = [rate for end, rate in RATES.items() if name.endswith(end)]
+            rates = [rate for end, rate in lr_factors().items() if name.endswith(end)]
             scale = rates[0] if rates and is_plain and raises_rates else 1.0
             kind = (parameter.dtype, (clip_groups or {}).get(name, ""), scale, decays)
             kinds.setdefault(kind, {})[parameter] = None

@@ -1,6 +1,7 @@
 """The check of a kernel before training, given kernels that are wrong on purpose."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import rwkv_peft.models
 from rwkv_peft.errors import BackendUnavailableError, TrainingError
+from rwkv_peft.models import rwkv7
 from rwkv_peft.ops.dispatch import Backend, Choice, Request, select
 from rwkv_peft.ops.selfcheck import check, require_right
 from rwkv_peft.ops.testing import OPERATORS
@@ -144,9 +146,9 @@ def test_a_run_checks_its_kernel_before_it_begins(
     cli: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    block, name, table = rwkv_peft.models.MODELS["x070"]
     row = Backend("stub", lambda: kernel, lambda request: None, "of this test")
-    monkeypatch.setitem(rwkv_peft.models.MODELS, "x070", (block, name, (row, *table)))
+    version = replace(rwkv7.VERSION, backends=(row, *rwkv7.VERSION.backends))
+    monkeypatch.setattr(rwkv_peft.models, "VERSIONS", (version,))
     folder = tmp_path / "out"
     flags = ["--accelerator", "cpu", "--precision", "fp32", "--ctx_len", 16, "--epoch_count", 1]
     done = cli("train", model_file, data_file, "--proj_dir", folder, *flags)

@@ -11,7 +11,7 @@ import torch
 import rwkv_peft
 from rwkv_peft.data.batching import Batch, Batches
 from rwkv_peft.data.prepare import Documents
-from rwkv_peft.models import MODELS
+from rwkv_peft.models import version_named
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.ops.dispatch import Request
 from rwkv_peft.training.step import full_step
@@ -25,7 +25,7 @@ REQUEST = Request(torch.device("cpu"), torch.float64, 64)
 CASES = [
     (version, backend.name)
     for version in VERSIONS
-    for backend in MODELS[version][2]
+    for backend in version_named(version).backends
     if backend.objection(REQUEST) is None
 ]
 # float64 rounds at 1e-16; each gradient is a sum of 1e4 to 1e5 terms that largely cancel
