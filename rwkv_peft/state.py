@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class LayerState:
+class LayerState(NamedTuple):
     """One layer's part of a state; None in place of it means all zeros.
 
     Attributes:
@@ -22,8 +21,7 @@ class LayerState:
     wkv: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class RWKVState:
+class RWKVState(NamedTuple):
     """State of a whole model.
 
     Attributes:
@@ -38,31 +36,20 @@ class RWKVState:
     @classmethod
     def from_layers(cls, layers: list[LayerState]) -> RWKVState:
         """Stacks the states of all layers."""
-        return cls(
-            torch.stack([layer.att_shift for layer in layers]),
-            torch.stack([layer.ffn_shift for layer in layers]),
-            torch.stack([layer.wkv for layer in layers]),
-        )
+        return cls(*map(torch.stack, zip(*layers, strict=True)))
 
     def layers(self) -> list[LayerState]:
         """The parts of the layers, as views whose gradients are gathered once."""
-        parts = zip(
-            self.att_shift.unbind(), self.ffn_shift.unbind(), self.wkv.unbind(), strict=True
-        )
-        return [LayerState(*part) for part in parts]
+        return [LayerState(*part) for part in zip(*(x.unbind() for x in self), strict=True)]
 
     def detach(self) -> RWKVState:
         """The same values, cut from the graph that made them."""
-        return RWKVState(self.att_shift.detach(), self.ffn_shift.detach(), self.wkv.detach())
+        return RWKVState(*(x.detach() for x in self))
 
     def expand(self, batch: int) -> RWKVState:
         """A state of one row, repeated for `batch` rows without a copy."""
-        return RWKVState(
-            self.att_shift.expand(-1, batch, -1),
-            self.ffn_shift.expand(-1, batch, -1),
-            self.wkv.expand(-1, batch, -1, -1, -1),
-        )
+        return RWKVState(*(x.expand(-1, batch, *x.shape[2:]) for x in self))
 
     def select(self, rows: Tensor) -> RWKVState:
         """The rows of a batch named by an index tensor (B',), copied."""
-        return RWKVState(self.att_shift[:, rows], self.ffn_shift[:, rows], self.wkv[:, rows])
+        return RWKVState(*(x[:, rows] for x in self))

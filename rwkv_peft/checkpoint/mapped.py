@@ -33,7 +33,8 @@ def mapped(model: RWKV, merged: MergedWeights | None = None) -> RWKV:
             return lambda: merged.pieces(name)
         layer = model.get_submodule(name.rpartition(".")[0])
         if isinstance(layer, FrozenLinear):
-            return lambda: (layer.dense(torch.float32, rows) for rows in row_slices(layer))
+            slices = row_slices((layer.out_features, layer.in_features))
+            return lambda: (layer.dense(torch.float32, rows) for rows in slices)
         return lambda: (piece.float() for piece in split(x.detach()))
 
     whole: list[str] = []

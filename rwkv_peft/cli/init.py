@@ -60,8 +60,7 @@ def run(args: Sequence[str]) -> int:
         head_size=options.head_size_a,
         vocab_size=options.vocab_size,
     )
-    model_config = fresh.complete(chosen)
-    weights = fresh.weights(model_config, options.random_seed)
+    model_config, weights = fresh(chosen, options.random_seed)
     dtype = dtype_of(options.precision)
     write_weights(options.output, {name: x.to(dtype) for name, x in weights.items()})
     count = sum(x.numel() for x in weights.values())

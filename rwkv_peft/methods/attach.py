@@ -68,7 +68,7 @@ def attach(
     model.requires_grad_(False)
     parts = named_parts(model, train_parts)
     if method == "none":
-        return with_parts(model, Attachment({}), parts or _read_parameters(model))
+        return with_parts(model, Attachment({}), parts or _used_parameters(model))
     config = method_config(method, options, model.model_config.version)
     return with_parts(model, attach_config(model, config, is_fused=is_fused), parts)
 
@@ -91,7 +91,7 @@ def attach_config(model: RWKV, config: "PeftConfig", *, is_fused: bool = True) -
     return Attachment(trained, peft_model, start=start, init=init, factors=kept)
 
 
-def _read_parameters(model: RWKV) -> dict[str, nn.Parameter]:
+def _used_parameters(model: RWKV) -> dict[str, nn.Parameter]:
     """Those that its forward reads."""
     return {n: p for n, p in model.named_parameters() if n not in model.version.unread}
 
@@ -102,7 +102,7 @@ def named_parts(model: RWKV, parts: Sequence[str]) -> dict[str, nn.Parameter]:
     Raises:
         ConfigError: a word is in no name.
     """
-    parameters = _read_parameters(model)
+    parameters = _used_parameters(model)
     found: dict[str, nn.Parameter] = {}
     for part in parts:
         pattern = re.compile(model.version.parts.get(part, re.escape(part)))
@@ -140,21 +140,20 @@ def inject(model: nn.Module, config: "PeftConfig") -> "PeftModel":
     from peft import PeftModel
 
     _check_targets(model, config)
-    projections = [module for module in model.modules() if type(module) is FrozenLinear]
+    projections: list[nn.Module] = [
+        module for module in model.modules() if type(module) is FrozenLinear
+    ]
     try:
         # peft's GLoRA adapts this very class and no subclass of it
-        _set_class(projections, nn.Linear)
+        for module in projections:
+            module.__class__ = nn.Linear
         # the adapter keeps the model's dtype: its float32 values are the optimizer's
         return PeftModel(model, config, ADAPTER, autocast_adapter_dtype=False)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ConfigError(f"peft_config: {' '.join(str(error).split())[:400]}") from error
     finally:
-        _set_class(projections, FrozenLinear)
-
-
-def _set_class(modules: Sequence[nn.Module], new: type[nn.Module]) -> None:
-    for module in modules:
-        module.__class__ = new
+        for module in projections:
+            module.__class__ = FrozenLinear
 
 
 def _check_targets(model: nn.Module, config: "PeftConfig") -> None:

@@ -1,5 +1,6 @@
 """Weights with adapters added into them, a piece at a time, in float32."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -77,25 +78,19 @@ def split(x: Tensor) -> tuple[Tensor, ...]:
     """A tensor as views of about `PIECE` elements along its first dimension."""
     if x.ndim == 0:
         return (x,)
-    pieces: tuple[Tensor, ...] = x.split(_rows_of_a_piece(len(x), x.numel()))
-    return pieces
+    return tuple(x[rows] for rows in row_slices(x.shape))
 
 
-def row_slices(layer: FrozenLinear) -> Iterator[slice]:
-    """The rows of a layer's weight that are one piece, as `split` cuts it."""
-    rows = layer.out_features
-    step = _rows_of_a_piece(rows, rows * layer.in_features)
-    return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
-
-
-def _rows_of_a_piece(rows: int, numel: int) -> int:
-    return max(1, PIECE * rows // max(1, numel))
+def row_slices(shape: Sequence[int]) -> list[slice]:
+    """The pieces into which `split` cuts a tensor of this shape."""
+    step = max(1, PIECE // max(1, math.prod(shape[1:])))
+    return [slice(start, start + step) for start in range(0, max(1, shape[0]), step)]
 
 
 @torch.no_grad()
 def _added(owner: Any, form: fast.Form) -> Iterator[Tensor]:
     base: FrozenLinear = owner.get_base_layer()
-    for rows in row_slices(base):
+    for rows in row_slices((base.out_features, base.in_features)):
         merged = base.dense(torch.float32, rows, copy=True)
         form.add(owner, rows, merged)
         yield merged

@@ -51,9 +51,5 @@ class LearnedStates(dict[str, nn.Parameter]):
         }
         if len(states) == 1:
             return states[names[0]].expand(len(names))
-        rows = [states[name] for name in names]
-        return RWKVState(
-            torch.cat([row.att_shift for row in rows], 1),
-            torch.cat([row.ffn_shift for row in rows], 1),
-            torch.cat([row.wkv for row in rows], 1),
-        )
+        rows = (states[name] for name in names)
+        return RWKVState(*(torch.cat(parts, 1) for parts in zip(*rows, strict=True)))

@@ -5,7 +5,7 @@ import torch
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.models import rwkv5, rwkv6, rwkv7
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.models.config import ModelConfig, ShapeLookup, Shapes
+from rwkv_peft.models.config import ModelConfig, Shapes, shape_of
 from rwkv_peft.models.version import Version
 from rwkv_peft.ops.dispatch import Request, select
 
@@ -49,12 +49,11 @@ def read_model_config(shapes: Shapes) -> ModelConfig:
             f"this file holds RWKV x040, and only {_names()} can be used: give a file of one of "
             "these, for example rwkv7-g1-0.1b or RWKV-x060-World-1B6"
         )
-    look = ShapeLookup(shapes, version.name)
     layers = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
-    vocab_size, n_embd = look("emb.weight", 2)
-    own = version.read(look)
+    vocab_size, n_embd = shape_of(shapes, "emb.weight", 2)
+    own = version.read(shapes)
     n_head = own.pop("n_head")
-    dim_att = look("blocks.0.att.receptance.weight", 2)[0]
+    dim_att = shape_of(shapes, "blocks.0.att.receptance.weight", 2)[0]
     if dim_att % n_head:
         raise CheckpointError(f"damaged RWKV file: {n_head} heads do not divide {dim_att} channels")
     return ModelConfig(
@@ -62,7 +61,7 @@ def read_model_config(shapes: Shapes) -> ModelConfig:
         n_layer=max(layers) + 1,
         n_embd=n_embd,
         dim_att=dim_att,
-        dim_ffn=look("blocks.0.ffn.key.weight", 2)[0],
+        dim_ffn=shape_of(shapes, "blocks.0.ffn.key.weight", 2)[0],
         head_size=dim_att // n_head,
         vocab_size=vocab_size,
         **own,

@@ -45,21 +45,17 @@ class ModelConfig:
         )
 
 
-class ShapeLookup:
-    """Shapes by name, with an error that names what is missing."""
+def shape_of(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
+    """The shape of the tensor of that name.
 
-    def __init__(self, shapes: Shapes, version: str) -> None:
-        self.shapes, self._version = shapes, version
-
-    def __call__(self, name: str, ndim: int) -> tuple[int, ...]:
-        """The shape of a tensor that must have `ndim` dimensions."""
-        found = self.shapes.get(name)
-        if found is None or len(found) != ndim:
-            what = "is missing" if found is None else f"has shape {found}"
-            raise CheckpointError(
-                f"damaged RWKV {self._version} file: {name} {what}, {ndim} dimensions needed"
-            )
-        return found
+    Raises:
+        CheckpointError: it is missing, or has another number of dimensions.
+    """
+    found = shapes.get(name)
+    if found is None or len(found) != ndim:
+        what = "is missing" if found is None else f"has shape {found}"
+        raise CheckpointError(f"damaged RWKV file: {name} {what}, {ndim} dimensions needed")
+    return found
 
 
 # flags of the model config on the command line, and the field that each must agree with

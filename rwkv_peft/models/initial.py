@@ -22,10 +22,14 @@ def default_ranks(n_embd: int) -> dict[str, int]:
     return {"w": width(2.5), "a": width(2.5), "v": width(1.7), "g": width(5.0)}
 
 
-def with_default_ranks(model_config: ModelConfig) -> ModelConfig:
-    """The config of a new model whose maker chose all but the low-rank widths."""
-    ranks = default_ranks(model_config.n_embd)
-    return replace(model_config, ranks=ranks, has_first_value_mix=False)
+def fresh_model(sizes: ModelConfig, seed: int) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The config of a new RWKV-7 of these sizes, with the default low-rank widths, and its weights.
+
+    See `initial_weights`; `sizes.ranks` is not read.
+    """
+    ranks = default_ranks(sizes.n_embd)
+    model_config = replace(sizes, ranks=ranks, has_first_value_mix=False)
+    return model_config, initial_weights(model_config, seed)
 
 
 def initial_weights(model_config: ModelConfig, seed: int) -> dict[str, Tensor]:

@@ -129,8 +129,22 @@ def squared_relu(x: Tensor) -> Tensor:
     return y
 
 
-class PlainBlock(nn.Module):
-    """One layer of a version that hands on nothing beside x: norms around two mixers."""
+def vectors(num: int, width: int) -> list[nn.Parameter]:
+    """So many parameters (1, 1, width) that are yet to be loaded."""
+    return [nn.Parameter(torch.empty(1, 1, width)) for _ in range(num)]
+
+
+def low_rank(width: int, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """The two factors of a low-rank map, (width, rank) and (rank, width), yet to be loaded."""
+    return nn.Parameter(torch.empty(width, rank)), nn.Parameter(torch.empty(rank, width))
+
+
+class Block(nn.Module):
+    """One layer: norms around two mixers.
+
+    `att(x, carry, state, packing)` gives mixed x, the carry and the new wkv state. The carry is
+    what a layer hands to the next beside x: the first layer's values in RWKV-7, else None.
+    """
 
     def __init__(
         self, model_config: ModelConfig, layer: int, att: nn.Module, ffn: nn.Module
@@ -144,13 +158,13 @@ class PlainBlock(nn.Module):
         self.is_first = layer == 0
 
     def forward(
-        self, x: Tensor, carry: None, state: LayerState | None, packing: PackingInfo
-    ) -> tuple[Tensor, None, LayerState]:
-        """x (B, T, D) for the next block, nothing beside it, and this layer's new state."""
+        self, x: Tensor, carry: Tensor | None, state: LayerState | None, packing: PackingInfo
+    ) -> tuple[Tensor, Tensor | None, LayerState]:
+        """x (B, T, D) and the carry for the next block, and this layer's new state."""
         if self.is_first:
             x = self.ln0(x)
         att_in = self.ln1(x)
-        mixed, wkv = self.att(att_in, state, packing)
+        mixed, carry, wkv = self.att(att_in, carry, state, packing)
         x = x + mixed
         ffn_in = self.ln2(x)
         x = x + self.ffn(ffn_in, None if state is None else state.ffn_shift, packing)

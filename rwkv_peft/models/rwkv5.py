@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_peft.models.config import ModelConfig, ShapeLookup, Shapes
+from rwkv_peft.models.config import ModelConfig, Shapes
 from rwkv_peft.models.frozen import FrozenLinear
 from rwkv_peft.models.layers import (
     GROUP_NORM_EPS,
+    Block,
     PackingInfo,
-    PlainBlock,
     squared_relu,
     token_shift,
+    vectors,
 )
 from rwkv_peft.models.time_state import TIME_STATE
 from rwkv_peft.models.version import Version
@@ -29,39 +30,32 @@ from rwkv_peft.state import LayerState
 class TimeMix(nn.Module):
     """Time mixing of one block; parameters are named as in official files."""
 
-    time_mix_k: nn.Parameter
-    time_mix_v: nn.Parameter
-    time_mix_r: nn.Parameter
-    time_first: nn.Parameter
-    time_faaaa: nn.Parameter
-
     def __init__(self, model_config: ModelConfig, kernel: Kernel) -> None:
         super().__init__()
         D, H, N = model_config.n_embd, model_config.n_head, model_config.head_size
         self.n_head, self.head_size, self.kernel = H, N, kernel
-        self.has_time_first, self.has_gate = (
-            model_config.has_time_first,
-            model_config.version != "x050",
-        )
-        for name in ("k", "v", "r"):
-            self.register_parameter(f"time_mix_{name}", nn.Parameter(torch.empty(1, 1, D)))
+        self.has_time_first = model_config.has_time_first
+        self.has_gate = model_config.version != "x050"
+        self.time_mix_k, self.time_mix_v, self.time_mix_r = vectors(3, D)
         own = (H, N) if model_config.version == "x052" else (H,)
         self.time_decay = nn.Parameter(torch.empty(own))
-        first = "time_first" if self.has_time_first else "time_faaaa"
-        self.register_parameter(first, nn.Parameter(torch.empty(own)))
+        if self.has_time_first:
+            self.time_first = nn.Parameter(torch.empty(own))
+        else:
+            self.time_faaaa = nn.Parameter(torch.empty(own))
         self.receptance = FrozenLinear(D, D)
         self.key = FrozenLinear(D, D)
         self.value = FrozenLinear(D, D)
         self.output = FrozenLinear(D, D)
         if self.has_gate:
-            self.time_mix_g = nn.Parameter(torch.empty(1, 1, D))
+            (self.time_mix_g,) = vectors(1, D)
             self.gate = FrozenLinear(D, D)
         self.ln_x = nn.GroupNorm(H, D, eps=GROUP_NORM_EPS)
 
     def forward(
-        self, x: Tensor, state: LayerState | None, packing: PackingInfo
-    ) -> tuple[Tensor, Tensor]:
-        """Mixed x (B, T, D) and the new wkv state."""
+        self, x: Tensor, carry: None, state: LayerState | None, packing: PackingInfo
+    ) -> tuple[Tensor, None, Tensor]:
+        """Mixed x (B, T, D), nothing to carry, and the new wkv state (B, H, N, N)."""
         B, T, D = x.shape
         heads = (B, T, self.n_head, self.head_size)
 
@@ -85,7 +79,7 @@ class TimeMix(nn.Module):
         if self.has_gate:
             y = y * F.silu(self.gate(torch.lerp(last, x, self.time_mix_g)))
         mixed: Tensor = self.output(y)
-        return mixed, wkv
+        return mixed, carry, wkv
 
 
 class ChannelMix(nn.Module):
@@ -94,8 +88,7 @@ class ChannelMix(nn.Module):
     def __init__(self, model_config: ModelConfig) -> None:
         super().__init__()
         D = model_config.n_embd
-        self.time_mix_k = nn.Parameter(torch.empty(1, 1, D))
-        self.time_mix_r = nn.Parameter(torch.empty(1, 1, D))
+        self.time_mix_k, self.time_mix_r = vectors(2, D)
         self.key = FrozenLinear(D, model_config.dim_ffn)
         self.receptance = FrozenLinear(D, D)
         self.value = FrozenLinear(model_config.dim_ffn, D)
@@ -109,13 +102,9 @@ class ChannelMix(nn.Module):
         return mixed
 
 
-class Block(PlainBlock):
-    """One layer of RWKV-5."""
-
-    def __init__(self, model_config: ModelConfig, layer: int, kernel: Kernel) -> None:
-        super().__init__(
-            model_config, layer, TimeMix(model_config, kernel), ChannelMix(model_config)
-        )
+def _block(model_config: ModelConfig, layer: int, kernel: Kernel) -> Block:
+    att = TimeMix(model_config, kernel)
+    return Block(model_config, layer, att, ChannelMix(model_config))
 
 
 def _detected_name(shapes: Shapes) -> str:
@@ -127,10 +116,10 @@ def _detected_name(shapes: Shapes) -> str:
     return "x052" if len(decay) == 2 and decay[1] > 1 else "x051"
 
 
-def _read(look: ShapeLookup) -> dict[str, Any]:
+def _read(shapes: Shapes) -> dict[str, Any]:
     return {
-        "n_head": look.shapes["blocks.0.att.time_decay"][0],
-        "has_time_first": "blocks.0.att.time_first" in look.shapes,
+        "n_head": shapes["blocks.0.att.time_decay"][0],
+        "has_time_first": "blocks.0.att.time_first" in shapes,
     }
 
 
@@ -138,15 +127,12 @@ _X052 = Version(
     name="x052",
     detect=lambda shapes: _detected_name(shapes) == "x052",
     read=_read,
-    block=Block,
+    block=_block,
     operator="wkv6",
     backends=TABLE,
     target_modules=("receptance", "key", "value", "output", "gate"),
-    unread=frozenset(),
-    parts={},
     lr_factors={"att.time_decay": 2.0, "att.time_first": 3.0},
     state=TIME_STATE,
-    fresh=None,
 )
 VERSIONS = (
     _X052,

@@ -10,9 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_peft.models.config import ModelConfig, ShapeLookup
+from rwkv_peft.models.config import ModelConfig, Shapes, shape_of
 from rwkv_peft.models.frozen import FrozenLinear
-from rwkv_peft.models.layers import GROUP_NORM_EPS, PackingInfo, PlainBlock, shift_mix, squared_relu
+from rwkv_peft.models.layers import (
+    GROUP_NORM_EPS,
+    Block,
+    PackingInfo,
+    shift_mix,
+    squared_relu,
+    vectors,
+)
 from rwkv_peft.models.time_state import TIME_STATE
 from rwkv_peft.models.version import Version
 from rwkv_peft.ops.wkv6 import TABLE, Kernel, wkv6
@@ -22,25 +29,14 @@ from rwkv_peft.state import LayerState
 class TimeMix(nn.Module):
     """Time mixing of one block; parameters are named as in official files."""
 
-    time_maa_x: nn.Parameter
-    time_maa_w: nn.Parameter
-    time_maa_k: nn.Parameter
-    time_maa_v: nn.Parameter
-    time_maa_r: nn.Parameter
-    time_maa_g: nn.Parameter
-    time_decay: nn.Parameter
-
     def __init__(self, model_config: ModelConfig, kernel: Kernel) -> None:
         super().__init__()
-        D, H, N, ranks = (
-            model_config.n_embd,
-            model_config.n_head,
-            model_config.head_size,
-            model_config.ranks,
-        )
+        D, H, N = model_config.n_embd, model_config.n_head, model_config.head_size
+        ranks = model_config.ranks
         self.n_head, self.head_size, self.kernel = H, N, kernel
-        for name in ("maa_x", "maa_w", "maa_k", "maa_v", "maa_r", "maa_g", "decay"):
-            self.register_parameter(f"time_{name}", nn.Parameter(torch.empty(1, 1, D)))
+        self.time_maa_x, self.time_maa_w, self.time_maa_k = vectors(3, D)
+        self.time_maa_v, self.time_maa_r, self.time_maa_g = vectors(3, D)
+        (self.time_decay,) = vectors(1, D)
         self.time_maa_w1 = nn.Parameter(torch.empty(D, 5 * ranks["maa"]))
         self.time_maa_w2 = nn.Parameter(torch.empty(5, ranks["maa"], D))
         self.time_decay_w1 = nn.Parameter(torch.empty(D, ranks["decay"]))
@@ -54,9 +50,9 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(H, D, eps=GROUP_NORM_EPS)
 
     def forward(
-        self, x: Tensor, state: LayerState | None, packing: PackingInfo
-    ) -> tuple[Tensor, Tensor]:
-        """Mixed x (B, T, D) and the new wkv state."""
+        self, x: Tensor, carry: None, state: LayerState | None, packing: PackingInfo
+    ) -> tuple[Tensor, None, Tensor]:
+        """Mixed x (B, T, D), nothing to carry, and the new wkv state (B, H, N, N)."""
         B, T, D = x.shape
         heads = (B, T, self.n_head, self.head_size)
 
@@ -86,7 +82,7 @@ class TimeMix(nn.Module):
         )
         y = self.ln_x(y.reshape(B * T, D))
         mixed: Tensor = self.output(y * g)
-        return mixed.view(B, T, D), wkv
+        return mixed.view(B, T, D), carry, wkv
 
 
 class ChannelMix(nn.Module):
@@ -95,8 +91,7 @@ class ChannelMix(nn.Module):
     def __init__(self, model_config: ModelConfig) -> None:
         super().__init__()
         D = model_config.n_embd
-        self.time_maa_k = nn.Parameter(torch.empty(1, 1, D))
-        self.time_maa_r = nn.Parameter(torch.empty(1, 1, D))
+        self.time_maa_k, self.time_maa_r = vectors(2, D)
         self.key = FrozenLinear(D, model_config.dim_ffn)
         self.receptance = FrozenLinear(D, D)
         self.value = FrozenLinear(model_config.dim_ffn, D)
@@ -110,21 +105,17 @@ class ChannelMix(nn.Module):
         return mixed.view_as(x)
 
 
-class Block(PlainBlock):
-    """One layer of RWKV-6."""
-
-    def __init__(self, model_config: ModelConfig, layer: int, kernel: Kernel) -> None:
-        super().__init__(
-            model_config, layer, TimeMix(model_config, kernel), ChannelMix(model_config)
-        )
+def _block(model_config: ModelConfig, layer: int, kernel: Kernel) -> Block:
+    att = TimeMix(model_config, kernel)
+    return Block(model_config, layer, att, ChannelMix(model_config))
 
 
-def _read(look: ShapeLookup) -> dict[str, Any]:
+def _read(shapes: Shapes) -> dict[str, Any]:
     return {
-        "n_head": look("blocks.0.att.time_faaaa", 2)[0],
+        "n_head": shape_of(shapes, "blocks.0.att.time_faaaa", 2)[0],
         "ranks": {
-            "maa": look("blocks.0.att.time_maa_w2", 3)[1],
-            "decay": look("blocks.0.att.time_decay_w1", 2)[1],
+            "maa": shape_of(shapes, "blocks.0.att.time_maa_w2", 3)[1],
+            "decay": shape_of(shapes, "blocks.0.att.time_decay_w1", 2)[1],
         },
     }
 
@@ -133,13 +124,10 @@ VERSION = Version(
     name="x060",
     detect=lambda shapes: "blocks.0.att.time_maa_x" in shapes,
     read=_read,
-    block=Block,
+    block=_block,
     operator="wkv6",
     backends=TABLE,
     target_modules=("receptance", "key", "value", "output", "gate"),
-    unread=frozenset(),
-    parts={},
     lr_factors={"att.time_decay": 2.0},
     state=TIME_STATE,
-    fresh=None,
 )

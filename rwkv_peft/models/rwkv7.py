@@ -10,12 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_peft.models.config import ModelConfig, ShapeLookup
+from rwkv_peft.models.config import ModelConfig, Shapes, shape_of
 from rwkv_peft.models.frozen import FrozenLinear
-from rwkv_peft.models.initial import initial_weights, with_default_ranks
-from rwkv_peft.models.layers import GROUP_NORM_EPS, PackingInfo, shift_mix, squared_relu
+from rwkv_peft.models.initial import fresh_model
+from rwkv_peft.models.layers import (
+    GROUP_NORM_EPS,
+    Block,
+    PackingInfo,
+    low_rank,
+    shift_mix,
+    squared_relu,
+    vectors,
+)
 from rwkv_peft.models.time_state import TIME_STATE
-from rwkv_peft.models.version import FreshModel, Version
+from rwkv_peft.models.version import Version
 from rwkv_peft.ops.wkv7 import TABLE, Kernel, wkv7
 from rwkv_peft.state import LayerState
 
@@ -23,44 +31,23 @@ from rwkv_peft.state import LayerState
 class TimeMix(nn.Module):
     """Time mixing of one block; parameters are named as in official files."""
 
-    x_r: nn.Parameter
-    x_w: nn.Parameter
-    x_k: nn.Parameter
-    x_v: nn.Parameter
-    x_a: nn.Parameter
-    x_g: nn.Parameter
-    w0: nn.Parameter
-    w1: nn.Parameter
-    w2: nn.Parameter
-    a0: nn.Parameter
-    a1: nn.Parameter
-    a2: nn.Parameter
-    v1: nn.Parameter
-    v2: nn.Parameter
-    g1: nn.Parameter
-    g2: nn.Parameter
-    k_k: nn.Parameter
-    k_a: nn.Parameter
-
     def __init__(self, model_config: ModelConfig, layer: int, kernel: Kernel) -> None:
         super().__init__()
-        D, H, N, ranks = (
-            model_config.n_embd,
-            model_config.n_head,
-            model_config.head_size,
-            model_config.ranks,
-        )
+        D, H, N = model_config.n_embd, model_config.n_head, model_config.head_size
+        ranks = model_config.ranks
         self.n_head, self.head_size, self.is_first, self.kernel = H, N, layer == 0, kernel
 
-        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a"):
-            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, D)))
-        low_rank = ["w", "a", "g"]
-        if layer > 0 or model_config.has_first_value_mix:
-            self.v0 = nn.Parameter(torch.empty(1, 1, D))
-            low_rank.append("v")
-        for name in low_rank:
-            self.register_parameter(f"{name}1", nn.Parameter(torch.empty(D, ranks[name])))
-            self.register_parameter(f"{name}2", nn.Parameter(torch.empty(ranks[name], D)))
+        # the order in which parameters are made is that in which they are stepped
+        self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g = vectors(6, D)
+        self.w0, self.a0, self.k_k, self.k_a = vectors(4, D)
+        has_value_mix = layer > 0 or model_config.has_first_value_mix
+        if has_value_mix:
+            (self.v0,) = vectors(1, D)
+        self.w1, self.w2 = low_rank(D, ranks["w"])
+        self.a1, self.a2 = low_rank(D, ranks["a"])
+        self.g1, self.g2 = low_rank(D, ranks["g"])
+        if has_value_mix:
+            self.v1, self.v2 = low_rank(D, ranks["v"])
         self.r_k = nn.Parameter(torch.empty(H, N))
         self.receptance = FrozenLinear(D, D)
         self.key = FrozenLinear(D, D)
@@ -135,51 +122,24 @@ class ChannelMix(nn.Module):
         return mixed.view_as(x)
 
 
-class Block(nn.Module):
-    """One layer of RWKV-7. What it hands on beside x is the first layer's values, v_first."""
-
-    def __init__(self, model_config: ModelConfig, layer: int, kernel: Kernel) -> None:
-        super().__init__()
-        D = model_config.n_embd
-        if layer == 0:
-            self.ln0 = nn.LayerNorm(D)
-        self.ln1 = nn.LayerNorm(D)
-        self.ln2 = nn.LayerNorm(D)
-        self.att = TimeMix(model_config, layer, kernel)
-        self.ffn = ChannelMix(model_config)
-        self.is_first = layer == 0
-
-    def forward(
-        self,
-        x: Tensor,
-        v_first: Tensor | None,
-        state: LayerState | None,
-        packing: PackingInfo,
-    ) -> tuple[Tensor, Tensor, LayerState]:
-        """x (B, T, D) and v_first (B*T, D) for the next block, and this layer's new state."""
-        if self.is_first:
-            x = self.ln0(x)
-        att_in = self.ln1(x)
-        mixed, v_first, wkv = self.att(att_in, v_first, state, packing)
-        x = x + mixed
-        ffn_in = self.ln2(x)
-        x = x + self.ffn(ffn_in, None if state is None else state.ffn_shift, packing)
-        return x, v_first, LayerState(att_in[:, -1], ffn_in[:, -1], wkv)
+def _block(model_config: ModelConfig, layer: int, kernel: Kernel) -> Block:
+    att = TimeMix(model_config, layer, kernel)
+    return Block(model_config, layer, att, ChannelMix(model_config))
 
 
-def _read(look: ShapeLookup) -> dict[str, Any]:
+def _read(shapes: Shapes) -> dict[str, Any]:
     # block 0 may have no value mix, and the narrowest model has no other block
-    value_mix = "blocks.1.att.v1" if "blocks.1.att.v1" in look.shapes else "blocks.0.att.v1"
-    has_value_mix = value_mix in look.shapes
+    value_mix = "blocks.1.att.v1" if "blocks.1.att.v1" in shapes else "blocks.0.att.v1"
+    has_value_mix = value_mix in shapes
     return {
-        "n_head": look("blocks.0.att.r_k", 2)[0],
+        "n_head": shape_of(shapes, "blocks.0.att.r_k", 2)[0],
         "ranks": {
-            "w": look("blocks.0.att.w1", 2)[1],
-            "a": look("blocks.0.att.a1", 2)[1],
-            "v": look(value_mix, 2)[1] if has_value_mix else 0,
-            "g": look("blocks.0.att.g1", 2)[1],
+            "w": shape_of(shapes, "blocks.0.att.w1", 2)[1],
+            "a": shape_of(shapes, "blocks.0.att.a1", 2)[1],
+            "v": shape_of(shapes, value_mix, 2)[1] if has_value_mix else 0,
+            "g": shape_of(shapes, "blocks.0.att.g1", 2)[1],
         },
-        "has_first_value_mix": "blocks.0.att.v0" in look.shapes,
+        "has_first_value_mix": "blocks.0.att.v0" in shapes,
     }
 
 
@@ -187,7 +147,7 @@ VERSION = Version(
     name="x070",
     detect=lambda shapes: "blocks.0.att.r_k" in shapes,
     read=_read,
-    block=Block,
+    block=_block,
     operator="wkv7",
     backends=TABLE,
     target_modules=("receptance", "key", "value", "output"),
@@ -195,5 +155,5 @@ VERSION = Version(
     parts={"time": r"\.(x_[rwkvag]|[wav][012]|g[12]|k_k|k_a|r_k)$"},
     lr_factors={"att.w0": 2.0},
     state=TIME_STATE,
-    fresh=FreshModel(with_default_ranks, initial_weights),
+    fresh=fresh_model,
 )

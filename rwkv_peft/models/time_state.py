@@ -29,25 +29,21 @@ def _shapes(model_config: ModelConfig, is_full: bool) -> dict[str, tuple[int, ..
     A full state also has `att.ts_state` and `ffn.ts_state` (D,), which take the place of the token
     before the first.
     """
-    heads = (model_config.n_head, model_config.head_size, model_config.head_size)
-    found: dict[str, tuple[int, ...]] = {}
-    for i in range(model_config.n_layer):
-        found[f"blocks.{i}.att.time_state"] = heads
-        if is_full:
-            found[f"blocks.{i}.att.ts_state"] = (model_config.n_embd,)
-            found[f"blocks.{i}.ffn.ts_state"] = (model_config.n_embd,)
-    return found
+    H, N, D = model_config.n_head, model_config.head_size, model_config.n_embd
+    own: dict[str, tuple[int, ...]] = {"att.time_state": (H, N, N)}
+    if is_full:
+        own |= {"att.ts_state": (D,), "ffn.ts_state": (D,)}
+    layers = range(model_config.n_layer)
+    return {f"blocks.{i}.{name}": shape for i in layers for name, shape in own.items()}
 
 
 def _to_state(tensors: Mapping[str, Tensor], model_config: ModelConfig) -> RWKVState:
-    stacked = []
-    for kind, width in (("att", model_config.n_embd), ("ffn", model_config.n_embd)):
-        names = [f"blocks.{i}.{kind}.ts_state" for i in range(model_config.n_layer)]
-        zeros = next(iter(tensors.values())).new_zeros(width)
-        stacked.append(torch.stack([tensors.get(name, zeros) for name in names]).unsqueeze(1))
-    wkv = [tensors[f"blocks.{i}.att.time_state"] for i in range(model_config.n_layer)]
-    att, ffn = stacked
-    return RWKVState(att, ffn, torch.stack(wkv).unsqueeze(1))
+    zeros = next(iter(tensors.values())).new_zeros(model_config.n_embd)
+    blocks = [f"blocks.{i}" for i in range(model_config.n_layer)]
+    att = [tensors.get(f"{block}.att.ts_state", zeros) for block in blocks]
+    ffn = [tensors.get(f"{block}.ffn.ts_state", zeros) for block in blocks]
+    wkv = [tensors[f"{block}.att.time_state"] for block in blocks]
+    return RWKVState(*(torch.stack(layers).unsqueeze(1) for layers in (att, ffn, wkv)))
 
 
 TIME_STATE = StateFormat(_shapes, _to_state)

@@ -17,7 +17,7 @@ from rwkv_peft.methods.state import LearnedStates
 from rwkv_peft.models import rwkv6
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.models.frozen import FrozenLinear
-from rwkv_peft.models.layers import PackingInfo
+from rwkv_peft.models.layers import Block, PackingInfo
 from rwkv_peft.models.time_state import TIME_STATE, StateFormat
 from rwkv_peft.models.version import Version
 from rwkv_peft.ops.wkv6 import Kernel
@@ -39,17 +39,16 @@ class ScaledChannelMix(rwkv6.ChannelMix):
         return super().forward(x, shift, packing) * torch.sigmoid(scale)
 
 
-class ToyBlock(rwkv6.Block):
-    def __init__(self, model_config: ModelConfig, layer: int, kernel: Kernel) -> None:
-        super().__init__(model_config, layer, kernel)
-        self.ffn = ScaledChannelMix(model_config)
+def toy_block(model_config: ModelConfig, layer: int, kernel: Kernel) -> Block:
+    att = rwkv6.TimeMix(model_config, kernel)
+    return Block(model_config, layer, att, ScaledChannelMix(model_config))
 
 
 TOY = replace(
     rwkv6.VERSION,
     name="x999",
     detect=lambda shapes: "blocks.0.ffn.scale.weight" in shapes,
-    block=ToyBlock,
+    block=toy_block,
     target_modules=("key", "scale"),
     unread=frozenset({"blocks.0.ffn.spare", "blocks.1.ffn.spare"}),
     parts={"gates": r"ffn\.receptance\.weight$"},
