@@ -31,14 +31,16 @@ def head_loss(
     weights: Tensor | None = None,
     l2wrap: float = 0.0,
 ) -> LossSums:
-    """Summed loss of predicting `targets` (R,) from hidden states `rows` (R, D).
+    """The summed loss of predicting targets from hidden states.
 
     The logits of all rows never exist together: forward makes them in chunks and keeps their
     gradient with respect to the rows and to the trainable parameters of the head instead.
 
     Args:
         head: any module from (R, D) to logits (R, V), adapted or not.
-        weights: (R,) factors of each row's loss and penalty; None: all 1.
+        rows: (R, D) hidden states, one for each predicted token.
+        targets: (R,) int64, the tokens.
+        weights: (R,) factors of each row's loss and penalty; all 1 if None.
         l2wrap: c of the penalty 0.5 c max(logits)^2 a row, RWKV's pull against large logits. Its
             official form adds the gradient c max(logits) beside the loss; as a penalty it follows
             the scale of the loss, whatever the accumulation.

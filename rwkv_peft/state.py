@@ -1,4 +1,4 @@
-"""The recurrent state of a model: all it carries from one stretch of tokens to the next."""
+"""The recurrent state of a model: all that it carries from one run of tokens to the next."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class RWKVState(NamedTuple):
 
     @classmethod
     def from_layers(cls, layers: list[LayerState]) -> RWKVState:
-        """Stacks the states of all layers."""
+        """The state of a model from those of all its layers."""
         return cls(*map(torch.stack, zip(*layers, strict=True)))
 
     def layers(self) -> list[LayerState]:
-        """The parts of the layers, as views whose gradients are gathered once."""
+        """The states of the layers, as views; their gradients are stacked once."""
         return [LayerState(*part) for part in zip(*(x.unbind() for x in self), strict=True)]
 
     def detach(self) -> RWKVState:
-        """The same values, cut from the graph that made them."""
+        """The same values without their autograd graph."""
         return RWKVState(*(x.detach() for x in self))
 
     def expand(self, batch: int) -> RWKVState:
@@ -51,5 +51,5 @@ class RWKVState(NamedTuple):
         return RWKVState(*(x.expand(-1, batch, *x.shape[2:]) for x in self))
 
     def select(self, rows: Tensor) -> RWKVState:
-        """The rows of a batch named by an index tensor (B',), copied."""
+        """A copy of some rows of the batch, by their indices (B',)."""
         return RWKVState(*(x[:, rows] for x in self))

@@ -1,4 +1,4 @@
-"""Models that compute in float32 while their weights stay in a file, mapped, in any type."""
+"""Models that compute in float32 while their weights stay in a mapped file, in any dtype."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,9 +19,9 @@ Pieces = Callable[[], Iterable[Tensor]]
 def mapped(model: RWKV, merged: MergedWeights | None = None) -> RWKV:
     """The model itself, changed so that weights are float32 only while they are used.
 
-    Of a plain linear layer these are a few rows at a time, of any other the tensors of the one
-    layer. An adapted layer computes by peft's own forward; where that may read the weight itself,
-    the weight must be stored dense. The states that blocks leave are dropped.
+    A linear layer converts a few rows at a time, any other layer its own tensors. An adapted layer
+    computes by peft's own forward, which may read the weight itself: except for LoRA and MiSS the
+    weight must be stored dense. The new states of the blocks are dropped.
 
     Args:
         merged: tensors that take the place of the model's own, which must then be a plain one.

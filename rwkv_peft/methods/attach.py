@@ -25,10 +25,11 @@ class Attachment(dict[str, nn.Parameter]):
 
     Attributes:
         peft_model: peft's view of the adapted model, which knows what belongs into a file; None
-            where there is no adapter.
+            without an adapter.
         plain: names of the base's own tensors among them.
-        start: an adapter's first values by name, if they were taken out of the base.
-        init: peft's name of the initialisation that did so.
+        start: the first values of an adapter (PiSSA, OLoRA) whose product was subtracted from the
+            base weights, by name.
+        init: peft's name of that initialisation.
         factors: names, in files, of what the method made of the base weights; see `factors.keep`.
     """
 

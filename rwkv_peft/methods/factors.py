@@ -82,5 +82,5 @@ def follow(peft_model: "PeftModel", tensors: Mapping[str, Tensor]) -> None:
             if layer.frod_V is buffers:
                 u, _ = layer._calculate_frod_u_and_lambda(v, layer.get_base_layer().dense())
                 (current,) = layer.frod_U.values()
-                # rounded as it was in training, however fine this model's type is
+                # rounded as it was in training, even if this model has a finer dtype
                 current.copy_(u.to(v.dtype))

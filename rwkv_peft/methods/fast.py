@@ -2,18 +2,19 @@
 
 T rows, r rank. A low-rank product is written into the output first; the product with the frozen
 weight then adds to it in its epilogue, where reading the output costs next to nothing beside the
-arithmetic. So there are no sums or scalings over (T, out), and nothing is kept for backward but
-what a gradient needs: x and x A^T for LoRA, x A^T alone for MiSS.
+arithmetic. So nothing else sums or scales over (T, out), and only what a gradient needs is kept
+for backward: x and x A^T for LoRA, x A^T alone for MiSS.
 
-MiSS adds the sum of x over shards of r columns, times D (r, out). That is LoRA with an A that says
-which column belongs where and is not trained, and with B = D^T. On a GPU such a product is quicker
-than a sum over shards, and its transpose than a copy to them. It is as exact: all factors are 1 or
-0, and sums are in float32 (where TF32 is allowed, x is rounded for W too).
+MiSS adds the sum of x over shards of r columns, times D (r, out). That is LoRA with B = D^T and a
+fixed A of ones and zeros, which says which column belongs to which row of D. On a GPU the product
+with A is quicker than a sum over shards, and the product with its transpose quicker than a copy to
+them. Both are as exact as these: the factors are 1 or 0, and sums are in float32 (where TF32 is
+allowed, x is rounded for W too).
 
 A short step is bound by the host, a dozen microseconds a layer, so tensors are read from the
 dictionaries of modules: `nn.Module.__getattr__` and peft's containers cost as much as a product.
-The frozen layer, in whatever form it stores its weight, is asked for its two products alone; what
-it needs for the one in backward it has, so that nothing is saved for it.
+The frozen layer adds its two products itself, in whatever form it stores its weight; so the weight
+is not among the saved tensors.
 """
 
 from collections.abc import Callable
@@ -130,7 +131,7 @@ def _miss(layer: Any, name: str, base: FrozenLinear, x: Tensor) -> Tensor:
     return y
 
 
-# of the process and not of a layer: it is never trained, saved or moved, and a few hundred KiB
+# kept for the process and not in a layer: it is never trained, saved or moved, and is small
 @cache
 def _shards(rank: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A (r, in) of MiSS: 1 where column mod r is the row; one for all layers of a shape."""
@@ -174,7 +175,7 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, base, a, b, scale, rate, is_turned):  # type: ignore[no-untyped-def]
         dropped, mask = _drop(x, rate)
-        # the narrow one is scaled, and kept so, as B's gradient wants it too
+        # u is scaled because it is narrow; B's gradient needs it scaled too
         u = _product(dropped, a.t(), scale)
         ctx.base, ctx.scale, ctx.keep, ctx.is_turned = base, scale, 1 - rate, is_turned
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, a, b, u, mask)

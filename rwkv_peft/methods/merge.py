@@ -27,9 +27,9 @@ class Addition(NamedTuple):
 class MergedWeights:
     """Merged tensors by official name, made when they are asked for, a few rows at a time.
 
-    The base weights of the adapted models may be mapped from disk in any type; only those at hand
-    are brought to float32. The arithmetic is peft's own, for any of its methods, on the weights
-    of one module; of LoRA and MiSS it is that of `methods.fast`, on the rows at hand.
+    The base weights of the adapted models may be mapped from disk in any dtype; only the rows that
+    are being merged are converted to float32. LoRA and MiSS are added by `methods.fast` to a few
+    rows at a time. Any other method is merged by peft's own code, one module at a time.
     """
 
     def __init__(self, base: Mapping[str, Tensor], additions: Sequence[Addition]) -> None:

@@ -59,7 +59,7 @@ def begin(model: nn.Module, init: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def take_out(model: nn.Module, start: Mapping[str, Tensor], sign: int = -1) -> None:
-    """Subtracts s B0 A0 from the base weights, in float32, rounded once to their type."""
+    """Subtracts s B0 A0 from the base weights, in float32, rounded once to their dtype."""
     for name, layer in layers(model):
         (adapter,) = layer.lora_A
         base: Any = layer.get_base_layer()

@@ -9,7 +9,7 @@ from rwkv_peft.models.config import ModelConfig, Shapes, shape_of
 from rwkv_peft.models.version import Version
 from rwkv_peft.ops.dispatch import Request, select
 
-# newest first: a file is of the first version that recognises it
+# newest first: a file holds the first version that recognises it
 VERSIONS: tuple[Version, ...] = (rwkv7.VERSION, rwkv6.VERSION, *rwkv5.VERSIONS)
 
 
@@ -34,7 +34,7 @@ def read_model_config(shapes: Shapes) -> ModelConfig:
     """The model config of a file's tensors.
 
     Raises:
-        CheckpointError: it is no file of a version in the table, or a tensor that fixes the model
+        CheckpointError: the file holds no version of the table, or a tensor that fixes the model
             config is missing or has the wrong number of dimensions.
     """
     if "emb.weight" not in shapes or "head.weight" not in shapes:

@@ -53,9 +53,9 @@ class RWKV(nn.Module):
         Args:
             tokens: (B, T) integers below V, T >= 1.
             state: where to go on from; `initial_state` if None.
-            segment_ids: (B, T) int32, numbers the documents packed into a row and must not fall
-                along it: everything starts anew where the number changes. A given state belongs
-                to the row's first document, the one that comes back to its last.
+            segment_ids: (B, T) int32, numbers the documents packed into a row, never falling along
+                it: state and token shift start anew where the number changes. The given state
+                belongs to the first document of a row, the returned one to the last.
         Raises:
             ShapeError: tokens, state or segments have the wrong shape.
         """
@@ -71,7 +71,7 @@ class RWKV(nn.Module):
     ) -> tuple[Tensor, list[LayerState]]:
         """Like `forward`, with the normed last hidden state (B, T, D) in place of logits.
 
-        The state comes as a list of its layers, which costs nothing where it is not wanted.
+        The state comes as a list of its layers, so that nothing is stacked if it is not used.
         """
         if tokens.ndim != 2 or tokens.shape[1] < 1:
             raise ShapeError(f"tokens must be (B, T) with T >= 1, got {tuple(tokens.shape)}")

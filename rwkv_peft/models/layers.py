@@ -35,9 +35,12 @@ class PackingInfo(NamedTuple):
 
 
 def token_shift(x_BTD: Tensor, shift_BD: Tensor | None, packing: PackingInfo) -> Tensor:
-    """The previous token's vector at each position; `shift_BD`, or zero, at the first.
+    """The previous token's vector at each position, (B, T, D).
 
-    Zero also at the first token of each further document of a row.
+    Args:
+        x_BTD: (B, T, D).
+        shift_BD: (B, D), what stands before the first token of a row; zeros if None. Zeros stand
+            before the first token of each further document.
     """
     first = torch.zeros_like(x_BTD[:, :1]) if shift_BD is None else shift_BD.unsqueeze(1)
     shifted = torch.cat((first.to(x_BTD.dtype), x_BTD[:, :-1]), 1)
@@ -53,15 +56,15 @@ def shift_mix(
         x: (B, T, D).
         shift: (B, D), as in `token_shift`.
         mix: (M, 1, D), or (M, B*T, D) where it depends on the token.
-        sizes: of M, how many are made in one launch; they share memory, which is there as long as
-            one of them is. Each alone if empty.
+        sizes: how many of the M are made in one launch, such as (3, 3); what one launch makes
+            shares memory, which is freed when all of it is. Empty: each has a launch of its own.
     """
     mixed: tuple[Tensor, ...] = _ShiftMix.apply(x, shift, packing.begins, mix, sizes)
     return mixed
 
 
 class _ShiftMix(torch.autograd.Function):
-    """As operations of autograd it would take 3 launches more forward, and 12 more backward."""
+    """One function, as autograd's own operations take 3 launches more forward and 12 backward."""
 
     @staticmethod
     def forward(ctx, x, shift, begins, mix, sizes):  # type: ignore[no-untyped-def]
@@ -108,7 +111,7 @@ def _to_last(x: Tensor, shift: Tensor | None, begins: Tensor | None) -> Tensor:
 
 
 class _SquaredReLU(torch.autograd.Function):
-    """Two passes backward over the widest tensor of a layer, where autograd's powers take four."""
+    """Its backward passes twice over the widest tensor of a layer, autograd's own four times."""
 
     @staticmethod
     def forward(ctx, x):  # type: ignore[no-untyped-def]

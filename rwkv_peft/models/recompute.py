@@ -2,7 +2,7 @@
 
 `torch.utils.checkpoint` does the same, with half a dozen calls of Python for each tensor that a
 block keeps. Where a step is bound by the host, as those of one short row are, that is a seventh of
-it; here it is one short call.
+its time; here it is one short call.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 def recompute(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
-    """`function(x, *args)`, which keeps no more than its arguments for backward.
+    """The result of `function(x, *args)`, which keeps only its arguments for backward.
 
-    It is called again when backward comes to it, with the random generators of the CPU and of x's
-    device as they were, and must do the same then.
+    Backward calls it again, with the random generators of the CPU and of x's device set as they
+    were the first time; it must then do the same.
     """
     call = _Call(function, (x, *args), x.device)
     with saved_tensors_hooks(call.note, call.find):
@@ -27,9 +27,9 @@ def recompute(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
 
 
 class _Slot:
-    """What an operation keeps instead of a tensor; it holds that from the second call on.
+    """What an operation saves in place of a tensor, which the second call puts into it.
 
-    An operation that backward has passed lets go of it.
+    The operation drops it once backward has used it.
     """
 
     __slots__ = ("__weakref__", "tensor")
@@ -39,11 +39,11 @@ class _Slot:
 
 
 class _Complete(Exception):
-    """All that backward wants of a second call is there."""
+    """The second call has made all tensors that backward needs."""
 
 
 class _Call:
-    """A call, and in the order in which its operations keep tensors the slots of these."""
+    """A call, and the slots of the tensors that its operations save, in the order of saving."""
 
     def __init__(
         self, function: Callable[..., Any], args: tuple[Any, ...], device: torch.device
