@@ -26,24 +26,18 @@ from rwkv_peft.data.batching import Batch
 from rwkv_peft.models import build
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.models.initial import default_ranks, initial_weights
-from rwkv_peft.ops.testing import (
-    assert_within_budget,
-    run,
-    wkv6_case,
-    wkv6_plain,
-    wkv7_case,
-    wkv7_plain,
-)
+from rwkv_peft.ops.budget import assert_within_budget
+from rwkv_peft.ops.cases import make_wkv6_case, make_wkv7_case, run
 from rwkv_peft.ops.wkv6.chunked import wkv6_chunked
-from rwkv_peft.ops.wkv6.reference import wkv6_reference
+from rwkv_peft.ops.wkv6.reference import wkv6_baseline, wkv6_reference
 from rwkv_peft.ops.wkv7.chunked import wkv7_chunked
-from rwkv_peft.ops.wkv7.reference import wkv7_reference
+from rwkv_peft.ops.wkv7.reference import wkv7_baseline, wkv7_reference
 
 # the loop as the rwkv package writes it, our own, and the chunked form
 FORMS = ("package", "reference", "torch")
 OPERATORS = {
-    "wkv7": (wkv7_case, (wkv7_plain, wkv7_reference, wkv7_chunked)),
-    "wkv6": (wkv6_case, (wkv6_plain, wkv6_reference, wkv6_chunked)),
+    "wkv7": (make_wkv7_case, (wkv7_baseline, wkv7_reference, wkv7_chunked)),
+    "wkv6": (make_wkv6_case, (wkv6_baseline, wkv6_reference, wkv6_chunked)),
 }
 SHAPES = ((1, 512, 2), (1, 512, 4), (1, 512, 12), (4, 512, 4), (1, 2048, 4))
 # name, layers, width, vocabulary, rows, tokens a row
@@ -70,9 +64,9 @@ def operator_rows(rounds: int) -> list[str]:
         for B, T, H in SHAPES:
             case = make_case(B=B, T=T, H=H)
             exact = run(case.to(torch.float64), functions["reference"])
-            plain = run(case, functions["package"])
+            baseline = run(case, functions["package"])
             for name, value in run(case, functions["torch"]).items():
-                assert_within_budget(value, exact[name], plain[name], name)
+                assert_within_budget(value, exact[name], baseline[name], name)
             calls = {name: partial(run, case, f) for name, f in functions.items()}
             seconds = take_turns(calls, rounds)
             cells = [

@@ -4,7 +4,7 @@
         [--dtype bf16] [--packed] [--fla_configs 4] [--output FILE]
 
 Each backend is first held against the float64 recurrence at the batch and heads of every shape,
-over 192 tokens with a state given: one that leaves the error budget of docs/architecture.md is not
+over 192 tokens with a state given: one that leaves the error budget of rwkv_peft/ops/budget.py is not
 timed. On a GPU, times are the device's alone: medians between events, the L2 cache flushed before
 forward and before backward, the queue filled while the device sleeps, so that no launch is waited
 for. Memory is that of allocated tensors: kept from forward to backward beside inputs, output and
@@ -34,15 +34,11 @@ from peers import PEERS, Kernel
 from report import report
 from torch import Tensor
 
+from rwkv_peft.ops import OPERATORS
+from rwkv_peft.ops.budget import assert_within_budget
+from rwkv_peft.ops.cases import Case, make_segment_ids, run
 from rwkv_peft.ops.dispatch import Request
-from rwkv_peft.ops.testing import (
-    OPERATORS,
-    Case,
-    assert_within_budget,
-    cap_autotuning,
-    packed_segments,
-    run,
-)
+from rwkv_peft.ops.fla import cap_autotuning
 
 Forward = Callable[[], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor], Sequence[Tensor]]
@@ -84,17 +80,17 @@ def expected(
     """A case, its exact results, and those of the same maths in its dtype."""
     operator = OPERATORS[op]
     case = operator.make_case(B=B, T=T, H=H, packed=packed).to(dtype, device)
-    runs = run(case.to(torch.float64, device), operator.reference), run(case, operator.plain)
-    exact, plain = ({name: x.detach() for name, x in results.items()} for results in runs)
-    return case, exact, plain
+    runs = run(case.to(torch.float64, device), operator.reference), run(case, operator.baseline)
+    exact, baseline = ({name: x.detach() for name, x in results.items()} for results in runs)
+    return case, exact, baseline
 
 
 def check(kernel: Kernel, given: Expected) -> dict[str, float]:
     """Relative error of each result; AssertionError if one is over the budget."""
-    case, exact, plain = given
+    case, exact, baseline = given
     found = results(case, kernel)
     for name, x in found.items():
-        assert_within_budget(x, exact[name], plain[name], name)
+        assert_within_budget(x, exact[name], baseline[name], name)
     return {n: ((x - exact[n]).norm() / exact[n].norm()).item() for n, x in found.items()}
 
 
@@ -116,7 +112,7 @@ def timed_case(
         return x.repeat(B, -(-T // 512), 1, 1)[:, :T].contiguous()
 
     inputs = {name: x if name == "u" else tile(x) for name, x in case.inputs.items()}
-    segments = packed_segments(B, T).to(device) if packed else None
+    segments = make_segment_ids(B, T).to(device) if packed else None
     return Case(inputs, None, tile(case.dy), case.dstate, segments)
 
 

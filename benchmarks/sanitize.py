@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from rwkv_peft.ops import OPERATORS
+from rwkv_peft.ops.cases import Case, run
 from rwkv_peft.ops.dispatch import Request
-from rwkv_peft.ops.testing import OPERATORS, Case, run
 from rwkv_peft.ops.wkv7.cuda import KERNELS, operator
 
 DTYPES = (torch.bfloat16, torch.float32)

@@ -48,7 +48,7 @@ def examine(accelerator: str = "auto") -> dict[str, Any]:
         BackendUnavailableError: there is no such device.
     """
     from rwkv_peft.device import choose_precision, resolve_device
-    from rwkv_peft.ops.testing import OPERATORS
+    from rwkv_peft.ops import OPERATORS
 
     device = resolve_device(accelerator)
     precision, reason = choose_precision(device)
@@ -112,8 +112,8 @@ def _verdict(backend: dict[str, Any]) -> str:
 
 def _backends(operator: str, precision: str, device: Any) -> Iterator[dict[str, Any]]:
     from rwkv_peft.device import dtype_of
+    from rwkv_peft.ops import OPERATORS
     from rwkv_peft.ops.dispatch import Request
-    from rwkv_peft.ops.testing import OPERATORS
 
     request = Request(device, dtype_of(precision), HEAD_SIZE)
     table = OPERATORS[operator].table
@@ -134,9 +134,10 @@ def _backends(operator: str, precision: str, device: Any) -> Iterator[dict[str, 
 
 
 def _check(operator: str, name: str, request: Any) -> dict[str, Any]:
+    from rwkv_peft.ops import OPERATORS
     from rwkv_peft.ops.dispatch import select
+    from rwkv_peft.ops.fla import cap_autotuning
     from rwkv_peft.ops.selfcheck import check
-    from rwkv_peft.ops.testing import OPERATORS, cap_autotuning
 
     try:
         if name == "fla":
@@ -147,7 +148,7 @@ def _check(operator: str, name: str, request: Any) -> dict[str, Any]:
     except BackendUnavailableError as error:
         return {"failure": str(error)}
     worst = max((first, packed), key=lambda c: c.share)
-    off, allowed = worst.deviations[worst.worst]
+    off, allowed = worst.errors[worst.worst]
     return {
         "failure": None if worst.has_passed else worst.describe(),
         "worst": worst.worst,

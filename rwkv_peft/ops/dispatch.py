@@ -1,5 +1,6 @@
 """Choice of an operator's backend: a literal table, read once when a model is built."""
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,15 +26,26 @@ class Backend:
 
     Attributes:
         name: the value of `--op` that asks for it.
-        load: imports and returns the function; called only for the backend that was chosen.
-        objection: why it cannot serve a request, as the rest of a sentence; None if it can.
+        source: its function as "module:name", or what gives the function; used by `load` alone.
+        objects: what `objection` asks, likewise a name if its module is to be imported late; None
+            if it can serve every request.
         note: in a few words, what it is; printed with the choice.
     """
 
     name: str
-    load: Callable[[], Callable[..., Any]]
-    objection: Callable[[Request], str | None]
+    source: str | Callable[[], Callable[..., Any]]
+    objects: str | Callable[[Request], str | None] | None
     note: str
+
+    def load(self) -> Callable[..., Any]:
+        """Its function; called only for the backend that was chosen."""
+        return _imported(self.source) if isinstance(self.source, str) else self.source()
+
+    def objection(self, request: Request) -> str | None:
+        """Why it cannot serve a request, as the rest of a sentence; None if it can."""
+        objects = _imported(self.objects) if isinstance(self.objects, str) else self.objects
+        why: str | None = objects(request) if objects else None
+        return why
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +53,8 @@ class Choice:
     """The chosen backend, its function and the reason, for the log.
 
     Attributes:
-        operator: name of what it computes.
-        others: names of the other backends that can serve, best first.
+        operator: the name of what it computes.
+        others: the names of the other backends that can serve, the best first.
     """
 
     operator: str
@@ -55,7 +67,7 @@ class Choice:
 def select(operator: str, table: Sequence[Backend], op: str, request: Request) -> Choice:
     """The backend named by `op`, or for 'auto' the first of `table` without an objection.
 
-    Tables name the fastest backend first: cuda, triton, fla, torch, reference.
+    A table names the fastest backend first.
 
     Raises:
         BackendUnavailableError: `op` is unknown, or cannot serve the request.
@@ -77,6 +89,12 @@ def select(operator: str, table: Sequence[Backend], op: str, request: Request) -
     reasons = [backend.note, *(passed if op == "auto" else ["asked for by name"])]
     others = tuple(other for other in usable if other != name)
     return Choice(operator, name, backend.load(), "; ".join(reasons), others)
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return found
 
 
 def is_installed(package: str) -> bool:

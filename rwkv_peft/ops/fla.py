@@ -1,5 +1,9 @@
-"""What the adapters of flash-linear-attention share: states (K, V), documents by their lengths."""
+"""What the adapters of flash-linear-attention share.
 
+fla keeps states as (K, V), the transpose of ours, and takes packed documents as `cu_seqlens`.
+"""
+
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -53,3 +57,21 @@ def run_fla(
         cu_seqlens=packed.cu_seqlens,
     )
     return y.view(r.shape).to(r.dtype), last[packed.last].mT.float()
+
+
+def cap_autotuning(num: int) -> None:
+    """Lets fla's kernels for RWKV choose among `num` of their settings instead of all.
+
+    Their first calls then take seconds instead of minutes, but the best setting may be left out.
+    """
+    import fla.ops.rwkv6
+    import fla.ops.rwkv7  # noqa: F401
+    from triton.runtime.autotuner import Autotuner
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fla."):
+            for tuner in vars(module).values():
+                while tuner is not None and not isinstance(tuner, Autotuner):
+                    tuner = getattr(tuner, "fn", None)  # a decorator inside
+                if tuner is not None:
+                    tuner.configs = tuner.configs[:: -(-len(tuner.configs) // num)]

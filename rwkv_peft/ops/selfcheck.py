@@ -1,4 +1,4 @@
-"""The chosen kernel against the reference, on the user's own device, before it is relied on."""
+"""The check of the chosen backend against the reference, on the user's device, before a run."""
 
 import functools
 import math
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.errors import BackendUnavailableError, TrainingError
+from rwkv_peft.ops import OPERATORS
+from rwkv_peft.ops.budget import BudgetUse, measure_error
+from rwkv_peft.ops.cases import Case, join_cases, run
 from rwkv_peft.ops.dispatch import Choice, Request
-from rwkv_peft.ops.testing import OPERATORS, Case, Deviation, batched, deviation, run
 
-# more than a chunk of 64, and no multiple of any
+# more than a chunk of 64, and not a multiple of any chunk
 TOKENS = 83
 ROWS, HEADS = 2, 2
 # plain PyTorch, which the tests prove on a CPU
@@ -25,27 +27,27 @@ PROVEN = ("torch", "reference")
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """How a kernel did.
+    """The errors of a backend, beside what the budget allows.
 
     Attributes:
-        name: of the backend.
-        deviations: of y, the last state and every gradient, by name.
-        seconds: of its forward and backward, the first one, which may compile.
+        name: the backend's.
+        errors: those of y, the last state and every gradient, by name.
+        seconds: time of its first forward and backward pass, which may compile.
     """
 
     name: str
-    deviations: dict[str, Deviation]
+    errors: dict[str, BudgetUse]
     seconds: float
 
     @property
     def worst(self) -> str:
-        """The result that takes most of its budget."""
-        return max(self.deviations, key=lambda name: self.deviations[name].share)
+        """The name of the result that takes most of its budget."""
+        return max(self.errors, key=lambda name: self.errors[name].share)
 
     @property
     def share(self) -> float:
         """The part of its budget that the worst result takes."""
-        return self.deviations[self.worst].share
+        return self.errors[self.worst].share
 
     @property
     def has_passed(self) -> bool:
@@ -54,7 +56,7 @@ class Check:
 
     def describe(self) -> str:
         """The figures in a line for a person."""
-        error, allowed = self.deviations[self.worst]
+        error, allowed = self.errors[self.worst]
         if math.isinf(error):
             return f"{self.worst} holds values that are not finite"
         return f"{self.worst} is off by {error:.1e}, {allowed:.1e} is allowed"
@@ -63,41 +65,41 @@ class Check:
 def check(choice: Choice, request: Request, *, packed: bool = False, heads: int = 1) -> Check:
     """The errors of a backend's results and gradients on a few dozen tokens with a state.
 
-    Exact is the float64 reference and plain the same maths in the kernel's type, both on the CPU,
-    since not every device has float64.
+    The exact results and the baseline are computed on the CPU, since not every device has float64.
 
     Args:
         packed: whether the rows hold several documents.
-        heads: the least number of rows times heads, by which backends choose among their kernels.
+        heads: the least number of rows times heads; backends choose among their kernels by it.
     Raises:
         BackendUnavailableError: the kernel does not run; the message names the next to try.
     """
-    case, *others = _yardstick(choice.operator, request.head_size, request.dtype, packed)
+    case, *others = _expected(choice.operator, request.head_size, request.dtype, packed)
     copies = -(-heads // (ROWS * HEADS))
-    case = batched([case] * copies)
-    exact, plain = ({name: _again(name, x, copies) for name, x in y.items()} for y in others)
+    case = join_cases([case] * copies)
+    exact, baseline = ({n: _repeat(n, x, copies) for n, x in y.items()} for y in others)
     started = time.perf_counter()
     with _full_float32():
         found = _run(
             choice, request, lambda: run(case.to(request.dtype, request.device), choice.function)
         )
     seconds = time.perf_counter() - started
-    deviations = {name: deviation(x, exact[name], plain[name]) for name, x in found.items()}
-    return Check(choice.name, deviations, seconds)
+    errors = {name: measure_error(x, exact[name], baseline[name]) for name, x in found.items()}
+    return Check(choice.name, errors, seconds)
 
 
-def _again(name: str, x: Tensor, copies: int) -> Tensor:
-    """A result of rows that come so many times; u has a sum over them."""
+def _repeat(name: str, x: Tensor, copies: int) -> Tensor:
+    """A result for rows that are repeated `copies` times; du is a sum over the rows."""
     return x * copies if name == "du" else x.repeat(copies, *[1] * (x.ndim - 1))
 
 
 @functools.cache
-def _yardstick(
+def _expected(
     name: str, head_size: int, dtype: torch.dtype, packed: bool
 ) -> tuple[Case, dict[str, Tensor], dict[str, Tensor]]:
+    """A case, its exact results and the baseline's."""
     operator = OPERATORS[name]
     case = operator.make_case(B=ROWS, T=TOKENS, H=HEADS, N=head_size, packed=packed, dtype=dtype)
-    return case, run(case.to(torch.float64), operator.reference), run(case, operator.plain)
+    return case, run(case.to(torch.float64), operator.reference), run(case, operator.baseline)
 
 
 def require_right(
@@ -147,14 +149,14 @@ def _run(
 
 
 def _triton_errors() -> tuple[Any, ...]:
-    # the errors of its compiler are of no class that Python has
+    # Triton's compiler has error classes of its own
     errors = sys.modules.get("triton.errors")
     return (errors.TritonError,) if errors else ()
 
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    # the budget is that of the type, which TF32 rounds more coarsely than
+    # the budget is that of float32, and TF32 rounds more coarsely
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rwkv_peft.cli import doctor
+from rwkv_peft.ops import OPERATORS
 from rwkv_peft.ops.dispatch import Backend
-from rwkv_peft.ops.testing import OPERATORS
 
 Cli = Callable[..., SimpleNamespace]
 

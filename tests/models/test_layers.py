@@ -11,7 +11,7 @@ from torch import Tensor
 
 import rwkv_peft
 from rwkv_peft.models.layers import PackingInfo, shift_mix, squared_relu, token_shift
-from rwkv_peft.ops.testing import packed_segments
+from rwkv_peft.ops.cases import make_segment_ids
 
 B, D = 2, 6
 
@@ -33,7 +33,7 @@ def results(
 
     x, mix, shift = draw(B, T, D), draw(num, B * T if has_all else 1, D), draw(B, D)
     inputs = [t.requires_grad_() for t in ((x, mix, shift) if has_all else (x, mix))]
-    packing = PackingInfo.of(packed_segments(B, T)) if has_all else PackingInfo()
+    packing = PackingInfo.of(make_segment_ids(B, T)) if has_all else PackingInfo()
     mixed = form(x, shift if has_all else None, packing, mix)
     loss = torch.stack([(y * draw(B * T, D)).double().sum() for y in mixed]).sum()
     return [*(y.detach() for y in mixed), *torch.autograd.grad(loss, inputs)]

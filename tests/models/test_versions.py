@@ -12,7 +12,7 @@ from rwkv_peft.checkpoint.pth import infer_model_config, read_weights
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import ShapeError
 from rwkv_peft.methods.attach import attach
-from rwkv_peft.ops.testing import packed_segments
+from rwkv_peft.ops.cases import make_segment_ids
 from rwkv_peft.state import RWKVState
 from rwkv_peft.training.run import train
 
@@ -128,7 +128,7 @@ def test_packed_documents_give_what_they_give_one_by_one(
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 320, (2, 80), generator=generator)
     wanted = torch.randn(2, 80, 320, dtype=torch.float64, generator=generator)
-    segment_ids = packed_segments(2, 80)
+    segment_ids = make_segment_ids(2, 80)
     with torch.no_grad():
         _, state = model(torch.randint(0, 320, (2, 5), generator=generator))
 
@@ -170,7 +170,7 @@ def test_recomputed_blocks_keep_to_the_documents(
     gradients = []
     for grad_cp in (False, True):
         model.grad_cp = grad_cp
-        logits, _ = model(tokens, segment_ids=packed_segments(2, 70))
+        logits, _ = model(tokens, segment_ids=make_segment_ids(2, 70))
         gradients.append(torch.autograd.grad(logits.square().sum(), list(trained.values())))
     for kept, recomputed in zip(*gradients, strict=True):
         assert torch.equal(kept, recomputed)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.errors import ShapeError
-from rwkv_peft.ops.testing import DECAYS, OPERATORS, Case, assert_within_budget, run
+from rwkv_peft.ops import OPERATORS
+from rwkv_peft.ops.budget import assert_within_budget
+from rwkv_peft.ops.cases import DECAYS, Case, run
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -35,11 +37,11 @@ CASES = [
 def check(op: str, function: Callable[..., tuple[Tensor, Tensor]], case: Case) -> dict[str, Tensor]:
     """The results of a function, once they are held against the budget."""
     operator = OPERATORS[op]
-    exact, plain = run(case.to(torch.float64), operator.reference), run(case, operator.plain)
+    exact, baseline = run(case.to(torch.float64), operator.reference), run(case, operator.baseline)
     found = run(case, function)
     assert found.keys() == exact.keys()
     for name, value in found.items():
-        assert_within_budget(value, exact[name], plain[name], name)
+        assert_within_budget(value, exact[name], baseline[name], name)
     return found
 
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from rwkv_peft.ops import OPERATORS
+from rwkv_peft.ops.budget import assert_within_budget
+from rwkv_peft.ops.cases import run
 from rwkv_peft.ops.cuda import launch
 from rwkv_peft.ops.cuda.launch import Launch
 from rwkv_peft.ops.dispatch import Request
-from rwkv_peft.ops.testing import OPERATORS, assert_within_budget, run
 from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
 from rwkv_peft.ops.wkv7 import cuda as wkv7_cuda
 from tests.ops.emulation import emulator
@@ -66,11 +68,11 @@ def check(form: Form, T: int, decay: str = "trained", **shape: int | bool) -> No
     op = OPERATORS[form.op]
     shape = {"B": 1, "H": 1, **shape}
     case = op.make_case(T=T, decay=decay, dtype=form.dtype, **shape)
-    exact, plain = run(case.to(torch.float64), op.reference), run(case, op.plain)
+    exact, baseline = run(case.to(torch.float64), op.reference), run(case, op.baseline)
     found = run(case, FUNCTIONS[form])
     assert found.keys() == exact.keys()
     for name, value in found.items():
-        assert_within_budget(value, exact[name], plain[name], f"{form} {name}")
+        assert_within_budget(value, exact[name], baseline[name], f"{form} {name}")
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

@@ -14,9 +14,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rwkv_peft
+from rwkv_peft.ops import OPERATORS
 from rwkv_peft.ops.cuda import launch
 from rwkv_peft.ops.cuda.launch import Starts, per_shape, readable
-from rwkv_peft.ops.testing import OPERATORS
 from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
 from rwkv_peft.ops.wkv7 import cuda as wkv7_cuda
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rwkv_peft.ops.testing import OPERATORS, run
+from rwkv_peft.ops import OPERATORS
+from rwkv_peft.ops.cases import run
 from rwkv_peft.ops.wkv6.fla import MAX_LOGIT, wkv6_fla
 from rwkv_peft.ops.wkv6.reference import wkv6_reference
 from rwkv_peft.ops.wkv7.fla import wkv7_fla

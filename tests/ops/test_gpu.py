@@ -10,16 +10,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from rwkv_peft.ops import OPERATORS
+from rwkv_peft.ops.budget import assert_within_budget
+from rwkv_peft.ops.cases import DECAYS, Case, join_cases, run
 from rwkv_peft.ops.dispatch import Request
-from rwkv_peft.ops.testing import (
-    DECAYS,
-    OPERATORS,
-    Case,
-    assert_within_budget,
-    batched,
-    cap_autotuning,
-    run,
-)
+from rwkv_peft.ops.fla import cap_autotuning
 from rwkv_peft.ops.wkv7.cuda import KERNELS, operator
 
 # the filter: operations without a deterministic form say so, fla and Triton speak of their future
@@ -76,7 +71,7 @@ def make_case(op: str, dtype: torch.dtype, T: int, packed: bool) -> Case:
         OPERATORS[op].make_case(B=1, T=T, H=2, decay=decay, packed=packed, dtype=dtype, seed=seed)
         for seed, decay in enumerate(DECAYS)
     ]
-    return batched(cases).to(dtype, device())
+    return join_cases(cases).to(dtype, device())
 
 
 @functools.lru_cache(maxsize=2)
@@ -86,8 +81,8 @@ def expected(
     """A case, its exact results and those of the same maths in the type of the inputs."""
     case = make_case(op, dtype, T, packed)
     exact = run(case.to(torch.float64, device()), OPERATORS[op].reference)
-    plain = run(case, OPERATORS[op].plain)
-    return case, detached(exact), detached(plain)
+    baseline = run(case, OPERATORS[op].baseline)
+    return case, detached(exact), detached(baseline)
 
 
 def detached(results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -104,15 +99,15 @@ def test_every_backend_stays_within_the_error_budget(
 ) -> None:
     op, backend = name
     function = load(op, backend, DTYPES[dtype])
-    case, exact, plain = expected(op, DTYPES[dtype], T, packed)
+    case, exact, baseline = expected(op, DTYPES[dtype], T, packed)
     found = detached(run(case, function))
     for key, value in found.items():
         if key == "du":  # of all rows
-            assert_within_budget(value, exact[key], plain[key], key)
+            assert_within_budget(value, exact[key], baseline[key], key)
             continue
         for row, decay in enumerate(DECAYS):
             where = f"{key} of decay '{decay}'"
-            assert_within_budget(value[row], exact[key][row], plain[key][row], where)
+            assert_within_budget(value[row], exact[key][row], baseline[key][row], where)
 
 
 @pytest.mark.parametrize("name", BACKENDS, ids="-".join)

@@ -9,23 +9,15 @@ import pytest
 import torch
 
 from rwkv_peft.errors import BackendUnavailableError, ShapeError
+from rwkv_peft.ops import OPERATORS, Operator
+from rwkv_peft.ops.budget import assert_within_budget
+from rwkv_peft.ops.cases import DECAYS, Case, make_segment_ids, make_wkv6_case, make_wkv7_case, run
 from rwkv_peft.ops.dispatch import Request, select
-from rwkv_peft.ops.testing import (
-    DECAYS,
-    OPERATORS,
-    Case,
-    Operator,
-    assert_within_budget,
-    packed_segments,
-    run,
-    wkv6_case,
-    wkv7_case,
-    wkv7_plain,
-)
 from rwkv_peft.ops.wkv6 import TABLE as WKV6
 from rwkv_peft.ops.wkv6 import wkv6
 from rwkv_peft.ops.wkv7 import TABLE as WKV7
 from rwkv_peft.ops.wkv7.chunked import wkv7_chunked
+from rwkv_peft.ops.wkv7.reference import wkv7_baseline
 
 LENGTHS = (1, 15, 16, 17, 31, 32, 33, 63, 100, 1000, pytest.param(4096, marks=pytest.mark.slow))
 CPU = torch.device("cpu")
@@ -69,9 +61,9 @@ def test_chunked_form_stays_within_the_error_budget(
 ) -> None:
     case = operator.make_case(T=T, decay=decay, packed=packed, dtype=dtype)
     exact = run(case.to(torch.float64), operator.reference)
-    plain = run(case, operator.plain)
+    baseline = run(case, operator.baseline)
     for name, value in run(case, operator.chunked).items():
-        assert_within_budget(value, exact[name], plain[name], name)
+        assert_within_budget(value, exact[name], baseline[name], name)
 
 
 def documents(case: Case) -> Iterator[tuple[slice, slice, Case]]:
@@ -86,7 +78,7 @@ def documents(case: Case) -> Iterator[tuple[slice, slice, Case]]:
         ids = case.segment_ids[row].tolist()
         for end in [t for t in range(1, T + 1) if t == T or ids[t] != ids[t - 1]]:
             rows, times = slice(row, row + 1), slice(begin, end)
-            part = case.rows(rows, times)
+            part = case.select(rows, times)
             yield (
                 rows,
                 times,
@@ -100,7 +92,7 @@ def documents(case: Case) -> Iterator[tuple[slice, slice, Case]]:
             begin = end
 
 
-@pytest.mark.parametrize("form", ["reference", "chunked", "plain"])
+@pytest.mark.parametrize("form", ["reference", "chunked", "baseline"])
 @pytest.mark.parametrize("decay", ["trained", "extreme"])
 def test_packed_documents_equal_the_same_ones_by_one(
     decay: str, form: str, operator: Operator
@@ -212,9 +204,9 @@ def test_inputs_that_are_views_give_the_result_of_their_copies(operator: Operato
 
 
 def test_chunked_wkv7_is_fifteen_times_as_fast_as_the_official_packages_loop() -> None:
-    case = wkv7_case(B=1, T=512, H=4)
+    case = make_wkv7_case(B=1, T=512, H=4)
     seconds = {}
-    for function, rounds in ((wkv7_plain, 2), (wkv7_chunked, 12)):
+    for function, rounds in ((wkv7_baseline, 2), (wkv7_chunked, 12)):
         run(case, function)
         times = []
         for _ in range(rounds):
@@ -222,7 +214,7 @@ def test_chunked_wkv7_is_fifteen_times_as_fast_as_the_official_packages_loop() -
             run(case, function)
             times.append(time.perf_counter() - started)
         seconds[function] = min(times)
-    assert seconds[wkv7_plain] > 15 * seconds[wkv7_chunked]
+    assert seconds[wkv7_baseline] > 15 * seconds[wkv7_chunked]
 
 
 def test_a_tensor_that_disagrees_is_named(operator: Operator) -> None:
@@ -233,15 +225,15 @@ def test_a_tensor_that_disagrees_is_named(operator: Operator) -> None:
     with pytest.raises(ShapeError, match=r"initial_state must be \(2, 2, 64, 64\)"):
         operator.function(**inputs, initial_state=torch.zeros(2, 64, 64))
     with pytest.raises(ShapeError, match=r"segment_ids must be \(2, 8\) torch.int32 on cpu, got"):
-        operator.function(**inputs, segment_ids=packed_segments(2, 8).long())
+        operator.function(**inputs, segment_ids=make_segment_ids(2, 8).long())
     with pytest.raises(ShapeError, match=r"segment_ids must be \(2, 8\) torch.int32 on cpu, got"):
-        operator.function(**inputs, segment_ids=packed_segments(1, 8))
+        operator.function(**inputs, segment_ids=make_segment_ids(1, 8))
     with pytest.raises(ShapeError, match="T >= 1"):
         operator.function(*part(case, times=slice(0)))
 
 
 def test_own_key_weights_of_another_shape_are_named() -> None:
-    case = wkv6_case(T=8)
+    case = make_wkv6_case(T=8)
     with pytest.raises(ShapeError, match=r"u must be \(2, 64\), got \(2, 8\)"):
         wkv6(**{**case.inputs, "u": case.inputs["u"][:, :8]})
 

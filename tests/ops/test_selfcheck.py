@@ -12,9 +12,9 @@ from torch import Tensor
 import rwkv_peft.models
 from rwkv_peft.errors import BackendUnavailableError, TrainingError
 from rwkv_peft.models import rwkv7
+from rwkv_peft.ops import OPERATORS
 from rwkv_peft.ops.dispatch import Backend, Choice, Request, select
 from rwkv_peft.ops.selfcheck import check, require_right
-from rwkv_peft.ops.testing import OPERATORS
 from rwkv_peft.ops.wkv7 import TABLE
 from rwkv_peft.ops.wkv7.chunked import wkv7_chunked
 
@@ -90,7 +90,7 @@ def test_a_wrong_kernel_is_found(
 ) -> None:
     found = check(choice(kernel), Request(CPU, dtype, 64), packed=packed)
     assert not found.has_passed
-    error, allowed = found.deviations[wrong]
+    error, allowed = found.errors[wrong]
     assert error > allowed
 
 

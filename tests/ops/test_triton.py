@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from rwkv_peft.ops import OPERATORS
 from rwkv_peft.ops.dispatch import Request
-from rwkv_peft.ops.testing import OPERATORS
 from rwkv_peft.ops.triton import Launcher, Variant
 
 pytestmark = pytest.mark.skipif(

@@ -4,17 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rwkv_peft.ops.testing import (
-    DECAYS,
-    Case,
-    assert_within_budget,
-    run,
-    wkv7_case,
-    wkv7_plain,
-)
-from rwkv_peft.ops.wkv7.reference import wkv7_reference
+from rwkv_peft.ops.budget import assert_within_budget
+from rwkv_peft.ops.cases import DECAYS, Case, make_wkv7_case, run
+from rwkv_peft.ops.wkv7.reference import wkv7_baseline, wkv7_reference
 from rwkv_peft.ops.wkv7.stages import register
-from rwkv_peft.ops.wkv7.torch_stages import torch_stages
+from tests.ops.torch_stages import torch_stages
 
 wkv7_16 = register("formulas_16", torch_stages(chunk=16))
 wkv7_64 = register("formulas_64", torch_stages(chunk=64))
@@ -34,7 +28,7 @@ def test_the_stages_equal_the_recurrence_in_float64(
     T: int, decay: str, packed: bool, poisoned_memory: None
 ) -> None:
     for has_state in (True, False):
-        case = wkv7_case(
+        case = make_wkv7_case(
             T=T, decay=decay, packed=packed, has_state=has_state, dtype=torch.float64, N=16
         )
         exact = run(case, wkv7_reference)
@@ -48,15 +42,15 @@ def test_the_stages_equal_the_recurrence_in_float64(
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("decay", DECAYS)
 def test_products_and_stores_in_bf16_stay_within_the_error_budget(decay: str, packed: bool) -> None:
-    case = wkv7_case(T=200, decay=decay, packed=packed, dtype=torch.bfloat16)
-    exact, plain = run(case.to(torch.float64), wkv7_reference), run(case, wkv7_plain)
+    case = make_wkv7_case(T=200, decay=decay, packed=packed, dtype=torch.bfloat16)
+    exact, baseline = run(case.to(torch.float64), wkv7_reference), run(case, wkv7_baseline)
     for name, value in run(case, wkv7_rounded).items():
-        assert_within_budget(value, exact[name], plain[name], name)
+        assert_within_budget(value, exact[name], baseline[name], name)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_pytorch_finds_nothing_wrong_with_the_operators(packed: bool) -> None:
-    case = wkv7_case(B=1, T=20, N=4, packed=packed, dtype=torch.float64)
+    case = make_wkv7_case(B=1, T=20, N=4, packed=packed, dtype=torch.float64)
     inputs = [None if x is None else x.detach() for x in arguments(case)]
     for x in inputs[:7]:
         assert x is not None
@@ -68,7 +62,7 @@ def test_pytorch_finds_nothing_wrong_with_the_operators(packed: bool) -> None:
 
 
 def test_a_compiled_call_gives_what_the_call_gives() -> None:
-    case = wkv7_case(T=20, N=4, packed=True)
+    case = make_wkv7_case(T=20, N=4, packed=True)
     compiled = torch.compile(wkv7_16, backend="aot_eager", fullgraph=True)
     called, found = run(case, wkv7_16), run(case, compiled)
     for name, value in called.items():
@@ -76,7 +70,7 @@ def test_a_compiled_call_gives_what_the_call_gives() -> None:
 
 
 def test_without_gradients_nothing_is_kept() -> None:
-    case = wkv7_case(T=40, N=4)
+    case = make_wkv7_case(T=40, N=4)
     y, state, states, inverse = FORWARD(*arguments(case), True)
     assert states.shape == (2, 2, 3, 4, 4) and inverse.shape == (2, 2, 3, 16, 16)
     y_alone, state_alone, *kept = FORWARD(*arguments(case), False)
@@ -86,7 +80,7 @@ def test_without_gradients_nothing_is_kept() -> None:
 
 @pytest.mark.parametrize("result", [0, 1])
 def test_a_loss_of_one_result_alone_gives_its_gradients(result: int) -> None:
-    case = wkv7_case(T=20, N=4, dtype=torch.float64)
+    case = make_wkv7_case(T=20, N=4, dtype=torch.float64)
     found = {}
     for function in (wkv7_reference, wkv7_16):
         inputs = [x.detach().requires_grad_() for x in arguments(case)[:7] if x is not None]
@@ -97,7 +91,7 @@ def test_a_loss_of_one_result_alone_gives_its_gradients(result: int) -> None:
 
 
 def test_views_give_the_result_of_their_copies() -> None:
-    case = wkv7_case(T=20, N=4)
+    case = make_wkv7_case(T=20, N=4)
     views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in case.inputs.values()]
     assert not views[0].is_contiguous()
     copies = wkv7_16(*case.inputs.values(), None, None)
@@ -106,7 +100,7 @@ def test_views_give_the_result_of_their_copies() -> None:
 
 
 def test_inputs_that_need_no_gradients_leave_no_graph() -> None:
-    case = wkv7_case(T=20, N=4)
+    case = make_wkv7_case(T=20, N=4)
     given = arguments(case)
     y, last_state = wkv7_16(*given)
     assert not y.requires_grad and not last_state.requires_grad
@@ -116,7 +110,7 @@ def test_inputs_that_need_no_gradients_leave_no_graph() -> None:
 
 
 def test_a_transform_of_functions_sees_the_operator() -> None:
-    case = wkv7_case(T=20, N=4)
+    case = make_wkv7_case(T=20, N=4)
     r, *others = case.inputs.values()
     y, _ = wkv7_16(r, *others, None, None)
     mapped = torch.func.vmap(lambda x: wkv7_16(x, *others, None, None)[0])
@@ -124,7 +118,7 @@ def test_a_transform_of_functions_sees_the_operator() -> None:
 
 
 def test_a_second_derivative_is_refused() -> None:
-    case = wkv7_case(T=20, N=4)
+    case = make_wkv7_case(T=20, N=4)
     r, *others = (x.detach().requires_grad_() for x in case.inputs.values())
     y, _ = wkv7_16(r, *others, None, None)
     (dr,) = torch.autograd.grad((y * y).sum(), r, create_graph=True)

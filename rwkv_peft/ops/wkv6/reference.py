@@ -1,4 +1,4 @@
-"""The WKV-6 recurrence token by token: the specification that all backends are tested against."""
+"""WKV-6 token by token: the specification of all backends, and the error budget's baseline."""
 
 import torch
 from torch import Tensor
@@ -46,3 +46,31 @@ def wkv6_reference(
         y.append(((state + own * written) * r_t).sum(-1))
         state = state * d_t + written
     return torch.stack(y, 1).to(r.dtype), state
+
+
+def wkv6_baseline(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    initial_state: Tensor | None,
+    segment_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence in the dtype of its inputs, state included, by matrix products of one token.
+
+    Arguments and results are those of `wkv6_reference`. It is written as the `rwkv` package writes
+    it for devices without a kernel, without care for precision: the baseline of the error budget.
+    """
+    B, T, H, N = r.shape
+    state = r.new_zeros(B, H, N, N) if initial_state is None else initial_state.to(r.dtype)
+    # exp(-exp(10)) is zero, and float16 ends at exp(11)
+    decay = torch.exp(-torch.exp(w.clamp(max=10)))
+    y, keep = [], None if segment_ids is None else goes_on(segment_ids)[..., None, None, None]
+    for t in range(T):
+        if keep is not None:
+            state = state * keep[:, t]
+        vk = v[:, t].unsqueeze(-1) @ k[:, t].unsqueeze(-2)
+        y.append(((u.unsqueeze(-2) * vk + state) @ r[:, t].unsqueeze(-1)).squeeze(-1))
+        state = vk + decay[:, t].unsqueeze(-2) * state
+    return torch.stack(y, 1), state.to(torch.promote_types(r.dtype, torch.float32))

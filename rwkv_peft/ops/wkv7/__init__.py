@@ -1,4 +1,16 @@
-"""WKV-7, the recurrence of RWKV-7: its contract, the check of its arguments, and its backends."""
+"""WKV-7, the recurrence of RWKV-7: its contract, the check of its arguments, and its backends.
+
+    S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T
+    y_t = S_t r_t
+    d_t = exp(-exp(-1/2) sigmoid(w_t))
+
+`w` is the decay logit as the model gives it. Inputs are processed as little as possible, so that
+each backend can fuse what it likes. The state is float32 always, or float64 beside float64 inputs.
+The last state is always given: no backend would save work by leaving it out.
+
+A backend is called as `kernel(r, w, k, v, a, b, initial_state, segment_ids)` and gives the same as
+`wkv7`. What holds for all operators is in `rwkv_peft.ops`.
+"""
 
 import functools
 from collections.abc import Callable
@@ -6,52 +18,36 @@ from collections.abc import Callable
 from torch import Tensor
 
 from rwkv_peft.ops import fla, triton
-from rwkv_peft.ops.dispatch import Backend, Request
+from rwkv_peft.ops.dispatch import Backend
 from rwkv_peft.ops.validation import require_like
+from rwkv_peft.ops.wkv7.chunked import wkv7_chunked
 from rwkv_peft.ops.wkv7.reference import wkv7_reference
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 
-
-def _load_torch() -> Kernel:
-    from rwkv_peft.ops.wkv7.chunked import wkv7_chunked
-
-    return wkv7_chunked
-
-
-def _load_triton() -> Kernel:
-    from rwkv_peft.ops.wkv7.triton import wkv7_triton
-
-    return wkv7_triton
-
-
-def _load_fla() -> Kernel:
-    from rwkv_peft.ops.wkv7.fla import wkv7_fla
-
-    return wkv7_fla
-
-
-def _load_cuda() -> Kernel:
-    from rwkv_peft.ops.wkv7.cuda import wkv7_cuda
-
-    return wkv7_cuda
-
-
-def _cuda_objection(request: Request) -> str | None:
-    from rwkv_peft.ops.wkv7.cuda import objection
-
-    return objection(request)
-
-
 SHARED_MEMORY = 99 * 1024  # bytes, for the largest of the Triton kernels
-_triton_objection = functools.partial(triton.objection, shared_memory=SHARED_MEMORY)
 
 TABLE = (
-    Backend("cuda", _load_cuda, _cuda_objection, "kernels for NVIDIA GPUs"),
-    Backend("triton", _load_triton, _triton_objection, triton.NOTE),
-    Backend("fla", _load_fla, fla.objection, fla.NOTE),
-    Backend("torch", _load_torch, lambda request: None, "chunked matrix products in PyTorch"),
-    Backend("reference", lambda: wkv7_reference, lambda request: None, "token by token"),
+    Backend(
+        "cuda",
+        "rwkv_peft.ops.wkv7.cuda:wkv7_cuda",
+        "rwkv_peft.ops.wkv7.cuda:objection",
+        "kernels for NVIDIA GPUs",
+    ),
+    Backend(
+        "triton",
+        "rwkv_peft.ops.wkv7.triton:wkv7_triton",
+        functools.partial(triton.objection, shared_memory=SHARED_MEMORY),
+        triton.NOTE,
+    ),
+    Backend("fla", "rwkv_peft.ops.wkv7.fla:wkv7_fla", fla.objection, fla.NOTE),
+    Backend(
+        "torch",
+        "rwkv_peft.ops.wkv7.chunked:wkv7_chunked",
+        None,
+        "chunked matrix products in PyTorch",
+    ),
+    Backend("reference", "rwkv_peft.ops.wkv7.reference:wkv7_reference", None, "token by token"),
 )
 
 
@@ -69,18 +65,13 @@ def wkv7(
 ) -> tuple[Tensor, Tensor]:
     """RWKV-7 recurrence over time; differentiable in every tensor.
 
-    S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   y_t = S_t r_t,
-    d = exp(-exp(-1/2) sigmoid(w))
-
     Args:
         r, k, v, a, b: (B, T, H, N), one dtype, any T >= 1.
         w: (B, T, H, N) decay logits, before any clamp.
         initial_state: (B, H, N, N) float32 (float64 with float64 inputs), rows = value,
             columns = key. Zeros if None.
-        segment_ids: (B, T) int32, numbers the documents packed into a row and must not fall along
-            it: the state restarts where the number changes. An initial state belongs to the row's
-            first document, the last state is that of its last.
-        kernel: function of the backend that `dispatch.select` chose; the chunked form if None.
+        segment_ids: (B, T) int32, numbers of the documents packed into a row, see `rwkv_peft.ops`.
+        kernel: the function of the backend that `select` chose; the chunked form if None.
     Returns:
         y (B, T, H, N) in the dtype of r; last state (B, H, N, N), float32 or float64.
     Raises:
@@ -89,8 +80,8 @@ def wkv7(
     """
     require_like("wkv7", r, {"w": w, "k": k, "v": v, "a": a, "b": b}, initial_state, segment_ids)
     if r.shape[1] == 1:
-        # a single token is the recurrence itself, and no chunk can do it with less work
+        # one token is one step of the recurrence: no chunked form does it with less work
         kernel = wkv7_reference
     elif kernel is None:
-        kernel = _load_torch()
+        kernel = wkv7_chunked
     return kernel(r, w, k, v, a, b, initial_state, segment_ids)

@@ -1,4 +1,4 @@
-"""The WKV-7 recurrence token by token: the specification that all backends are tested against."""
+"""WKV-7 token by token: the specification of all backends, and the error budget's baseline."""
 
 import torch
 from torch import Tensor
@@ -48,3 +48,32 @@ def wkv7_reference(
         state = state * d_t + removed * b_t + v_t * k_t
         y.append((state * r_t).sum(-1))
     return torch.stack(y, 1).to(r.dtype), state
+
+
+def wkv7_baseline(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None,
+    segment_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence in the dtype of its inputs, state included, by matrix products of one token.
+
+    Arguments and results are those of `wkv7_reference`. It is written as the `rwkv` package writes
+    it for devices without a kernel, without care for precision: the baseline of the error budget.
+    """
+    B, T, H, N = r.shape
+    state = r.new_zeros(B, H, N, N) if initial_state is None else initial_state.to(r.dtype)
+    decay = torch.exp(-0.606530659712633 * torch.sigmoid(w))
+    y, keep = [], None if segment_ids is None else goes_on(segment_ids)[..., None, None, None]
+    for t in range(T):
+        if keep is not None:
+            state = state * keep[:, t]
+        ab = a[:, t].unsqueeze(-1) @ b[:, t].unsqueeze(-2)
+        vk = v[:, t].unsqueeze(-1) @ k[:, t].unsqueeze(-2)
+        state = state * decay[:, t].unsqueeze(-2) + state @ ab + vk
+        y.append((state @ r[:, t].unsqueeze(-1)).squeeze(-1))
+    return torch.stack(y, 1), state.to(torch.promote_types(r.dtype, torch.float32))

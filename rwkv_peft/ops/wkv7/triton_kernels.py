@@ -1,6 +1,6 @@
-"""The six stages of WKV-7 as Triton kernels; `torch_stages` has their formulas and names.
+"""The six stages of WKV-7 as Triton kernels; `stages` has their formulas.
 
-Apart from the scan over the states, which is that of `ops.triton_kernels`.
+The scan over the states is that of `ops.triton_kernels`.
 """
 
 import triton

@@ -1,19 +1,8 @@
-"""The six stages of WKV-7 in PyTorch: the formulas that kernels of a GPU follow, on any device.
+"""The six stages of WKV-7 in PyTorch: the formulas of `rwkv_peft.ops.wkv7.stages`, on any device.
 
-In a chunk of C tokens with the log decays l, let g_t be their sum up to token t, G that of all, and
-m = g_{C/2-1}, the middle, from which all exponents are measured: decays above 0.545 keep them
-within 20 for 64 tokens, as float32 and bfloat16 can hold. With the operands
-
-    at_t = a_t e^{g_{t-1}-m}   rt_t = r_t e^{g_t-m}   bt_i = b_i e^{m-g_i}   kt_i = k_i e^{m-g_i}
-
-and their causal products A_ab, A_ak (i < t), A_rb, A_rk (i <= t), the chunk is, S_0 entering it,
-
-    u = (I - A_ab)^-1 (at S_0' + A_ak v)       S_0' = e^m S_0^T
-    y = rt S_0' + A_rb u + A_rk v
-    S_1 = (S_0 diag(e^m) + v^T kt + u^T bt) diag(e^{G-m}).
-
-Documents mask the products; `enters` are the tokens that belong to the document of S_0, `leaves`
-those of S_1.
+The tests hold them against the reference, and with them the operator that is made of stages.
+Documents mask the products: `enters` marks the tokens of the document of S_0, `leaves` those of the
+document of S_1.
 """
 
 from dataclasses import dataclass
