@@ -4,7 +4,7 @@
         [--dtype bf16] [--packed] [--fla_configs 4] [--output FILE]
 
 Each backend is first held against the float64 recurrence at the batch and heads of every shape,
-over 192 tokens with a state given: one that leaves the error budget of rwkv_peft/ops/budget.py is not
+over 192 tokens with a state given: one that leaves the error budget (ops/budget.py) is not
 timed. On a GPU, times are the device's alone: medians between events, the L2 cache flushed before
 forward and before backward, the queue filled while the device sleeps, so that no launch is waited
 for. Memory is that of allocated tensors: kept from forward to backward beside inputs, output and

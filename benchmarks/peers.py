@@ -19,8 +19,9 @@ Kernel = Callable[..., tuple[Tensor, Tensor]]
 def _load_form(name: str) -> Kernel:
     from rwkv_peft.ops.wkv7.cuda import KERNELS, operator
 
-    walks = name == "walk"
-    return operator(f"cuda_{name}", KERNELS.load, KERNELS.chunk_length, lambda starts: walks)
+    is_persistent = name == "persistent"
+    own_name = f"cuda_{name.replace('-', '_')}"
+    return operator(own_name, KERNELS.load, KERNELS.chunk_length, lambda plan: is_persistent)
 
 
 def _form_objection(request: Request) -> str | None:
@@ -108,7 +109,7 @@ PEERS: dict[str, tuple[Backend, ...]] = {
     "wkv7": (
         *(
             Backend(f"cuda {form}", functools.partial(_load_form, form), _form_objection, "")
-            for form in ("stages", "walk")
+            for form in ("chunk-parallel", "persistent")
         ),
         Backend("flashrwkv2", _load_flashrwkv2, _flashrwkv2_objection, "TileLang, untuned"),
     ),

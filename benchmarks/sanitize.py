@@ -5,7 +5,7 @@
     compute-sanitizer --tool racecheck --error-exitcode 1 python benchmarks/sanitize.py
 
 Each operator in bf16 and fp32, over one document and over packed ones, with a state given: 130
-tokens, two more than whole chunks. WKV-7 in bf16 both in stages and in one launch a direction.
+tokens, two more than whole chunks. WKV-7 in bf16 both chunk-parallel and persistent.
 `compute-sanitizer` is part of the CUDA toolkit. Without the variable PyTorch cuts its tensors out
 of larger allocations, and what is read or written beside one of them is not noticed. The kernels
 that the cache has not are compiled first.
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ops", nargs="+", default=list(OPERATORS), choices=list(OPERATORS))
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    walked = operator("sanitized", KERNELS.load, KERNELS.chunk_length, lambda starts: True)
+    persistent = operator("sanitized", KERNELS.load, KERNELS.chunk_length, lambda plan: True)
     for op, dtype, packed in itertools.product(options.ops, DTYPES, (False, True)):
         backend = next(b for b in OPERATORS[op].table if b.name == "cuda")
         rows = "packed" if packed else "one document"
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         case = OPERATORS[op].make_case(B=1, T=TOKENS, H=HEADS, packed=packed).to(dtype, device)
         check(name, case, backend.load())
         if op == "wkv7" and KERNELS.chunk_length(dtype, device) == 64:
-            check(f"{name}, in one launch", case, walked)
+            check(f"{name}, persistent", case, persistent)
 
 
 def check(name: str, case: Case, kernel: Callable[..., tuple[Tensor, Tensor]]) -> None:

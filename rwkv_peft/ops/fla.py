@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.ops.dispatch import Request, is_installed
-from rwkv_peft.ops.segments import documents
+from rwkv_peft.ops.segments import find_documents
 
 NOTE = "Triton kernels of flash-linear-attention, tuned at the first step, which takes minutes"
 
@@ -46,7 +46,7 @@ def run_fla(
         y, last = kernel(list(tensors), initial_state=state, output_final_state=True)
         return y.to(r.dtype), last.mT.float()
     # all rows one after the other are one row of fla, and every document has a state of its own
-    packed = documents(segment_ids)
+    packed = find_documents(segment_ids)
     if state is not None:
         others = state.new_zeros(len(packed.cu_seqlens) - 1, *state.shape[1:])
         state = others.index_copy(0, packed.first, state)

@@ -46,7 +46,7 @@ def chunk_masks(segment_ids: Tensor | None, chunk: int, dtype: torch.dtype, rows
     return Masks(*(mask.to(dtype) for mask in found))
 
 
-def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+def apply_mask(x: Tensor, mask: Tensor | None) -> Tensor:
     """(M*B*H, ...) times a mask (M, B, 1, ...); x itself if there is none."""
     if mask is None:
         return x
@@ -62,7 +62,7 @@ class Documents(NamedTuple):
     last: Tensor  # (B,)
 
 
-def documents(segment_ids: Tensor) -> Documents:
+def find_documents(segment_ids: Tensor) -> Documents:
     """Finds the documents; their number is data, so a GPU is waited for."""
     begins = ~goes_on(segment_ids)
     begins[:, 0] = True

@@ -1,4 +1,4 @@
-"""Operators made of stages over chunks of time: memory between stages, and what PyTorch knows."""
+"""Operators made of stages over chunks of time: the memory between them, autograd, registration."""
 
 import math
 from collections.abc import Callable
@@ -15,12 +15,12 @@ _library = torch.library.Library("rwkv_peft", "FRAGMENT")
 
 
 class Part(NamedTuple):
-    """One direction of an operator.
+    """One direction of an operator, forward or backward.
 
     Attributes:
-        schema: its arguments and results, as `torch.library` has them.
-        function: computes it.
-        fake: gives empty results of the right shapes and types.
+        schema: arguments and results in the notation of `torch.library`.
+        function: computes the results.
+        fake: gives empty results of the right shapes and dtypes.
     """
 
     schema: str
@@ -29,34 +29,34 @@ class Part(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a call allocates for one thing."""
+    """Shape and dtype of a tensor that a call allocates."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    def beside(self, x: Tensor) -> Tensor:
-        """The memory, uninitialised, on the device of x."""
-        return x.new_empty(self.shape, dtype=self.dtype)
+    def allocate(self, beside: Tensor) -> Tensor:
+        """The memory, uninitialised, on the device of another tensor."""
+        return beside.new_empty(self.shape, dtype=self.dtype)
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """The size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Layout(NamedTuple):
-    """Memory between the stages of one call, with M chunks of C tokens: (B, H, M, ...).
+    """Memory between the stages of one call, with M chunks of C tokens.
 
-    Matrices are bfloat16 beside bfloat16 inputs and at least float32 beside others, as float16 has
-    not the range for them; vectors and single states are float32 or wider.
+    Matrices are bfloat16 beside bfloat16 inputs and at least float32 beside others, since the range
+    of float16 is too small for them; vectors and single states are at least float32.
 
     Attributes:
-        matrices: (N, N) a chunk.
-        readout: (C, N) a chunk.
-        inverse: (C, C) a chunk.
-        vectors: (N,) a chunk.
-        state: a single state, (B, H, N, N).
-        nothing: in place of matrices that are not kept.
+        matrices: (B, H, M, N, N).
+        readout: (B, H, M, C, N).
+        inverse: (B, H, M, C, C).
+        vectors: (B, H, M, N).
+        state: (B, H, N, N), a single state.
+        nothing: (0,), in place of matrices that are not kept.
     """
 
     matrices: Memory
@@ -67,8 +67,8 @@ class Layout(NamedTuple):
     nothing: Memory
 
 
-def layout(shape: torch.Size, dtype: torch.dtype, C: int) -> Layout:
-    """Of inputs (B, T, H, N) of a type in chunks of C."""
+def make_layout(shape: torch.Size, dtype: torch.dtype, C: int) -> Layout:
+    """The layout for inputs (B, T, H, N) of a dtype in chunks of C tokens."""
     B, T, H, N = shape
     chunks = (B, H, (T + C - 1) // C)
     wide = torch.promote_types(dtype, torch.float32)
@@ -84,27 +84,28 @@ def layout(shape: torch.Size, dtype: torch.dtype, C: int) -> Layout:
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
-    """A tensor without gaps, or None as it is."""
+    """A contiguous tensor, or None for None."""
     return None if x is None else x.contiguous()
 
 
 def register(name: str, forward: Part, backward: Part, kept: int) -> Function:
-    """An operator of two parts, called with all tensors, the initial state and the segments.
+    """An operator of two parts, called with all tensors, the initial state and the segment ids.
 
     Registers `rwkv_peft::{name}` and `rwkv_peft::{name}_backward` with PyTorch, so that autograd,
-    fake tensors and `torch.compile` know them; once a name. Without gradients nothing is kept.
+    fake tensors and `torch.compile` know them. A name can be registered once. Where no gradient is
+    needed nothing is kept.
 
     Args:
         forward: (*tensors, initial_state, segment_ids, keep) -> (y, last_state, *rest).
         backward: (*tensors, segment_ids, *kept results, dy, dlast_state) -> (*grads,
             dinitial_state).
-        kept: the first of forward's results that backward is given; it is given all from there on.
+        kept: index of the first of forward's results that backward gets; it gets all from there on.
     """
     registered = _define(f"{name}_backward", backward)
     called = _define(name, forward)
     direct = _direct(forward.function, backward.function, kept)
 
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _save(ctx, inputs[:-1], output, kept)
         ctx.mark_non_differentiable(*output[2:])
 
@@ -131,19 +132,19 @@ def register(name: str, forward: Part, backward: Part, kept: int) -> Function:
 
 
 def _needs_dispatcher(x: Tensor | None) -> bool:
-    """Whether a compiler traces, or x is of a kind or under a transform with a way of its own."""
+    """Whether a compiler traces, x is a subclass of Tensor, or a transform of torch.func is on."""
     return torch.compiler.is_compiling() or type(x) is not Tensor or _are_transforms_active()
 
 
 def _direct(
     forward: Callable[..., Any], backward: Callable[..., Any], kept: int
 ) -> Callable[..., Any]:
-    """The operator without PyTorch's dispatcher, which can outlast the kernels."""
+    """The operator without PyTorch's dispatcher, which can take longer than the kernels."""
 
-    # beside a setup_context PyTorch would look at forward's signature at every call
+    # with a setup_context PyTorch would inspect forward's signature at every call
     class Direct(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        def forward(ctx: Any, *inputs: Tensor | None) -> Any:
             keep = True in ctx.needs_input_grad
             results = forward(*inputs, keep)
             if keep:
@@ -151,23 +152,27 @@ def _direct(
             return results[:2]
 
         @staticmethod
-        def backward(ctx, dy, dlast_state):  # type: ignore[no-untyped-def]
-            # only where the gradients' graph is built can anyone ask for a second derivative
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            # a second derivative can be asked for only where a graph of the gradients is built
             gradients = _gradients_once if torch.is_grad_enabled() else _gradients
-            return gradients(ctx, backward, dy, dlast_state)
+            return gradients(ctx, backward, *grads)
 
-    # past Function's own, which looks for transforms, as is done already
+    # not Function.apply, which looks for transforms again
     apply: Callable[..., Any] = super(torch.autograd.Function, Direct).apply
     return apply
 
 
-def _save(ctx, inputs, results, kept):  # type: ignore[no-untyped-def]
+def _save(
+    ctx: Any, inputs: tuple[Tensor | None, ...], results: tuple[Tensor, ...], kept: int
+) -> None:
     ctx.save_for_backward(*inputs[:-2], inputs[-1], *results[kept:])
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, backward, dy, dlast_state):  # type: ignore[no-untyped-def]
-    """Of the tensors, the initial state and the segments."""
+def _gradients(
+    ctx: Any, backward: Callable[..., Any], dy: Tensor | None, dlast_state: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the tensors, of the initial state and, None, of the segment ids."""
     saved = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(saved[0])

@@ -111,7 +111,7 @@ class Settings(NamedTuple):
 
 
 @functools.cache
-def precisions() -> tuple[str, ...]:
+def dot_precisions() -> tuple[str, ...]:
     """How Triton can multiply float32 on the current device, in the words of `input_precision`."""
     from triton.compiler import make_backend
     from triton.runtime import driver
@@ -151,7 +151,7 @@ class Scan:
         B, H, M, N = decay.shape
         tensors = (transition, added, decay, start, states, end)
         constants = self._constants(settings, start is not None, reverse)
-        self._launcher((B * H, N // self._rows, 1), present(tensors, end), (M,), constants)
+        self._launcher((B * H, N // self._rows, 1), replace_none(tensors, end), (M,), constants)
 
     def variants(self, settings: Settings, matrix: str) -> Iterator[Variant]:
         """All that it is compiled to for matrices of a type, in the form of `Variant`."""
@@ -180,9 +180,9 @@ def start_chunks(
     C, operand, precision = settings
     M = (T + C - 1) // C
     constants = (C, N, *flags, operand, precision)
-    launcher((B * M * H * parts, 1, 1), present(tensors, like), (T, H, M), constants)
+    launcher((B * M * H * parts, 1, 1), replace_none(tensors, like), (T, H, M), constants)
 
 
-def present(tensors: tuple[Tensor | None, ...], other: Tensor) -> tuple[Tensor, ...]:
+def replace_none(tensors: tuple[Tensor | None, ...], other: Tensor) -> tuple[Tensor, ...]:
     """Some address for a tensor that is not there; kernels have flags that say it is not used."""
     return tuple([other if x is None else x for x in tensors])

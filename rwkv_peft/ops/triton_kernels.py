@@ -43,7 +43,7 @@ def reciprocal(x, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def place(T, H, M, C: tl.constexpr, N: tl.constexpr):
+def locate(T, H, M, C: tl.constexpr, N: tl.constexpr):
     """This program's batch row, its offset among tokens and its chunk's number in (B, H, M)."""
     program = tl.program_id(0).to(tl.int64)
     h, chunk = program % H, program // H
@@ -65,7 +65,7 @@ def load(x, offsets, exists):
 
 
 @triton.jit
-def scaled(x, offsets, exists, exponent, OPERAND: tl.constexpr):
+def load_scaled(x, offsets, exists, exponent, OPERAND: tl.constexpr):
     return load(x, offsets, exists) * power(exponent, OPERAND)
 
 
@@ -80,7 +80,7 @@ def matrix(R: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def documents(segment_ids, batch, c, T, C: tl.constexpr, SEGMENTS: tl.constexpr):
+def document_masks(segment_ids, batch, c, T, C: tl.constexpr, SEGMENTS: tl.constexpr):
     """Masks: which two tokens are of one document; tokens of the document of the state that enters,
 
     of the one that leaves; and whether both states are of one document.

@@ -1,4 +1,4 @@
-"""The CUDA kernels, and the host code that starts them, emulated on a CPU."""
+"""The CUDA kernels, and the host code that plan them, emulated on a CPU."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,11 +26,11 @@ class Form(NamedTuple):
     op: str
     dtype: torch.dtype
     C: int
-    walks: bool = False
+    is_persistent: bool = False
 
     def __str__(self) -> str:
         name = f"{self.op}-{str(self.dtype).removeprefix('torch.')}-{self.C}"
-        return f"{name}-walk" if self.walks else name
+        return f"{name}-persistent" if self.is_persistent else name
 
 
 MODULES = {"wkv6": wkv6_cuda, "wkv7": wkv7_cuda}
@@ -44,8 +44,8 @@ STAGES = tuple(
         (torch.float32, 32),
     )
 )
-WALK = Form("wkv7", torch.bfloat16, 64, walks=True)
-FORMS = (*STAGES, WALK)
+PERSISTENT = Form("wkv7", torch.bfloat16, 64, is_persistent=True)
+FORMS = (*STAGES, PERSISTENT)
 
 
 def _function(form: Form) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -55,8 +55,10 @@ def _function(form: Form) -> Callable[..., tuple[Tensor, Tensor]]:
         source, signature, shared_bytes, options = module.KERNELS.recipe(name, dtype, C)
         return emulator.load(source, name, signature, shared_bytes, options)
 
-    if form.walks:
-        return wkv7_cuda.operator("walked", load, lambda dtype, device: form.C, lambda starts: True)
+    if form.is_persistent:
+        return wkv7_cuda.operator(
+            "persistent", load, lambda dtype, device: form.C, lambda plan: True
+        )
     name = f"emulated_{form.C}_{str(form.dtype)[6:]}"
     return module.operator(name, load, lambda dtype, device: form.C)
 
@@ -97,12 +99,36 @@ def test_they_do_without_an_initial_state(form: Form) -> None:
     check(form, 40, has_state=False)
 
 
+MEMORY = {
+    "wkv6_chunk": "ChunkMemory",
+    "wkv6_output": "OutputMemory",
+    "wkv6_gradients": "GradientMemory",
+    "wkv7_chunk_forward": "ForwardMemory",
+    "wkv7_persistent_forward": "PersistentMemory",
+    "wkv7_chunk_backward": "BackwardMemory",
+    "wkv7_gradients": "GradientMemory",
+    "wkv7_persistent_backward": "PersistentMemory",
+}
+
+
+@pytest.mark.parametrize("form", STAGES, ids=str)
+def test_the_host_gives_a_block_the_shared_memory_that_the_source_lays_out(form: Form) -> None:
+    kernels = MODULES[form.op].KERNELS
+    for name, (source, _) in kernels.sources.items():
+        if name in MEMORY and (form.C == 64 or source not in kernels.bf16_only):
+            _, _, size, options = kernels.recipe(name, form.dtype, form.C)
+            emulator.require(f"{MEMORY[name]}::BYTES == {size}", source, options)
+    matrices = torch.bfloat16 if form.dtype == torch.bfloat16 else torch.float32
+    source, _, size, options = kernels.recipe("scan", matrices, 3)
+    emulator.require(f"2 * sizeof(Exchange) + 3 * sizeof(Stage) == {size}", source, options)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_chunks_in_one_launch_are_those_of_the_stages(packed: bool) -> None:
-    case = OPERATORS["wkv7"].make_case(B=2, T=200, H=2, packed=packed, dtype=WALK.dtype)
+    case = OPERATORS["wkv7"].make_case(B=2, T=200, H=2, packed=packed, dtype=PERSISTENT.dtype)
     exact = run(case.to(torch.float64), OPERATORS["wkv7"].reference)
-    staged = run(case, FUNCTIONS[WALK._replace(walks=False)])
-    for name, value in run(case, FUNCTIONS[WALK]).items():
+    staged = run(case, FUNCTIONS[PERSISTENT._replace(is_persistent=False)])
+    for name, value in run(case, FUNCTIONS[PERSISTENT]).items():
         # what is not rounded between stages is not worse
         errors = [(x.double() - exact[name]).norm() for x in (value, staged[name])]
         assert errors[0] <= 1.05 * errors[1], name
@@ -138,7 +164,7 @@ def test_chunks_are_taken_that_fit_the_gpu(op: str, monkeypatch: pytest.MonkeyPa
     device, kernels = torch.device("cuda"), MODULES[op].KERNELS
     monkeypatch.setattr(launch.availability, "objection", lambda request: None)
     for found, bf16_chunk, fp32 in ((232_448, 64, None), (101_376, 32, "bytes of shared memory")):
-        monkeypatch.setattr(launch, "device_bytes", lambda device, found=found: found)
+        monkeypatch.setattr(launch, "max_shared_bytes", lambda device, found=found: found)
         assert kernels.chunk_length(torch.bfloat16, device) == bf16_chunk
         assert kernels.objection(Request(device, torch.bfloat16, 64)) is None
         said = kernels.objection(Request(device, torch.float32, 64))

@@ -1,4 +1,4 @@
-"""The host code that starts the CUDA kernels: what it allocates, and what it does at every call."""
+"""The host code that plan the CUDA kernels: what it allocates, and what it does at every call."""
 
 import sys
 import threading
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rwkv_peft
 from rwkv_peft.ops import OPERATORS
 from rwkv_peft.ops.cuda import launch
-from rwkv_peft.ops.cuda.launch import Starts, per_shape, readable
+from rwkv_peft.ops.cuda.launch import LaunchPlan, align, prepare_per_shape
 from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
 from rwkv_peft.ops.wkv7 import cuda as wkv7_cuda
 
@@ -25,7 +25,7 @@ MIB = 2**20
 
 
 class Prepared(NamedTuple):
-    """Loads kernels that do nothing, and counts."""
+    """Loads kernels that do nothing, and counts them and their launches."""
 
     kernels: Counter[str]
     launches: Counter[str]
@@ -71,8 +71,8 @@ def measured(op: str, forward_type: str, backward_type: str) -> tuple[float, flo
     if op == "wkv6":
         inputs.append(torch.empty(32, 64, device="meta"))
     module, load = MODULES[op], Prepared(Counter(), Counter()).load
-    starts = Starts(load, length, inputs[0].shape, inputs[0].dtype, inputs[0].device)
-    forward, backward = (getattr(module, x)(starts) for x in (forward_type, backward_type))
+    plan = LaunchPlan(load, length, inputs[0].shape, inputs[0].dtype, inputs[0].device)
+    forward, backward = (getattr(module, x)(plan) for x in (forward_type, backward_type))
     with Allocated() as allocated:
         y, state, *kept = forward.run(*inputs, None, None, True)
         results = y.nbytes + state.nbytes
@@ -86,12 +86,15 @@ def measured(op: str, forward_type: str, backward_type: str) -> tuple[float, flo
 def test_memory_beside_the_results_is_what_the_layout_says() -> None:
     # states and inverses of 64 chunks and 32 heads; at the peak also the states' gradients, and
     # a single gradient of a state
-    assert measured("wkv7", "_Forward", "_Backward") == (32, 48.5)
+    assert measured("wkv7", "_ChunkParallelForward", "_ChunkParallelBackward") == (32, 48.5)
     # in one launch nothing lies between stages
-    assert measured("wkv7", "_WalkForward", "_WalkBackward") == (32, 32.5)
+    assert measured("wkv7", "_PersistentForward", "_PersistentBackward") == (32, 32.5)
     # u in float32 is kept too; the decays and the parts of du are not freed before the end
     kept = 16 + 32 * 64 * 4 / MIB
-    assert measured("wkv6", "_Forward", "_Backward") == (kept, kept + 16 + 0.5 + 0.5 + 0.5)
+    assert measured("wkv6", "_Forward", "_Backward") == (
+        kept,
+        kept + 16 + 0.5 + 0.5 + 0.5,
+    )
 
 
 @pytest.mark.parametrize("op", MODULES)
@@ -110,12 +113,12 @@ def test_a_shape_seen_before_prepares_nothing(op: str) -> None:
 
 def test_one_launch_a_direction_where_a_block_goes_through_all_chunks() -> None:
     counts = Prepared(Counter(), Counter())
-    function = wkv7_cuda.operator("walked_alone", counts.load, length, lambda starts: True)
+    function = wkv7_cuda.operator("persistent_alone", counts.load, length, lambda plan: True)
     case = OPERATORS["wkv7"].make_case(B=1, T=70, H=1, has_state=False, dtype=torch.bfloat16)
     inputs = [x.detach().requires_grad_() for x in case.inputs.values()]
     y, _ = function(*inputs, None, None)
     torch.autograd.grad(y, inputs, case.dy)
-    assert counts.launches == {"wkv7_walk_forward": 1, "wkv7_walk_backward": 1}
+    assert counts.launches == {"wkv7_persistent_forward": 1, "wkv7_persistent_backward": 1}
 
 
 class Chip(NamedTuple):
@@ -131,7 +134,7 @@ RTX_4090 = Chip(128, 102_400, 101_376)
 
 
 @pytest.mark.parametrize(
-    ("chip", "walked", "staged"),
+    ("chip", "persistent", "parallel"),
     [
         # where one was measured to be faster: (heads, rows times heads)
         (H200, (128, 192, 256, 384, 512, 2048), (1, 32, 64, 96, 160)),
@@ -140,25 +143,30 @@ RTX_4090 = Chip(128, 102_400, 101_376)
     ],
 )
 def test_blocks_go_through_all_chunks_where_heads_fill_the_gpu(
-    chip: Chip, walked: tuple[int, ...], staged: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    chip: Chip,
+    persistent: tuple[int, ...],
+    parallel: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(launch, "_properties", lambda device: chip)
     cuda, load = torch.device("cuda"), Prepared(Counter(), Counter()).load
 
-    def starts(heads: int, dtype: torch.dtype, device: torch.device = cuda) -> Starts:
+    def plan(heads: int, dtype: torch.dtype, device: torch.device = cuda) -> LaunchPlan:
         shape = torch.Size((1, 100, heads, 64))
-        return Starts(load, wkv7_cuda.KERNELS.chunk_length, shape, dtype, device)
+        return LaunchPlan(load, wkv7_cuda.KERNELS.chunk_length, shape, dtype, device)
 
-    found = {n: wkv7_cuda.is_walked(starts(n, torch.bfloat16)) for n in (*walked, *staged)}
-    assert found == {**dict.fromkeys(walked, True), **dict.fromkeys(staged, False)}
-    assert not wkv7_cuda.is_walked(starts(256, torch.float32))
+    found = {
+        n: wkv7_cuda.uses_persistent(plan(n, torch.bfloat16)) for n in (*persistent, *parallel)
+    }
+    assert found == {**dict.fromkeys(persistent, True), **dict.fromkeys(parallel, False)}
+    assert not wkv7_cuda.uses_persistent(plan(256, torch.float32))
 
 
 def test_launches_are_made_ready_in_each_thread() -> None:
     prepared, launches = list[int](), list[int]()
 
     class Direction:
-        def __init__(self, starts: Starts) -> None:
+        def __init__(self, plan: LaunchPlan) -> None:
             self.thread = threading.get_ident()
             prepared.append(self.thread)
 
@@ -166,7 +174,7 @@ def test_launches_are_made_ready_in_each_thread() -> None:
             launches.append(self.thread)
             assert self.thread == threading.get_ident()
 
-    function = per_shape(Direction, Prepared(Counter(), Counter()).load, length)
+    function = prepare_per_shape(Direction, Prepared(Counter(), Counter()).load, length)
 
     def call_twice() -> None:
         for _ in range(2):
@@ -201,7 +209,7 @@ def test_a_call_runs_few_functions_of_ours(op: str) -> None:
 def test_kernels_read_tensors_without_gaps_from_multiples_of_sixteen_bytes() -> None:
     whole = torch.arange(200.0)
     apart, shifted = whole.view(10, 20)[:, :4], whole[1:101]
-    tensors, addresses = readable(whole, apart, shifted)
+    tensors, addresses = align(whole, apart, shifted)
     assert addresses == [x.data_ptr() for x in tensors]
     assert all(x.is_contiguous() and at % 16 == 0 for x, at in zip(tensors, addresses, strict=True))
     assert tensors[0] is whole

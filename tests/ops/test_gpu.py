@@ -22,8 +22,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 LENGTHS = (1, 15, 16, 17, 63, 100, 1000, 4096)
-WALK = ("wkv7", "walk")  # the form of the CUDA kernels that small cases are not given
-BACKENDS = [*((op, backend.name) for op in OPERATORS for backend in OPERATORS[op].table), WALK]
+PERSISTENT = ("wkv7", "persistent")  # the form of the CUDA kernels that small cases are not given
+BACKENDS = [
+    *((op, backend.name) for op in OPERATORS for backend in OPERATORS[op].table),
+    PERSISTENT,
+]
 
 
 def device() -> torch.device:
@@ -47,8 +50,8 @@ def load(
     op: str, name: str, dtype: torch.dtype
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """The function of a backend; skips what it says it cannot serve."""
-    if (op, name) == WALK:
-        return load_walk(dtype)
+    if (op, name) == PERSISTENT:
+        return load_persistent(dtype)
     backend = next(b for b in OPERATORS[op].table if b.name == name)
     if (why := backend.objection(Request(device(), dtype, 64))) is not None:
         pytest.skip(f"{name} {why}")
@@ -58,11 +61,11 @@ def load(
     return function
 
 
-def load_walk(dtype: torch.dtype) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def load_persistent(dtype: torch.dtype) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     load("wkv7", "cuda", dtype)
     if KERNELS.chunk_length(dtype, device()) != 64:
-        pytest.skip("walks in bf16, in chunks of 64 tokens")
-    return operator("walked_everywhere", KERNELS.load, KERNELS.chunk_length, lambda starts: True)
+        pytest.skip("runs in bf16, in chunks of 64 tokens")
+    return operator("persistent_everywhere", KERNELS.load, KERNELS.chunk_length, lambda plan: True)
 
 
 def make_case(op: str, dtype: torch.dtype, T: int, packed: bool) -> Case:

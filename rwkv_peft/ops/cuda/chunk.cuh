@@ -40,7 +40,8 @@ struct Documents {
     DEVICE bool is_carried() const { return entering == C; }
 };
 
-// To be followed by sync_block and read_documents. `segments` (B, T) numbers documents; null: one.
+// To be followed by sync_block and read_documents. `segments` (B, T) numbers the documents; if null, there
+// is one.
 DEVICE void write_documents(const int* segments, int T, int H, int chunk, u32* shared) {
     int t = thread_index();
     const int* here = segments + (u64)(block_y() / H) * T + (u64)chunk * C;
@@ -153,10 +154,10 @@ DEVICE Tokens load_tokens(const Io* tensor, const Position& at) {
     return tokens;
 }
 
-// The same, on their way to where `fetched_tokens` of the same thread finds them in a tile.
+// Starts copying them into a tile, where `read_fetched_tokens` of the same thread finds them.
 DEVICE void fetch_tokens(Tile tile, const Io* tensor, const Position& at) {
     const Io* here = tensor + at.first + own_channel();
-    tile = computed_here(tile);  // a loop would keep an address for each tile
+    tile = computed_here(tile);  // else a loop would keep an address for each tile
 #pragma unroll
     for (int i = 0; i < TOKENS; i++) {
         int t = own_token() + i;
@@ -166,7 +167,7 @@ DEVICE void fetch_tokens(Tile tile, const Io* tensor, const Position& at) {
             copy_async(there + j, (const Vector*)(here + t * at.stride) + j, t < at.length);
     }
 }
-DEVICE Tokens fetched_tokens(Tile tile) {
+DEVICE Tokens read_fetched_tokens(Tile tile) {
     Tokens tokens;
 #pragma unroll
     for (int i = 0; i < TOKENS; i++)
@@ -174,13 +175,13 @@ DEVICE Tokens fetched_tokens(Tile tile) {
     return tokens;
 }
 
-// A piece on its way to shared memory, as the piece of that number there.
+// Starts copying a piece to shared memory, where it is the piece number `index`.
 DEVICE void fetch_piece(Tile tile, int index, const Op* from) {
     Op* to = piece(&shared_at<Op>(tile), 0, index);
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) copy_async((Vector*)to + i, (const Vector*)from + i);
 }
-DEVICE Fragment fetched_piece(Tile tile, int index) {
+DEVICE Fragment read_fetched_piece(Tile tile, int index) {
     Fragment f;
     load(f, piece(&shared_at<Op>(tile), 0, index));
     return f;

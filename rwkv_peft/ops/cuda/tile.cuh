@@ -1,4 +1,4 @@
-// Pieces that the kernels are made of: number types, tiles in shared memory, fragments, products.
+// What the kernels are built of: dtypes, tiles in shared memory, fragments, products.
 //
 // One warp computes a slab of 16 rows of a product. The matrix units hold a 16x16 piece of an operand
 // and a 16x8 piece of a result spread over the lanes of a warp; with g = lane / 4 and q = lane % 4 a
@@ -43,7 +43,7 @@ DEVICE int thread_index() {
     __builtin_assume(i >= 0);  // dividing is shifting then
     return i;
 }
-// said in a way that shows the compiler that a warp agrees on it: for all lanes together
+// shuffled, so that the compiler knows that all lanes of a warp have the same number
 DEVICE int warp_index() {
     int i = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     __builtin_assume(i >= 0);
@@ -89,12 +89,12 @@ DEVICE u16 float_to_half(float x) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
     return y;
 }
-// x, in a way that nothing computed from it is done ahead of this place
+// x; the compiler cannot move what is computed from it ahead of this place
 DEVICE int computed_here(int x) {
     asm volatile("" : "+r"(x));
     return x;
 }
-// In one instruction: the compiler would write a struct number by number.
+// In one instruction; the compiler would write a struct number by number.
 DEVICE void store_global(void* p, const Vector& v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
                  "r"(v.x[0]), "r"(v.x[1]), "r"(v.x[2]), "r"(v.x[3]) : "memory");
@@ -233,7 +233,7 @@ constexpr u32 ROW_BYTES = STRIDE * sizeof(Op);
 DEVICE constexpr u32 tile_bytes(int rows) { return rows * ROW_BYTES; }
 
 // Of bfloat16, the 16-byte pieces of a row are permuted by the row so that eight rows meet all banks.
-// What is constant comes last: then an address is a lane's own offset and one exclusive or.
+// The constant part comes last, so that an address is a lane's own offset and one exclusive or.
 DEVICE u32 place(int row, int column) {
     if (IO == 0)
         return (u32)(row * 128 + ((row & 7) << 4) + ((column & 7) << 1)) ^ ((column >> 3) << 4);

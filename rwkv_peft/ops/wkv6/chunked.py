@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv_peft.ops.chunking import from_chunks, to_chunks
-from rwkv_peft.ops.segments import Masks, chunk_masks, masked
+from rwkv_peft.ops.segments import Masks, apply_mask, chunk_masks
 
 CHUNK = 32
 # exp(-exp(30)) is zero in every type, and what is above would overflow
@@ -107,9 +107,9 @@ def _state_decays(log_decay: Tensor, masks: Masks) -> tuple[Tensor, Tensor, Tens
     leaving state (n, C, N), and of the entering in the leaving state (n, 1, N).
     """
     return (
-        masked(_earlier(log_decay).exp_(), masks.enters),
-        masked(_later(log_decay).exp_(), masks.leaves),
-        masked(log_decay.sum(1, keepdim=True).exp_(), masks.carried),
+        apply_mask(_earlier(log_decay).exp_(), masks.enters),
+        apply_mask(_later(log_decay).exp_(), masks.leaves),
+        apply_mask(log_decay.sum(1, keepdim=True).exp_(), masks.carried),
     )
 
 
@@ -129,7 +129,7 @@ class _ChunkedWkv6(torch.autograd.Function):
             _blocks(A, level.size).copy_((late @ early.mT).permute(0, 2, 3, 1))
         own = u.to(dtype).repeat(len(rc) // H, 1).unsqueeze(1)
         A.diagonal(dim1=1, dim2=2).copy_((rc * own * kc).sum(-1))
-        A = masked(A, masks.same)
+        A = apply_mask(A, masks.same)
 
         before, rest, whole = _state_decays(log_decay, masks)
         added = vc.mT @ (kc * rest)
@@ -172,7 +172,7 @@ class _ChunkedWkv6(torch.autograd.Function):
         dlog = _later(r * dr) + _earlier(k * dk)
         dlog += (states * dstates).sum(1, keepdim=True) * whole
 
-        dA = masked(dy @ v.mT, masks.same)
+        dA = apply_mask(dy @ v.mT, masks.same)
         own = u.to(dtype).repeat(len(r) // H, 1).unsqueeze(1)
         dself = dA.diagonal(dim1=1, dim2=2).unsqueeze(-1)
         du = (dself * r * k).sum(1).view(-1, H, N).sum(0)

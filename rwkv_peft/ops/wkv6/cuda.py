@@ -7,13 +7,13 @@ from torch import Tensor, empty_like
 
 from rwkv_peft.ops.cuda.launch import (
     Kernels,
+    LaunchPlan,
     Length,
     Load,
     N,
-    Starts,
-    located,
-    per_shape,
-    readable,
+    align,
+    locate,
+    prepare_per_shape,
     row_bytes,
 )
 from rwkv_peft.ops.staged import Function, Memory
@@ -24,7 +24,7 @@ _BACKWARD = _FORWARD.with_name("backward.cu")
 
 
 def shared_bytes(name: str, dtype: torch.dtype, C: int) -> int:
-    """Shared memory of a block of a kernel; the layouts are the `...Memory` of its source."""
+    """Bytes of shared memory of a kernel's block; the layouts are the `...Memory` of its source."""
     row = row_bytes(dtype)
     tile, vector, warps, levels = C * row, N * 4, C // 8, C.bit_length() - 1
     tiles, parts = {
@@ -49,28 +49,28 @@ objection = KERNELS.objection
 
 
 class _Forward:
-    """The stages of the forward pass; see `stages`."""
+    """The forward pass in the launches of `stages`."""
 
-    def __init__(self, starts: Starts) -> None:
-        own = starts.layout
-        self._state, self._matrices = starts.like(own.state), starts.like(own.matrices)
-        self._vectors, self._nothing = starts.like(own.vectors), starts.like(own.nothing)
-        self._wide_u = starts.like(Memory(own.vectors.shape[1::2], torch.float32))
-        self._chunk = starts.over_chunks("wkv6_chunk", 4, False)
-        self._over_states = starts.over_states(reverse=False)
-        self._output = starts.over_chunks("wkv6_output", 4)
+    def __init__(self, plan: LaunchPlan) -> None:
+        own = plan.layout
+        self._state, self._matrices = plan.template(own.state), plan.template(own.matrices)
+        self._vectors, self._nothing = plan.template(own.vectors), plan.template(own.nothing)
+        self._wide_u = plan.template(Memory(own.vectors.shape[1::2], torch.float32))
+        self._chunk = plan.over_chunks("wkv6_chunk", 4, False)
+        self._over_states = plan.over_states(reverse=False)
+        self._output = plan.over_chunks("wkv6_output", 4)
 
     def run(  # type: ignore[no-untyped-def]
         self, r, w, k, v, u, initial_state, segment_ids, keep
     ) -> tuple[Tensor, ...]:
-        inputs, (r_at, w_at, k_at, v_at) = readable(r, w, k, v)
-        # also of float32: a result of an operator must not be its input
+        inputs, (r_at, w_at, k_at, v_at) = align(r, w, k, v)
+        # a copy of a float32 u too: a result of an operator must not be one of its inputs
         wide_u = empty_like(self._wide_u).copy_(u)
-        initial_state, first_at = located(initial_state)
-        segment_ids, segments_at = located(segment_ids)
+        initial_state, first_at = locate(initial_state)
+        segment_ids, segments_at = locate(segment_ids)
         y, last_state = empty_like(inputs[0]), empty_like(self._state)
         states, decay = empty_like(self._matrices), empty_like(self._vectors)
-        # what the chunks add is in the place of the states
+        # what the chunks add lies where the states will
         states_at, decay_at = states.data_ptr(), decay.data_ptr()
         self._chunk(w_at, k_at, v_at, segments_at, states_at, decay_at)
         self._over_states(0, states_at, decay_at, first_at, states_at, last_state.data_ptr())
@@ -80,24 +80,24 @@ class _Forward:
 
 
 class _Backward:
-    """The stages of the backward pass; see `stages`."""
+    """The backward pass in the launches of `stages`."""
 
-    def __init__(self, starts: Starts) -> None:
-        own = starts.layout
-        self._state, self._vectors = starts.like(own.state), starts.like(own.vectors)
-        self._scratch = starts.scratch(own.matrices, own.vectors)
-        self._chunk = starts.over_chunks("wkv6_chunk", 4, True)
-        self._over_states = starts.over_states(reverse=True)
-        self._gradients = starts.over_chunks("wkv6_gradients", 4)
+    def __init__(self, plan: LaunchPlan) -> None:
+        own = plan.layout
+        self._state, self._vectors = plan.template(own.state), plan.template(own.vectors)
+        self._scratch = plan.scratch(own.matrices, own.vectors)
+        self._chunk = plan.over_chunks("wkv6_chunk", 4, True)
+        self._over_states = plan.over_states(reverse=True)
+        self._gradients = plan.over_chunks("wkv6_gradients", 4)
 
     def run(  # type: ignore[no-untyped-def]
         self, r, w, k, v, u, segment_ids, states, wide_u, dy, dlast_state
     ) -> tuple[Tensor, ...]:
-        inputs, (r_at, w_at, k_at, v_at, dy_at) = readable(r, w, k, v, dy)
-        dlast_state, first_at = located(dlast_state)
-        segment_ids, segments_at = located(segment_ids)
+        inputs, (r_at, w_at, k_at, v_at, dy_at) = align(r, w, k, v, dy)
+        dlast_state, first_at = locate(dlast_state)
+        segment_ids, segments_at = locate(segment_ids)
         dinitial_state, du = empty_like(self._state), empty_like(self._vectors)
-        # what the chunks add is in the place of the states' gradients
+        # what the chunks add lies where the states' gradients will
         _scratch, (dstates_at, decay_at) = self._scratch()
         self._chunk(w_at, r_at, dy_at, segments_at, dstates_at, decay_at)
         last_at = dinitial_state.data_ptr()
@@ -114,7 +114,7 @@ class _Backward:
 
 def operator(name: str, load: Load, length: Length) -> Function:
     """The operator `wkv6_{name}` by the kernels that `load` brings, in chunks of `length`."""
-    forward, backward = (per_shape(x, load, length) for x in (_Forward, _Backward))
+    forward, backward = (prepare_per_shape(x, load, length) for x in (_Forward, _Backward))
     return declare(name, length, forward, backward)
 
 

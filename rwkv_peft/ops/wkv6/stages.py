@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.ops import staged
-from rwkv_peft.ops.staged import Function, Part, contiguous, layout
+from rwkv_peft.ops.staged import Function, Part, contiguous, make_layout
 
 # of the two registered functions, as `torch.library` has it
 FORWARD = (
@@ -84,15 +84,15 @@ def declare(
     """
 
     def fake_forward(r, w, k, v, u, initial_state, segment_ids, keep):  # type: ignore[no-untyped-def]
-        own = layout(r.shape, r.dtype, chunk_length(r.dtype, r.device))
+        own = make_layout(r.shape, r.dtype, chunk_length(r.dtype, r.device))
         states = own.matrices if keep else own.nothing
         wide_u = u.new_empty(u.shape, dtype=torch.float32)
-        return r.new_empty(r.shape), own.state.beside(r), states.beside(r), wide_u
+        return r.new_empty(r.shape), own.state.allocate(r), states.allocate(r), wide_u
 
     def fake_backward(r, w, k, v, u, *others):  # type: ignore[no-untyped-def]
-        state = layout(r.shape, r.dtype, chunk_length(r.dtype, r.device)).state
+        state = make_layout(r.shape, r.dtype, chunk_length(r.dtype, r.device)).state
         grads = (r.new_empty(r.shape) for _ in range(4))
-        return *grads, u.new_empty(u.shape), state.beside(r)
+        return *grads, u.new_empty(u.shape), state.allocate(r)
 
     return staged.register(
         f"wkv6_{name}",
@@ -107,15 +107,15 @@ def _forward(stages: Stages) -> Callable[..., tuple[Tensor, ...]]:
         r, w, k, v = (x.contiguous() for x in (r, w, k, v))
         segment_ids = contiguous(segment_ids)
         initial_state = None if initial_state is None else initial_state.float().contiguous()
-        own = layout(r.shape, r.dtype, stages.chunk_length(r.dtype, r.device))
-        added, decay, states = (x.beside(r) for x in (own.matrices, own.vectors, own.matrices))
-        y, last_state = torch.empty_like(r), own.state.beside(r)
+        own = make_layout(r.shape, r.dtype, stages.chunk_length(r.dtype, r.device))
+        added, decay, states = (x.allocate(r) for x in (own.matrices, own.vectors, own.matrices))
+        y, last_state = torch.empty_like(r), own.state.allocate(r)
         stages.chunk(w, k, v, segment_ids, False, added, decay)
         stages.state(added, decay, initial_state, False, states, last_state)
         # also of float32: a result of an operator must not be its input
         wide_u = torch.empty(u.shape, dtype=torch.float32, device=u.device).copy_(u)
         stages.output(r, w, k, v, wide_u, segment_ids, states, y)
-        return y, last_state, states if keep else own.nothing.beside(r), wide_u
+        return y, last_state, states if keep else own.nothing.allocate(r), wide_u
 
     return forward
 
@@ -126,9 +126,9 @@ def _backward(stages: Stages) -> Callable[..., tuple[Tensor, ...]]:
     ):
         r, w, k, v, dy = (x.contiguous() for x in (r, w, k, v, dy))
         segment_ids, dlast_state = contiguous(segment_ids), contiguous(dlast_state)
-        own = layout(r.shape, r.dtype, stages.chunk_length(r.dtype, r.device))
-        added, decay, dstates = (x.beside(r) for x in (own.matrices, own.vectors, own.matrices))
-        dinitial_state, du = own.state.beside(r), own.vectors.beside(r)
+        own = make_layout(r.shape, r.dtype, stages.chunk_length(r.dtype, r.device))
+        added, decay, dstates = (x.allocate(r) for x in (own.matrices, own.vectors, own.matrices))
+        dinitial_state, du = own.state.allocate(r), own.vectors.allocate(r)
         stages.chunk(w, r, dy, segment_ids, True, added, decay)
         stages.state(added, decay, dlast_state, True, dstates, dinitial_state)
         grads = [torch.empty_like(r) for _ in range(4)]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from rwkv_peft.ops.triton import Launcher, Scan, Settings, Variant, precisions, start_chunks
+from rwkv_peft.ops.triton import Launcher, Scan, Settings, Variant, dot_precisions, start_chunks
 from rwkv_peft.ops.triton_kernels import BF16, FP32
 from rwkv_peft.ops.wkv6 import triton_kernels as kernels
 from rwkv_peft.ops.wkv6.stages import Stages, register
@@ -31,7 +31,7 @@ def settings_for(dtype: torch.dtype) -> Settings:
     if not _output.is_compiled:  # Triton's interpreter has no arithmetic of bf16
         return _WIDE
     found = _BF16 if dtype == torch.bfloat16 else _WIDE
-    return found if found.precision in precisions() else found._replace(precision="ieee")
+    return found if found.precision in dot_precisions() else found._replace(precision="ieee")
 
 
 def _chunks(w, keys, values, segment_ids, reverse, added, decay):  # type: ignore[no-untyped-def]

@@ -19,11 +19,11 @@ import triton.language as tl
 from rwkv_peft.ops.triton_kernels import (
     LOG2_E,
     NUMBERS,
-    documents,
+    document_masks,
     dot,
     load,
+    locate,
     matrix,
-    place,
     power,
     store,
     tile,
@@ -75,7 +75,7 @@ def advance(
     """A state after a slab, and what is left of it; or in REVERSE its gradient before the slab."""
     token = ((batch * T + slab * SLAB) * H + head) * N
     offsets, exists = tile(token, T - slab * SLAB, H, SLAB, N)
-    _, enters, leaves, carried = documents(segment_ids, batch, slab, T, SLAB, SEGMENTS)
+    _, enters, leaves, carried = document_masks(segment_ids, batch, slab, T, SLAB, SEGMENTS)
     log = log_decays(load(w, offsets, exists), exists, OPERAND)
     t, i = pair()
     rest = total(i < t if REVERSE else i > t, log, PRECISION)
@@ -94,7 +94,7 @@ def chunk(
     C: tl.constexpr, N: tl.constexpr, SEGMENTS: tl.constexpr, REVERSE: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    batch, c, _, number = place(T, H, M, C, N)
+    batch, c, _, number = locate(T, H, M, C, N)
     S, left = tl.zeros((N, N), tl.float32), tl.full((N,), 1.0, tl.float32)
     for i in range(C // SLAB):
         slab = c * (C // SLAB) + i
@@ -143,7 +143,7 @@ def output(
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     SLABS: tl.constexpr = C // SLAB
-    batch, slab, token, number = place(T, H, M * SLABS, SLAB, N)
+    batch, slab, token, number = locate(T, H, M * SLABS, SLAB, N)
     head = number // (M * SLABS) % H
     S = state_at(
         states, w, k, v, segment_ids, batch, slab, head, number, T, H,
@@ -151,7 +151,7 @@ def output(
     )  # fmt: skip
 
     offsets, exists = tile(token, T - slab * SLAB, H, SLAB, N)
-    same, enters, _, _ = documents(segment_ids, batch, slab, T, SLAB, SEGMENTS)
+    same, enters, _, _ = document_masks(segment_ids, batch, slab, T, SLAB, SEGMENTS)
     log = log_decays(load(w, offsets, exists), exists, OPERAND)
     rt, kt, values = load(r, offsets, exists), load(k, offsets, exists), load(v, offsets, exists)
     t, i = pair()
@@ -175,7 +175,7 @@ def gradients(
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     SLABS: tl.constexpr = C // SLAB
-    batch, slab, token, number = place(T, H, M * SLABS, SLAB, N)
+    batch, slab, token, number = locate(T, H, M * SLABS, SLAB, N)
     head = number // (M * SLABS) % H
     S = state_at(
         states, w, k, v, segment_ids, batch, slab, head, number, T, H,
@@ -187,7 +187,7 @@ def gradients(
     )  # fmt: skip
 
     offsets, exists = tile(token, T - slab * SLAB, H, SLAB, N)
-    same, enters, leaves, carried = documents(segment_ids, batch, slab, T, SLAB, SEGMENTS)
+    same, enters, leaves, carried = document_masks(segment_ids, batch, slab, T, SLAB, SEGMENTS)
     log = log_decays(load(w, offsets, exists), exists, OPERAND)
     rt, kt = load(r, offsets, exists), load(k, offsets, exists)
     values, d_y = load(v, offsets, exists), load(dy, offsets, exists)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv_peft.ops.chunking import from_chunks, to_chunks
-from rwkv_peft.ops.segments import Masks, chunk_masks, masked
+from rwkv_peft.ops.segments import Masks, apply_mask, chunk_masks
 from rwkv_peft.ops.wkv7.reference import DECAY_SCALE
 
 CHUNK = 32
@@ -91,16 +91,16 @@ def _mask_pairs(products: Tensor, masks: Masks) -> Tensor:
     return products
 
 
-def _facing_states(x: _Operands, masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
+def _mask_for_states(x: _Operands, masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
     """P against the entering state, Q towards the leaving one, both (n, 2C, N), and the decay
 
     from one to the other (n, 1, N).
     """
     whole = x.decayed[:, -1:]
     return (
-        masked(x.p, masks.enters),
-        masked(x.q * whole, masks.leaves),
-        masked(whole, masks.carried),
+        apply_mask(x.p, masks.enters),
+        apply_mask(x.q * whole, masks.leaves),
+        apply_mask(whole, masks.carried),
     )
 
 
@@ -131,7 +131,7 @@ class _ChunkedWkv7(torch.autograd.Function):
         dtype = torch.promote_types(r.dtype, torch.float32)
         x = _operands(r, w, k, a, b, dtype)
         masks = chunk_masks(segment_ids, CHUNK, dtype, rows=2)
-        p_in, q_out, kept = _facing_states(x, masks)
+        p_in, q_out, kept = _mask_for_states(x, masks)
         seen = _mask_pairs(x.p @ x.q.mT, masks)
         solve = _unit_lower_inverse(seen[:, :CHUNK, :CHUNK])
         from_state = solve @ p_in[:, :CHUNK]
@@ -166,7 +166,7 @@ class _ChunkedWkv7(torch.autograd.Function):
         *operands, seen, solve, u_and_v, states, last_state, segment_ids = ctx.saved_tensors
         x, heads = _Operands(*operands), len(last_state)
         masks = chunk_masks(segment_ids, CHUNK, x.p.dtype, rows=2)
-        p_in, q_out, kept = _facing_states(x, masks)
+        p_in, q_out, kept = _mask_for_states(x, masks)
         dz_and_dy = torch.empty_like(x.p)
         dy_chunks = dz_and_dy[:, CHUNK:]
         dy_chunks.view(-1, *ctx.shape[::2], CHUNK, ctx.shape[3]).copy_(to_chunks(dy, CHUNK))
@@ -190,8 +190,8 @@ class _ChunkedWkv7(torch.autograd.Function):
         dv = (q_out[:, CHUNK:] @ dstates.mT).baddbmm_(seen[:, :, CHUNK:].mT, dz_and_dy)
         del q_out, p_in
         dseen = _mask_pairs(dz_and_dy @ u_and_v.mT, masks)
-        dp = masked(dz_and_dy @ states, masks.enters).baddbmm_(dseen, x.q)
-        dq = masked((u_and_v @ dstates).mul_(x.decayed[:, -1:]), masks.leaves)
+        dp = apply_mask(dz_and_dy @ states, masks.enters).baddbmm_(dseen, x.q)
+        dq = apply_mask((u_and_v @ dstates).mul_(x.decayed[:, -1:]), masks.leaves)
         dq.baddbmm_(dseen.mT, x.p)
 
         dw = _decay_gradient(x, dp, dq, leaving)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.ops import staged
-from rwkv_peft.ops.staged import Function, Part, contiguous, layout
+from rwkv_peft.ops.staged import Function, Part, contiguous, make_layout
 
 # of the two registered functions, as `torch.library` has it
 FORWARD = (
@@ -102,13 +102,13 @@ def declare(
     """
 
     def fake_forward(r, w, k, v, a, b, initial_state, segment_ids, keep):  # type: ignore[no-untyped-def]
-        own = layout(r.shape, r.dtype, chunk_length(r.dtype, r.device))
+        own = make_layout(r.shape, r.dtype, chunk_length(r.dtype, r.device))
         kept = (own.matrices, own.inverse) if keep else (own.nothing, own.nothing)
-        return r.new_empty(r.shape), *(x.beside(r) for x in (own.state, *kept))
+        return r.new_empty(r.shape), *(x.allocate(r) for x in (own.state, *kept))
 
     def fake_backward(r, *others):  # type: ignore[no-untyped-def]
-        state = layout(r.shape, r.dtype, chunk_length(r.dtype, r.device)).state
-        return *(r.new_empty(r.shape) for _ in range(6)), state.beside(r)
+        state = make_layout(r.shape, r.dtype, chunk_length(r.dtype, r.device)).state
+        return *(r.new_empty(r.shape) for _ in range(6)), state.allocate(r)
 
     return staged.register(
         f"wkv7_{name}",
@@ -122,15 +122,15 @@ def _forward(stages: Stages) -> Callable[..., tuple[Tensor, ...]]:
     def forward(r, w, k, v, a, b, initial_state, segment_ids, keep):  # type: ignore[no-untyped-def]
         r, w, k, v, a, b = inputs = [x.contiguous() for x in (r, w, k, v, a, b)]
         segment_ids, initial_state = contiguous(segment_ids), contiguous(initial_state)
-        own = layout(r.shape, r.dtype, stages.chunk_length(r.dtype, r.device))
-        y, decay, readout = torch.empty_like(r), own.vectors.beside(r), own.readout.beside(r)
-        transition, added, states = (own.matrices.beside(r) for _ in range(3))
-        last_state, inverse = own.state.beside(r), own.inverse.beside(r) if keep else None
+        own = make_layout(r.shape, r.dtype, stages.chunk_length(r.dtype, r.device))
+        y, decay, readout = torch.empty_like(r), own.vectors.allocate(r), own.readout.allocate(r)
+        transition, added, states = (own.matrices.allocate(r) for _ in range(3))
+        last_state, inverse = own.state.allocate(r), own.inverse.allocate(r) if keep else None
         stages.chunk_forward(*inputs, segment_ids, y, transition, added, decay, readout, inverse)
         stages.state_forward(transition, added, decay, initial_state, states, last_state)
         stages.output(readout, states, y)
         if inverse is None:
-            return y, last_state, own.nothing.beside(r), own.nothing.beside(r)
+            return y, last_state, own.nothing.allocate(r), own.nothing.allocate(r)
         return y, last_state, states, inverse
 
     return forward
@@ -142,9 +142,9 @@ def _backward(stages: Stages) -> Callable[..., tuple[Tensor, ...]]:
     ):
         r, w, k, v, a, b, dy = (x.contiguous() for x in (r, w, k, v, a, b, dy))
         segment_ids, dlast_state = contiguous(segment_ids), contiguous(dlast_state)
-        own = layout(r.shape, r.dtype, stages.chunk_length(r.dtype, r.device))
-        transition, added, dstates = (own.matrices.beside(r) for _ in range(3))
-        decay, dinitial_state = own.vectors.beside(r), own.state.beside(r)
+        own = make_layout(r.shape, r.dtype, stages.chunk_length(r.dtype, r.device))
+        transition, added, dstates = (own.matrices.allocate(r) for _ in range(3))
+        decay, dinitial_state = own.vectors.allocate(r), own.state.allocate(r)
         stages.chunk_backward(r, w, a, b, segment_ids, inverse, dy, transition, added, decay)
         stages.state_backward(transition, added, decay, dlast_state, dstates, dinitial_state)
         grads = [torch.empty_like(r) for _ in range(6)]

@@ -9,14 +9,14 @@ import triton.language as tl
 from rwkv_peft.ops.triton_kernels import (
     LOG2_E,
     NUMBERS,
-    documents,
+    document_masks,
     dot,
     load,
+    load_scaled,
+    locate,
     matrix,
-    place,
     power,
     reciprocal,
-    scaled,
     store,
     tile,
 )
@@ -73,7 +73,7 @@ def below(A, t, size: tl.constexpr):
 
 
 @triton.jit
-def ordered(same, C: tl.constexpr):
+def causal_masks(same, C: tl.constexpr):
     """Tokens before in the same document, and the own one with them."""
     t = tl.arange(0, C)
     return same & (t[None, :] < t[:, None]), same & (t[None, :] <= t[:, None])
@@ -104,14 +104,14 @@ def chunk_forward(
     C: tl.constexpr, N: tl.constexpr, SEGMENTS: tl.constexpr, KEEP: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    batch, c, token, chunk = place(T, H, M, C, N)
+    batch, c, token, chunk = locate(T, H, M, C, N)
     offsets, exists = tile(token, T - c * C, H, C, N)
-    same, enters, leaves, carried = documents(segment_ids, batch, c, T, C, SEGMENTS)
-    strict, causal = ordered(same, C)
+    same, enters, leaves, carried = document_masks(segment_ids, batch, c, T, C, SEGMENTS)
+    strict, causal = causal_masks(same, C)
     g, before, middle, rest, _ = decays(load(w, offsets, exists), exists, C, OPERAND)
 
-    at = scaled(a, offsets, exists, before, OPERAND)
-    bt = scaled(b, offsets, exists, -g, OPERAND).to(OPERAND)
+    at = load_scaled(a, offsets, exists, before, OPERAND)
+    bt = load_scaled(b, offsets, exists, -g, OPERAND).to(OPERAND)
     A_ab = tl.where(strict, dot(at, tl.trans(bt), OPERAND, PRECISION), 0.0)
     L = inverse_of(A_ab, C, OPERAND, PRECISION).to(OPERAND)
     if KEEP:
@@ -123,11 +123,11 @@ def chunk_forward(
     tl.store(transition + square, X.to(transition.dtype.element_ty))
     tl.store(decay + chunk * N + tl.arange(0, N), power(middle + rest, OPERAND) * carried)
 
-    rt = scaled(r, offsets, exists, g, OPERAND)
+    rt = load_scaled(r, offsets, exists, g, OPERAND)
     A_rb, R = state_readout(rt, bt, W, causal, enters, middle, OPERAND, PRECISION)
     tl.store(readout + chunk * C * N + matrix(C, N), R.to(readout.dtype.element_ty))
 
-    kt = scaled(k, offsets, exists, -g, OPERAND).to(OPERAND)
+    kt = load_scaled(k, offsets, exists, -g, OPERAND).to(OPERAND)
     values = load(v, offsets, exists).to(OPERAND)
     A_ak = tl.where(strict, dot(at, tl.trans(kt), OPERAND, PRECISION), 0.0)
     u = dot(L, dot(A_ak, values, OPERAND, PRECISION), OPERAND, PRECISION).to(OPERAND)
@@ -145,7 +145,7 @@ def output(
     T, H, M,
     C: tl.constexpr, N: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    _, c, token, chunk = place(T, H, M, C, N)
+    _, c, token, chunk = locate(T, H, M, C, N)
     offsets, exists = tile(token, T - c * C, H, C, N)
     R = tl.load(readout + chunk * C * N + matrix(C, N)).to(OPERAND)
     S = tl.load(states + chunk * N * N + matrix(N, N)).to(OPERAND)
@@ -161,14 +161,14 @@ def chunk_backward(
     C: tl.constexpr, N: tl.constexpr, SEGMENTS: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    batch, c, token, chunk = place(T, H, M, C, N)
+    batch, c, token, chunk = locate(T, H, M, C, N)
     offsets, exists = tile(token, T - c * C, H, C, N)
-    same, enters, leaves, carried = documents(segment_ids, batch, c, T, C, SEGMENTS)
-    _, causal = ordered(same, C)
+    same, enters, leaves, carried = document_masks(segment_ids, batch, c, T, C, SEGMENTS)
+    _, causal = causal_masks(same, C)
     g, before, middle, rest, _ = decays(load(w, offsets, exists), exists, C, OPERAND)
 
-    at = scaled(a, offsets, exists, before, OPERAND)
-    bt = scaled(b, offsets, exists, -g, OPERAND).to(OPERAND)
+    at = load_scaled(a, offsets, exists, before, OPERAND)
+    bt = load_scaled(b, offsets, exists, -g, OPERAND).to(OPERAND)
     L = tl.load(inverse + chunk * C * C + matrix(C, C)).to(OPERAND)
     W = dot(L, tl.where(enters, at, 0.0), OPERAND, PRECISION).to(OPERAND)
     square = chunk * N * N + matrix(N, N)
@@ -176,7 +176,7 @@ def chunk_backward(
     tl.store(transition + square, X.to(transition.dtype.element_ty))
     tl.store(decay + chunk * N + tl.arange(0, N), power(middle + rest, OPERAND) * carried)
 
-    rt = scaled(r, offsets, exists, g, OPERAND)
+    rt = load_scaled(r, offsets, exists, g, OPERAND)
     _, R = state_readout(rt, bt, W, causal, enters, middle, OPERAND, PRECISION)
     d_y = load(dy, offsets, exists).to(OPERAND)
     Q = dot(tl.trans(d_y), R, OPERAND, PRECISION)
@@ -221,14 +221,20 @@ def gradients(
     C: tl.constexpr, N: tl.constexpr, SEGMENTS: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    batch, c, token, chunk = place(T, H, M, C, N)
+    batch, c, token, chunk = locate(T, H, M, C, N)
     offsets, exists = tile(token, T - c * C, H, C, N)
-    same, enters, leaves, carried = documents(segment_ids, batch, c, T, C, SEGMENTS)
-    strict, causal = ordered(same, C)
+    same, enters, leaves, carried = document_masks(segment_ids, batch, c, T, C, SEGMENTS)
+    strict, causal = causal_masks(same, C)
     g, before, middle, rest, slope = decays(load(w, offsets, exists), exists, C, OPERAND)
 
-    at, rt = scaled(a, offsets, exists, before, OPERAND), scaled(r, offsets, exists, g, OPERAND)
-    bt, kt = scaled(b, offsets, exists, -g, OPERAND), scaled(k, offsets, exists, -g, OPERAND)
+    at, rt = (
+        load_scaled(a, offsets, exists, before, OPERAND),
+        load_scaled(r, offsets, exists, g, OPERAND),
+    )
+    bt, kt = (
+        load_scaled(b, offsets, exists, -g, OPERAND),
+        load_scaled(k, offsets, exists, -g, OPERAND),
+    )
     a_, b_, r_, k_ = at.to(OPERAND), bt.to(OPERAND), rt.to(OPERAND), kt.to(OPERAND)
     values, d_y = load(v, offsets, exists).to(OPERAND), load(dy, offsets, exists).to(OPERAND)
     square = chunk * N * N + matrix(N, N)

@@ -23,15 +23,28 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="emulated-")
 
 
+def _command(source: Path, options: Sequence[str]) -> list[str]:
+    headers = Path(__file__).parents[3] / "rwkv_peft" / "ops" / "cuda"
+    command = ["g++", "-O1", "-std=c++17", "-fPIC", "-shared", "-w", "-fno-strict-aliasing"]
+    return [*command, *options, "-include", str(HEADER), f"-I{headers}", "-x", "c++", str(source)]
+
+
+def require(condition: str, source: Path, options: Sequence[str]) -> None:
+    """Fails unless a condition of constants holds in a source."""
+    with tempfile.NamedTemporaryFile("w", suffix=".cu") as file:
+        file.write(f'#include "{source}"\nstatic_assert({condition}, "");\n')
+        file.flush()
+        command = [*_command(Path(file.name), options), "-fsyntax-only"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @functools.cache
 def _compiled(source: Path, options: Sequence[str]) -> ctypes.CDLL:
     library = (
         Path(_folder().name) / f"{source.parent.parent.name}_{source.stem}{''.join(options)}.so"
     )
-    headers = Path(__file__).parents[3] / "rwkv_peft" / "ops" / "cuda"
-    command = ["g++", "-O1", "-std=c++17", "-fPIC", "-shared", "-w", "-fno-strict-aliasing"]
-    command += [*options, "-include", str(HEADER), f"-I{headers}", "-x", "c++", str(source)]
-    subprocess.run([*command, "-o", str(library)], check=True)
+    subprocess.run([*_command(source, options), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
 

@@ -39,40 +39,40 @@ KERNEL(wkv7_chunk_backward, ChunkBackward, THREADS, 3) {
         factor.invert();
         put_scaled(At::B, b, factor.first, factor.second);
     }
-    together::sync_block();
+    warpgroup::sync_block();
     Documents documents = read_documents(shared.documents);
     write_decay(p.decay, at, documents, shared);
     if (documents.is_packed()) {
         zero_rows(At::A, documents.entering, C);
-        together::sync_block();
+        warpgroup::sync_block();
     }
 
     Slab<> s;
     if (group == 0) {
         clear(s);
-        together::add_product(s, At::INVERSE, row0, At::A, Range{0, row0 + 16});
+        warpgroup::add_product(s, At::INVERSE, row0, At::A, Range{0, row0 + 16});
     }
-    together::sync_group(1 + group);
+    warpgroup::sync_group(1 + group);
     if (group == 0) store_tile(At::A, row0, s);
-    together::sync_block();
+    warpgroup::sync_block();
     if (group == 1) {
         clear(s);
-        together::add_pairs(s, load_rows_of(At::R, row0), Pairs{At::B, At::A, true},
+        warpgroup::add_pairs(s, load_rows_of(At::R, row0), Pairs{At::B, At::A, true},
                             bounds(slab, documents, false));
         add_readout(s, At::R, row0, documents, shared.middle);
-        sync_warp();  // all lanes have read the rows that are written now
+        sync_warp();  // all lanes have read the rows that are overwritten now
         store_tile(At::R, row0, s);
     }
-    together::sync_group(1 + group);
+    warpgroup::sync_group(1 + group);
     if (documents.is_packed()) {
-        together::sync_block();
+        warpgroup::sync_block();
         zero_rows(At::B, 0, documents.leaving);
-        together::sync_block();
+        warpgroup::sync_block();
     }
     // X for the gradient of the state, or what is added to it
     for (int i = slab; i < SLABS; i += GROUP_WARPS) {
         clear(s);
-        together::add_product_transposed(s, group == 0 ? At::A : At::DY, i * 16,
+        warpgroup::add_product_transposed(s, group == 0 ? At::A : At::DY, i * 16,
                                          group == 0 ? At::B : At::R, Range{0, C});
         if (group == 1) {
             store_left(p.added + at.matrix * N * N, i, s);
@@ -169,7 +169,7 @@ DEVICE void load_gradients(const Gradients& p, const Position& at, Shared& share
     put_scaled(At::B, b, factor.first, factor.second);
     put_scaled(At::K, k, factor.first, factor.second);
     leaving_products(p, at, states);
-    sync_block();  // for middle and end, which the first warp writes
+    sync_block();  // the first warp has written `middle` and `end`
     put_states(states.own, shared);
 }
 
@@ -177,12 +177,12 @@ KERNEL(wkv7_gradients, Gradients, THREADS, 2) {
     Shared& shared = shared_at<Shared>(At::SHARED);
     Position at = position(p.T, p.H, p.M, block_x());
     load_gradients(p, at, shared);
-    together::sync_block();
+    warpgroup::sync_block();
     Documents documents = read_documents(shared.documents);
     input_gradients(p.out, at, documents);
-    // loaded while other warps are at work
+    // loaded before the barrier, while other warps still compute
     Read read = load_again(p.in, at);
-    together::sync_block();
+    warpgroup::sync_block();
     Written written = load_written(p.out, at);
     const float* leaving = &shared_at<float>(At::LEAVING);
     decay_gradient<WARPS / 4>(p.out.w, at, read, written, leaving, documents, shared);

@@ -4,7 +4,7 @@
 // measured from the middle of the chunk: a e^{g_{t-1} - m}, r e^{g_t - m}, b e^{m - g_i},
 // k e^{m - g_i}. A decay is above 0.545, so that over 64 tokens no factor leaves e^{+-20}.
 #pragma once
-#include "together.cuh"
+#include "warpgroup_mma.cuh"
 
 constexpr float DECAY_SCALE = 0.606530659712633f;  // exp(-1/2)
 

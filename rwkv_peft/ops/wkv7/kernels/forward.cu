@@ -29,7 +29,7 @@ KERNEL(wkv7_chunk_forward, ChunkForward, THREADS, 2) {
     Position at = position(p.T, p.H, p.M, block_x());
     int group = warp_index() / GROUP_WARPS, slab = warp_index() % GROUP_WARPS, row0 = slab * 16;
     load_forward(p, at, shared);
-    together::sync_block();
+    warpgroup::sync_block();
     Documents documents = read_documents(shared.documents);
     write_decay(p.decay, at, documents, shared);
     Bounds earlier = bounds(slab, documents, false);
@@ -37,35 +37,35 @@ KERNEL(wkv7_chunk_forward, ChunkForward, THREADS, 2) {
     Slab<> y, s;
     if (group == 0) {
         Slab<C / 8> pairs;
-        together::set_pairs(pairs, load_rows_of(At::A, row0), At::B, earlier, false);
+        warpgroup::set_pairs(pairs, load_rows_of(At::A, row0), At::B, earlier, false);
         invert(pairs, slab);
     } else {
         clear(s);
-        together::add_pairs(s, load_rows_of(At::A, row0), Pairs{At::K, At::V, false}, earlier);
+        warpgroup::add_pairs(s, load_rows_of(At::A, row0), Pairs{At::K, At::V, false}, earlier);
         store_tile(At::U, row0, s);
         clear(y);
-        together::add_pairs(y, load_rows_of(At::R, row0), Pairs{At::K, At::V, true}, earlier);
+        warpgroup::add_pairs(y, load_rows_of(At::R, row0), Pairs{At::K, At::V, true}, earlier);
         // compute-sanitizer orders two groups by how many barriers each has passed
         for (int turn = 1; turn < GROUP_WARPS; turn++) sync_group(2, GROUP_THREADS);
     }
-    together::sync_block();
+    warpgroup::sync_block();
     documents = read_documents(shared.documents);  // again, as registers are few
     if (documents.is_packed()) {
         zero_rows(At::A, documents.entering, C);
-        together::sync_block();
+        warpgroup::sync_block();
     }
 
     // u is what each token takes out of the state: of the entering one, and of the chunk's own values
     Tile solved = group == 0 ? At::A : At::U;
     clear(s);
-    together::add_product(s, At::INVERSE, row0, solved, Range{0, row0 + 16});
-    together::sync_group(1 + group);
+    warpgroup::add_product(s, At::INVERSE, row0, solved, Range{0, row0 + 16});
+    warpgroup::sync_group(1 + group);
     store_tile(solved, row0, s);
-    together::sync_group(1 + group);
+    warpgroup::sync_group(1 + group);
 
     earlier = bounds(slab, documents, false);
     if (group == 0) clear(y);
-    together::add_pairs(y, load_rows_of(At::R, row0), Pairs{At::B, solved, true}, earlier);
+    warpgroup::add_pairs(y, load_rows_of(At::R, row0), Pairs{At::B, solved, true}, earlier);
     if (group == 0) {
         add_readout(y, At::R, row0, documents, shared.middle);
         store_left(p.readout + at.matrix * C * N, slab, y);
@@ -74,19 +74,19 @@ KERNEL(wkv7_chunk_forward, ChunkForward, THREADS, 2) {
         store_rows(p.y, at, row0, y);
     }
     if (documents.is_packed()) {
-        together::sync_block();
+        warpgroup::sync_block();
         zero_rows(At::B, 0, documents.leaving);
         zero_rows(At::K, 0, documents.leaving);
-        together::sync_block();
+        warpgroup::sync_block();
     }
 
     // X^T for the state, or what is added to it
     for (int i = slab; i < SLABS; i += GROUP_WARPS) {
         clear(s);
-        together::add_product_transposed(s, group == 0 ? At::B : At::U, i * 16,
+        warpgroup::add_product_transposed(s, group == 0 ? At::B : At::U, i * 16,
                                          group == 0 ? At::A : At::B, Range{0, C});
         if (group == 1) {
-            together::add_product_transposed(s, At::V, i * 16, At::K, Range{0, C});
+            warpgroup::add_product_transposed(s, At::V, i * 16, At::K, Range{0, C});
             each(s, [&](float& x, int, int, int c) { x *= shared.end[c]; });
             store_left(p.added + at.matrix * N * N, i, s);
         } else {

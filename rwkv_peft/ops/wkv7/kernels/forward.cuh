@@ -1,4 +1,4 @@
-// What both forms of WKV-7's forward pass have: shared memory of a block, and the inverse of the pair
+// What both forms of WKV-7's forward pass share: shared memory of a block, and the inverse of the pair
 // products.
 #pragma once
 #include "decay.cuh"

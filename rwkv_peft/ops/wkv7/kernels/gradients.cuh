@@ -1,4 +1,4 @@
-// What both forms of WKV-7's backward pass have: how the gradients of a chunk come from the states.
+// What both forms of WKV-7's backward pass share: how the gradients of a chunk come from the states.
 #pragma once
 #include "decay.cuh"
 
@@ -223,11 +223,11 @@ DEVICE Task task(const Outputs& d, int group, int number) {
 DEVICE void solve(Slab<>& s, int group, int row0) {
     Tile solved = group == 0 ? At::U : At::Z;
     store_tile(solved, row0, s);
-    together::sync_group(1 + group);
+    warpgroup::sync_group(1 + group);
     clear(s);
-    if (group == 0) together::add_product(s, At::INVERSE, row0, solved, Range{0, row0 + 16});
-    else together::add_product_transposed(s, At::INVERSE, row0, solved, Range{row0, C});
-    together::sync_group(1 + group);
+    if (group == 0) warpgroup::add_product(s, At::INVERSE, row0, solved, Range{0, row0 + 16});
+    else warpgroup::add_product_transposed(s, At::INVERSE, row0, solved, Range{row0, C});
+    warpgroup::sync_group(1 + group);
     store_tile(solved, row0, s);
 }
 
@@ -237,15 +237,15 @@ DEVICE void input_gradients(const Outputs& d, const Position& at, const Document
     Slab<> s;
 #pragma unroll 1
     for (int number = 0; number < 4; number++) {
-        // dv is shared where warps multiply alone: the second group has the slabs that look at few
-        // tokens
+        // the groups share dv where each warp multiplies by itself: the second group takes the slabs
+        // that look at few tokens
         if (number == 1 && (group == 0) != (WGMMA || slab < GROUP_WARPS / 2)) continue;
-        // addresses of all tasks at once would not fit the registers
+        // else the compiler would make the addresses of all tasks at once, in too many registers
         int row0 = computed_here(slab * 16);
         Task todo = task(d, group, number);
         Rows left = load_rows_of(todo.left, row0);
-        if (number > 1) together::set_matrix(s, left, group == 0 ? At::STATE : At::DSTATE);
-        else together::set_transposed(s, left, todo.is_later ? At::DSTATE : At::STATE);
+        if (number > 1) warpgroup::set_matrix(s, left, group == 0 ? At::STATE : At::DSTATE);
+        else warpgroup::set_transposed(s, left, todo.is_later ? At::DSTATE : At::STATE);
         if (documents.is_packed()) {
             int begin = todo.is_later ? documents.leaving : 0;
             int end = todo.is_later ? C : documents.entering;
@@ -255,12 +255,12 @@ DEVICE void input_gradients(const Outputs& d, const Position& at, const Document
         }
         Bounds limits = bounds(row0 / 16, documents, todo.is_later);
         if (number == 0) {
-            together::add_pairs(s, left, todo.pairs, limits);
+            warpgroup::add_pairs(s, left, todo.pairs, limits);
             solve(s, group, row0);
-            together::sync_block();
+            warpgroup::sync_block();
             continue;
         }
-        together::add_pairs(s, left, todo.pairs, todo.others, limits);
+        warpgroup::add_pairs(s, left, todo.pairs, todo.others, limits);
         if (number > 1) {
             const float* factor = &shared_at<float>(At::FACTOR) + (row0 + todo.shift) * WIDE;
             if (group == 0) scale_rows<false>(s, factor);

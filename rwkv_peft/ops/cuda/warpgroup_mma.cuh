@@ -1,9 +1,9 @@
-// Products that a group of warps makes together, each warp 16 rows of the chunk: all warps of the group
-// call them at the same time, of tiles written before `together::sync_block` or `together::sync_group`.
+// Matrix products by a group of warps, each warp with 16 rows of the chunk. All warps of the group call
+// them at the same time, on tiles written before `warpgroup::sync_block` or `warpgroup::sync_group`.
 //
 // On Hopper the matrix units read a tile from shared memory themselves, once for four warps (wgmma).
-// Elsewhere each warp loads what it needs of it: four times the traffic, of which a causal product
-// needs but half.
+// Elsewhere each warp loads what it needs of the tile: four times the traffic, but a causal product
+// needs only half of it.
 #pragma once
 #include "chunk.cuh"
 
@@ -20,8 +20,8 @@ struct Pairs {
 };
 
 #if WGMMA
-namespace together {
-// What is written to shared memory from here on back is seen by matrix units behind the next barrier.
+namespace warpgroup {
+// After the next barrier the matrix units see what was written to shared memory before this call.
 DEVICE void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void sync_block() {
     publish();
@@ -32,9 +32,9 @@ DEVICE void sync_group(int id) {
     ::sync_group(id, GROUP_THREADS);
 }
 
-// Of rows of a tile from row0 on: bits 0 are the address, 32 the bytes to the next eight rows, 62 says
-// that the pieces of a row lie as `place` puts them; addresses count 16 bytes.
-DEVICE u64 described(Tile tile, int row0 = 0) {
+// The descriptor of a tile's rows from row0 on, in units of 16 bytes: from bit 0 on the address, from bit
+// 32 on the distance to the next eight rows; bit 62 says that the pieces of a row lie as `place` puts them.
+DEVICE u64 make_descriptor(Tile tile, int row0 = 0) {
     return (u64)((shared_base() + tile + row0 * 128) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
@@ -53,14 +53,14 @@ template <bool IS_TRANSPOSED> DEVICE void multiply(Slab<>& s, const Fragment& a,
 #undef FOUR
 }
 
-// The compiler is to leave the numbers of s where they are until here.
+// Makes the compiler leave the numbers of s in their registers until here.
 DEVICE void hold(Slab<>& s) {
 #pragma unroll
     for (int j = 0; j < N / 8; j++)
 #pragma unroll
         for (int i = 0; i < 4; i++) asm volatile("" : "+f"(s.x[j][i])::"memory");
 }
-// Products are started between `begin` and `commit`, and their sums are there after `finish`.
+// Products are started between `begin` and `commit`; their sums are complete after `finish`.
 DEVICE void begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 DEVICE void finish(Slab<>& s) {
@@ -69,12 +69,12 @@ DEVICE void finish(Slab<>& s) {
 }
 
 DEVICE void start_outer(Slab<>& s, const Rows& left, Tile right, bool adds) {
-    u64 b = described(right);
+    u64 b = make_descriptor(right);
 #pragma unroll
     for (int k = 0; k < N / 16; k++) multiply<true>(s, left.k[k], b + k * 2, adds || k);
 }
 DEVICE void start_values(Slab<>& s, const Rows& left, Tile values, bool adds) {
-    u64 b = described(values);
+    u64 b = make_descriptor(values);
 #pragma unroll
     for (int k = 0; k < C / 16; k++) multiply<false>(s, left.k[k], b + k * 128, adds || k);
 }
@@ -94,7 +94,7 @@ DEVICE void set_transposed(Slab<>& s, const Rows& left, Tile matrix) {
 }
 
 // The fragments of pair products within bounds
-DEVICE Rows masked(Slab<>& c, const Bounds& b, bool with_itself) {
+DEVICE Rows mask_pairs(Slab<>& c, const Bounds& b, bool with_itself) {
     Rows rows;
 #pragma unroll
     for (int block = 0; block < C / 16; block++) {
@@ -120,18 +120,18 @@ DEVICE void set_pairs(Slab<>& c, const Rows& left, Tile right, const Bounds& b, 
 DEVICE void add_pairs(Slab<>& s, const Rows& left, const Pairs& p, const Bounds& b) {
     Slab<> c;
     set_transposed(c, left, p.right);
-    Rows pairs = masked(c, b, p.with_itself);
+    Rows pairs = mask_pairs(c, b, p.with_itself);
     begin();
     start_values(s, pairs, p.values, true);
     commit();
     finish(s);
 }
 
-// Twice that; the first sums are made beside the second pair products.
+// The same for two sets of pairs; the first sums are made while the second pair products are.
 DEVICE void add_pairs(Slab<>& s, const Rows& left, const Pairs& p, const Pairs& q, const Bounds& b) {
     Slab<> c;
     set_transposed(c, left, p.right);
-    Rows pairs = masked(c, b, p.with_itself);
+    Rows pairs = mask_pairs(c, b, p.with_itself);
     Slab<> d;
     begin();
     start_values(s, pairs, p.values, true);
@@ -139,7 +139,7 @@ DEVICE void add_pairs(Slab<>& s, const Rows& left, const Pairs& p, const Pairs& 
     commit();
     finish(s);
     hold(d);
-    pairs = masked(d, b, q.with_itself);
+    pairs = mask_pairs(d, b, q.with_itself);
     begin();
     start_values(s, pairs, q.values, true);
     commit();
@@ -167,9 +167,9 @@ DEVICE void add_product(Slab<>& s, Tile left, int row0, Tile right, Range depth)
 DEVICE void add_product_transposed(Slab<>& s, Tile left, int row0, Tile right, Range depth) {
     add_product_of<true>(s, left, row0, right, depth);
 }
-}  // namespace together
+}  // namespace warpgroup
 #else
-namespace together {
+namespace warpgroup {
 using ::add_product;
 using ::add_product_transposed;
 using ::sync_block;
@@ -207,7 +207,7 @@ DEVICE void add_pairs(Slab<>& s, const Rows& left, const Pairs& p, const Bounds&
     }
 }
 
-// Twice that, side by side: neither waits for its own products alone.
+// The same for two sets of pairs, side by side, so that a warp has work while it waits for one.
 DEVICE void add_pairs(Slab<>& s, const Rows& left, const Pairs& p, const Pairs& q, const Bounds& b) {
 #pragma unroll 1
     for (int block = b.begin; block < b.end; block++) {
@@ -226,5 +226,5 @@ DEVICE void add_pairs(Slab<>& s, const Rows& left, const Pairs& p, const Pairs& 
         add_piece(s, fragment(d, 0), others);
     }
 }
-}  // namespace together
+}  // namespace warpgroup
 #endif

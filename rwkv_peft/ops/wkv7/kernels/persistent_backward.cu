@@ -1,20 +1,21 @@
-// WKV-7's backward pass in one launch: a block goes back through the chunks of a head, as walk_forward.cu
-// does forward. Between two chunks the gradient of the state lies where that of the initial state will.
+// WKV-7's backward pass as a persistent kernel: a block goes back through all chunks of a head, as
+// persistent_forward.cu goes forward. Between two chunks the gradient of the state lies where that of
+// the initial state will be.
 #include "gradients.cuh"
 
-static_assert(IO == 0 && C == 64, "a warp has one slab of the state; other builds walk no faster");
+static_assert(IO == 0 && C == 64, "a warp has one slab of the state; other builds are not faster");
 
-struct WalkMemory : GradientMemory {
+struct PersistentMemory : GradientMemory {
     enum : u32 {
         LEAVING = GradientMemory::LEAVING,  // float[2][GROUP_WARPS][N], for this chunk and the one before
         BYTES = LEAVING + 2 * GROUP_WARPS * N * 4,
-        // in tiles that are written after the decays of a chunk are known
+        // in tiles that are written only after the decays of a chunk are known
         W_AHEAD = U, INVERSE_AHEAD = Z, STATE_AHEAD = DSTATE,
     };
 };
-typedef WalkMemory Walk;
+typedef PersistentMemory Persistent;
 
-struct WalkBackward {
+struct PersistentBackward {
     Inputs in;
     const int* segments;
     const Op *inverse, *states;
@@ -25,10 +26,10 @@ struct WalkBackward {
     int T, H, M;
 };
 
-// Each thread finds later what it has fetched itself.
-DEVICE void fetch(const WalkBackward& p, int chunk) {
+// A thread reads later only what it has fetched itself.
+DEVICE void fetch(const PersistentBackward& p, int chunk) {
     Position at = position(p.T, p.H, p.M, chunk);
-    fetch_tokens(Walk::W_AHEAD, p.in.w, at);
+    fetch_tokens(Persistent::W_AHEAD, p.in.w, at);
     fetch_tokens(At::A, p.in.a, at);
     fetch_tokens(At::B, p.in.b, at);
     fetch_tokens(At::K, p.in.k, at);
@@ -40,18 +41,18 @@ DEVICE void fetch(const WalkBackward& p, int chunk) {
     for (int i = 0; i < INVERSE_PIECES; i++) {
         int index = i * WARPS + warp;
         const Op* from = p.inverse + at.matrix * C * C;
-        fetch_piece(Walk::INVERSE_AHEAD, index, piece(from, index / (C / 16), index % (C / 16), C / 16));
+        fetch_piece(Persistent::INVERSE_AHEAD, index, piece(from, index / (C / 16), index % (C / 16), C / 16));
     }
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
         int index = i * WARPS + warp;
         const Op* from = p.states + at.matrix * N * N;
-        fetch_piece(Walk::STATE_AHEAD, index, piece(from, index / 4, index % 4));
+        fetch_piece(Persistent::STATE_AHEAD, index, piece(from, index / 4, index % 4));
     }
     commit_copies();
 }
 
-DEVICE void load_dstate(States& s, const WalkBackward& p) {
+DEVICE void load_dstate(States& s, const PersistentBackward& p) {
     const float* dstate = p.dstate + (u64)block_y() * N * N;
     int warp = warp_index(), g = thread_index() % 32 / 4, q = thread_index() % 4;
 #pragma unroll
@@ -63,7 +64,7 @@ DEVICE void load_dstate(States& s, const WalkBackward& p) {
         }
 }
 
-DEVICE void put_fetched(const WalkBackward& p, const Position& at, Shared& shared) {
+DEVICE void put_fetched(const PersistentBackward& p, const Position& at, Shared& shared) {
     States states;
     Inverse inverse;
     load_dstate(states, p);
@@ -72,19 +73,19 @@ DEVICE void put_fetched(const WalkBackward& p, const Position& at, Shared& share
     int warp = warp_index();
 #pragma unroll
     for (int i = 0; i < INVERSE_PIECES; i++)
-        inverse.f[i] = fetched_piece(Walk::INVERSE_AHEAD, i * WARPS + warp);
+        inverse.f[i] = read_fetched_piece(Persistent::INVERSE_AHEAD, i * WARPS + warp);
     put_inverse(At::INVERSE, inverse);
 #pragma unroll
     for (int i = 0; i < PIECES; i++)
-        states.state[i] = fetched_piece(Walk::STATE_AHEAD, i * WARPS + warp);
-    Factors factor = decay_factors(fetched_tokens(Walk::W_AHEAD), at, shared);
+        states.state[i] = read_fetched_piece(Persistent::STATE_AHEAD, i * WARPS + warp);
+    Factors factor = decay_factors(read_fetched_tokens(Persistent::W_AHEAD), at, shared);
     put_factors(factor);
-    put_scaled(At::A, fetched_tokens(At::A), factor.before, factor.first);
-    put_scaled(At::R, fetched_tokens(At::R), factor.first, factor.second);
+    put_scaled(At::A, read_fetched_tokens(At::A), factor.before, factor.first);
+    put_scaled(At::R, read_fetched_tokens(At::R), factor.first, factor.second);
     factor.invert();
-    put_scaled(At::B, fetched_tokens(At::B), factor.first, factor.second);
-    put_scaled(At::K, fetched_tokens(At::K), factor.first, factor.second);
-    sync_block();  // for middle and end, which the first warp writes
+    put_scaled(At::B, read_fetched_tokens(At::B), factor.first, factor.second);
+    put_scaled(At::K, read_fetched_tokens(At::K), factor.first, factor.second);
+    sync_block();  // the first warp has written `middle` and `end`
     put_states(states, shared);
 }
 
@@ -111,7 +112,7 @@ DEVICE void put_leaving(Columns& sum, float* leaving) {
     *(FloatPair*)(leaving + first / 2 * 8 + thread_index() % 4 * 2) = FloatPair{sum.x[0], sum.x[1]};
 }
 
-DEVICE void begin(const WalkBackward& p, int slab, float* leaving) {
+DEVICE void begin(const PersistentBackward& p, int slab, float* leaving) {
     Columns sum = {};
     u64 first = ((u64)block_y() * N + slab * 16) * N;
     each_pair([&](int j, int, int row, int c) {
@@ -125,7 +126,7 @@ DEVICE void begin(const WalkBackward& p, int slab, float* leaving) {
 }
 
 // The gradient of the entering state, from that of the leaving one; this warp's rows.
-DEVICE void step_back(const WalkBackward& p, const Documents& documents, int slab, const Shared& shared,
+DEVICE void step_back(const PersistentBackward& p, const Documents& documents, int slab, const Shared& shared,
                       float* leaving) {
     Slab<> s;
     float* dstate = p.dstate + ((u64)block_y() * N + slab * 16) * N;
@@ -135,8 +136,8 @@ DEVICE void step_back(const WalkBackward& p, const Documents& documents, int sla
         s.x[j][2 * half] = is_carried ? d.x * shared.end[c] : 0.0f;
         s.x[j][2 * half + 1] = is_carried ? d.y * shared.end[c + 1] : 0.0f;
     });
-    together::add_product_transposed(s, At::DY, slab * 16, At::R, Range{0, C});
-    together::add_product_transposed(s, At::Z, slab * 16, At::A, Range{0, C});
+    warpgroup::add_product_transposed(s, At::DY, slab * 16, At::R, Range{0, C});
+    warpgroup::add_product_transposed(s, At::Z, slab * 16, At::A, Range{0, C});
     Columns sum = {};
     each_pair([&](int j, int half, int row, int c) {
         float x, y, *d = s.x[j] + 2 * half;
@@ -147,10 +148,10 @@ DEVICE void step_back(const WalkBackward& p, const Documents& documents, int sla
     put_leaving(sum, leaving);
 }
 
-KERNEL(wkv7_walk_backward, WalkBackward, THREADS, 2) {
+KERNEL(wkv7_persistent_backward, PersistentBackward, THREADS, 2) {
     Shared& shared = shared_at<Shared>(At::SHARED);
     int group = warp_index() / GROUP_WARPS, slab = warp_index() % GROUP_WARPS;
-    float *leaving = &shared_at<float>(Walk::LEAVING), *earlier = leaving + GROUP_WARPS * N;
+    float *leaving = &shared_at<float>(Persistent::LEAVING), *earlier = leaving + GROUP_WARPS * N;
     if (group == 1) begin(p, slab, leaving + slab * N);
     fetch(p, p.M - 1);
     sync_block();
@@ -158,20 +159,20 @@ KERNEL(wkv7_walk_backward, WalkBackward, THREADS, 2) {
     for (int chunk = p.M - 1; chunk >= 0; chunk--) {
         Position at = position(p.T, p.H, p.M, chunk);
         put_fetched(p, at, shared);
-        together::sync_block();
+        warpgroup::sync_block();
 
         Documents documents = read_documents(shared.documents);
         input_gradients(p.out, at, documents);
         if (documents.is_packed()) {
-            together::sync_block();
+            warpgroup::sync_block();
             zero_rows(At::R, documents.entering, C);
             zero_rows(At::A, documents.entering, C);
-            together::sync_block();
+            warpgroup::sync_block();
         }
         if (group == 1) step_back(p, documents, slab, shared, earlier + slab * N);
-        // loaded while other warps are at work
+        // loaded before the barrier, while other warps still compute
         Read read = load_again(p.in, at);
-        together::sync_block();
+        warpgroup::sync_block();
 
         Written written = load_written(p.out, at);
         if (chunk > 0) fetch(p, chunk - 1);
