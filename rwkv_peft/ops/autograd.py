@@ -1,4 +1,4 @@
-"""What the functions with a backward of their own share."""
+"""What autograd functions with a hand-written backward share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,9 @@ from torch.autograd import function
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """PyTorch's decorator of this name, at work only where a second derivative can be asked for.
+    """PyTorch's decorator of this name, used only where a second derivative can be asked for.
 
-    Its own work costs as much as a launch, and a step calls some hundred such functions.
+    It costs as much time as a kernel launch, and a step calls some hundred such functions.
     """
     guarded = function.once_differentiable(backward)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def to_chunks(x_BTHN: Tensor, chunk: int, fill: float = 0.0) -> Tensor:
-    """(B, T, H, N) as a view (M, B, H, C, N) of M chunks of `chunk` tokens, padded by `fill`.
+    """(B, T, H, N) as (M, B, H, C, N): M chunks of C = `chunk` tokens, padded by `fill`.
 
     Chunks come first so that what a scan over them touches is contiguous.
     """

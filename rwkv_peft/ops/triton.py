@@ -1,4 +1,4 @@
-"""What the Triton backends of all operators share: their objections, and quick launches."""
+"""What the Triton backends of all operators share: when they can serve, and quick launches."""
 
 import functools
 from collections.abc import Iterator
@@ -59,12 +59,11 @@ Variant = tuple["Launcher", tuple[Any, ...]]
 
 
 class Launcher:
-    """Starts a Triton kernel; what was compiled is kept by key, which spares most of Triton's time.
+    """Launches a Triton kernel and keeps what was compiled, which saves most of Triton's time.
 
     Args:
-        kernel: a `triton.jit` function whose tensors come first, then numbers, which it must be
-            told not to specialise on: what was compiled is used for all of their values; then
-            constants.
+        kernel: a `triton.jit` function of tensors, numbers and constants, in this order. It must
+            not be specialised on the numbers: what was compiled is used for all of their values.
         num_warps, num_stages: how it is compiled.
     """
 
@@ -103,10 +102,10 @@ class Launcher:
 
 
 class Settings(NamedTuple):
-    """How kernels compute for a class of input types."""
+    """How kernels compute for inputs of a dtype."""
 
     chunk: int
-    operand: Any  # type of the operands of products, one of `triton_kernels`
+    operand: Any  # dtype of the operands of products, see `triton_kernels`
     precision: str  # of products whose operands are float32
 
 
@@ -121,12 +120,12 @@ def dot_precisions() -> tuple[str, ...]:
 
 
 class Scan:
-    """The pass over the states of an operator.
+    """The scan over the states of an operator.
 
     Args:
-        rows: of a state for each program.
-        num_warps: of a program.
-        stages: chunks of which it holds what it needs, all but one of them fetched ahead.
+        rows: rows of a state that a program computes.
+        num_warps: warps of a program.
+        stages: chunks held at a time, all but one of them fetched ahead.
         has_transition: whether the state is multiplied by a matrix of each chunk.
     """
 
@@ -154,7 +153,7 @@ class Scan:
         self._launcher((B * H, N // self._rows, 1), replace_none(tensors, end), (M,), constants)
 
     def variants(self, settings: Settings, matrix: str) -> Iterator[Variant]:
-        """All that it is compiled to for matrices of a type, in the form of `Variant`."""
+        """All that it is compiled to for matrices of a dtype."""
         wide = "*fp32"
         for reverse in (False, True):
             constants = self._constants(settings, True, reverse)
@@ -174,7 +173,7 @@ def start_chunks(
     *flags: bool,
     parts: int = 1,
 ) -> None:
-    """Starts `parts` programs of a kernel for each chunk of inputs like `like` (B, T, H, N)."""
+    """Launches `parts` programs of a kernel for each chunk of inputs like `like` (B, T, H, N)."""
     B, T, H, N = like.shape
     require_head_size(N)
     C, operand, precision = settings
@@ -184,5 +183,5 @@ def start_chunks(
 
 
 def replace_none(tensors: tuple[Tensor | None, ...], other: Tensor) -> tuple[Tensor, ...]:
-    """Some address for a tensor that is not there; kernels have flags that say it is not used."""
+    """The tensors with another in place of None; flags tell the kernels that it is not used."""
     return tuple([other if x is None else x for x in tensors])

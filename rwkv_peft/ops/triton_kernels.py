@@ -1,7 +1,7 @@
-"""What the Triton kernels of all operators are made of, and the pass over the states.
+"""What the Triton kernels of all operators are built of, and the scan over the states.
 
-A program has a chunk of one head, or a part of one; that of the scan a slice of rows of one head's
-state. Operands of products have the type OPERAND; sums, exponents and whatever is not an operand
+A program computes one chunk of one head, or a part of it; a program of the scan computes a slice of
+rows of one head's state. Operands of products have the dtype OPERAND; sums, exponents and all else
 are float32. Exponents are in base 2.
 """
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 BF16, FP32 = tl.bfloat16, tl.float32
-# one compiled kernel serves all of their values, 1 and multiples of 16 too
+# Triton must not specialise on these: one compiled kernel serves all of their values
 NUMBERS = ("T", "H", "M")
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -17,15 +17,15 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def dot(x, y, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     if OPERAND == tl.float32:  # noqa: SIM300
-        # A sum of its own, rounded at its own size: the compiler lets a bare product add to what it
-        # is added to, term after term. The factors are exact.
+        # The factors, which are exact, keep the compiler from adding the terms of the product to a
+        # larger sum one by one: the product is summed by itself and rounded at its own size.
         return tl.dot(x.to(OPERAND) * 2.0, y.to(OPERAND), input_precision=PRECISION) * 0.5
     return tl.dot(x.to(OPERAND), y.to(OPERAND), input_precision=PRECISION)
 
 
 @triton.jit
 def power(x, OPERAND: tl.constexpr):
-    """2^x; beside float32 operands to its last digit, which the unit for 2^x does not promise."""
+    """2^x; with float32 operands exact to the last digit, which the hardware unit is not."""
     if OPERAND == tl.float32:  # noqa: SIM300
         n = tl.floor(x + 0.5)
         f = (x - n) * 0.6931471805599453
@@ -38,13 +38,13 @@ def power(x, OPERAND: tl.constexpr):
 
 @triton.jit
 def reciprocal(x, OPERAND: tl.constexpr):
-    """1 / x; beside float32 operands to its last digit."""
+    """1 / x; with float32 operands exact to the last digit."""
     return tl.div_rn(1.0, x) if OPERAND == tl.float32 else 1 / x  # noqa: SIM300
 
 
 @triton.jit
 def locate(T, H, M, C: tl.constexpr, N: tl.constexpr):
-    """This program's batch row, its offset among tokens and its chunk's number in (B, H, M)."""
+    """This program's row, chunk in the row, first token's offset, and chunk in (B, H, M)."""
     program = tl.program_id(0).to(tl.int64)
     h, chunk = program % H, program // H
     c, batch = chunk % M, chunk // M
@@ -53,7 +53,7 @@ def locate(T, H, M, C: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def tile(token, left, H, C: tl.constexpr, N: tl.constexpr):
-    """Offsets of (C, N) in (B, T, H, N), and which of its tokens exist: `left` are to come."""
+    """Offsets of (C, N) in (B, T, H, N), and a mask of its first `left` tokens, which exist."""
     t, n = tl.arange(0, C), tl.arange(0, N)
     offsets = token + t[:, None].to(tl.int64) * H * N + n[None, :]
     return offsets, (t < left)[:, None] & (n >= 0)[None, :]
@@ -65,7 +65,7 @@ def load(x, offsets, exists):
 
 
 @triton.jit
-def load_scaled(x, offsets, exists, exponent, OPERAND: tl.constexpr):
+def scale(x, offsets, exists, exponent, OPERAND: tl.constexpr):
     return load(x, offsets, exists) * power(exponent, OPERAND)
 
 
@@ -81,9 +81,10 @@ def matrix(R: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def document_masks(segment_ids, batch, c, T, C: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Masks: which two tokens are of one document; tokens of the document of the state that enters,
+    """Masks of the documents of a chunk: same, enters, leaves, carried.
 
-    of the one that leaves; and whether both states are of one document.
+    same (C, C) marks two tokens of one document; enters and leaves (C, 1) mark the tokens of the
+    document of the entering and of the leaving state; carried is 1 if that is one document.
     """
     t = tl.arange(0, C)
     enters, leaves, carried = (t >= 0)[:, None], (t >= 0)[:, None], 1.0
@@ -107,9 +108,9 @@ def scan(
     N: tl.constexpr, ROWS: tl.constexpr, TRANSITION: tl.constexpr, START: tl.constexpr,
     REVERSE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """States that meet the chunks in order, S <- S (diag(decay) + X) + P, without X if there is no
+    """The states that meet the chunks, S <- S (diag(decay) + X) + P, in order or in reverse.
 
-    TRANSITION; or in reverse with X transposed.
+    Without TRANSITION there is no X; in reverse X is transposed.
     """
     head = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, N)

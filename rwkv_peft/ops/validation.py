@@ -1,4 +1,4 @@
-"""The check that operators make of their arguments."""
+"""The check of the operators' arguments."""
 
 from collections.abc import Mapping
 
@@ -15,14 +15,17 @@ def require_like(
     initial_state: Tensor | None,
     segment_ids: Tensor | None,
 ) -> None:
-    """Raises ShapeError unless all tensors have the shape, type and device of `r`, (B, T, H, N),
+    """Raises ShapeError unless the arguments of an operator agree; the message names the tensor.
 
-    the state is (B, H, N, N) in float32, or float64 beside float64, and the segments are as
-    `require_segments` wants them; the message names the tensor.
+    Args:
+        r: (B, T, H, N) with T >= 1.
+        others: tensors that must have the shape, dtype and device of `r`, by name.
+        initial_state: (B, H, N, N) float32, or float64 beside float64; or None.
+        segment_ids: see `require_segments`.
     """
     if r.ndim != 4 or r.shape[1] < 1:
         raise ShapeError(f"{operator}: r must be (B, T, H, N) with T >= 1, got {tuple(r.shape)}")
-    # read once: a call of the kernels is as short as this check
+    # read once: calling the kernels takes no longer than this check
     shape, dtype, device = r.shape, r.dtype, r.device
     for name, x in others.items():
         if x.shape != shape or x.dtype != dtype or x.device != device:
@@ -42,9 +45,9 @@ def require_like(
 
 
 def require_segments(where: str, segment_ids: Tensor | None, like: Tensor) -> None:
-    """Raises ShapeError unless segments are (B, T) int32 on the device of `like`, (B, T, ...).
+    """Raises ShapeError unless segment ids are (B, T) int32 on the device of `like`, (B, T, ...).
 
-    That the numbers do not fall along a row is not looked at: a GPU would have to be waited for.
+    That they do not fall along a row is not checked: the GPU would have to be waited for.
     """
     if segment_ids is None:
         return

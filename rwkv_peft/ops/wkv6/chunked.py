@@ -25,7 +25,7 @@ from rwkv_peft.ops.chunking import from_chunks, to_chunks
 from rwkv_peft.ops.segments import Masks, apply_mask, chunk_masks
 
 CHUNK = 32
-# exp(-exp(30)) is zero in every type, and what is above would overflow
+# exp(-exp(30)) is zero in every dtype, and exp of larger logits would overflow
 MAX_LOGIT = 30.0
 
 
@@ -90,21 +90,21 @@ def _blocks(A: Tensor, size: int) -> Tensor:
 def _earlier(x: Tensor) -> Tensor:
     """Along the tokens (dim -2), the sum of what comes before each.
 
-    Not a running sum less the token itself: a decay may be so strong that nothing of the others
-    would be left in the difference.
+    It is not a running sum minus the token itself: a decay may be so strong that nothing of the
+    others would be left in the difference.
     """
     return F.pad(x[..., :-1, :], (0, 0, 1, 0)).cumsum(-2)
 
 
 def _later(x: Tensor) -> Tensor:
-    """The sum of what comes after each."""
+    """Along the tokens (dim -2), the sum of what comes after each."""
     return _earlier(x.flip(-2)).flip(-2)
 
 
 def _state_decays(log_decay: Tensor, masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
-    """What is left of the entering state at each token (n, C, N), of each token's key in the
+    """Decays from the entering state to each token, from each to the leaving state, over all.
 
-    leaving state (n, C, N), and of the entering in the leaving state (n, 1, N).
+    (n, C, N), (n, C, N), (n, 1, N), masked by documents.
     """
     return (
         apply_mask(_earlier(log_decay).exp_(), masks.enters),
@@ -150,7 +150,8 @@ class _ChunkedWkv6(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy, dstate):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        dy, dstate = grads
         r, log_decay, k, v, u, A, states, segment_ids = ctx.saved_tensors
         B, _, H, N = ctx.shape
         dtype, heads = r.dtype, B * H

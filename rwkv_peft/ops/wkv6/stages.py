@@ -72,7 +72,7 @@ def declare(
     forward: Callable[..., tuple[Tensor, ...]],
     backward: Callable[..., tuple[Tensor, ...]],
 ) -> Function:
-    """The operator `wkv6_{name}` of two functions, each of which goes through its stages.
+    """The operator `wkv6_{name}` of a forward and a backward function.
 
     Kept for the backward pass are the inputs, the states that enter the chunks and u in
     float32.
@@ -83,13 +83,18 @@ def declare(
         backward: see BACKWARD; gives the gradients of the inputs and of the initial state.
     """
 
-    def fake_forward(r, w, k, v, u, initial_state, segment_ids, keep):  # type: ignore[no-untyped-def]
+    def fake_forward(
+        r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, *others: Tensor | bool | None
+    ) -> tuple[Tensor, ...]:
+        *_, keep = others
         own = make_layout(r.shape, r.dtype, chunk_length(r.dtype, r.device))
         states = own.matrices if keep else own.nothing
         wide_u = u.new_empty(u.shape, dtype=torch.float32)
         return r.new_empty(r.shape), own.state.allocate(r), states.allocate(r), wide_u
 
-    def fake_backward(r, w, k, v, u, *others):  # type: ignore[no-untyped-def]
+    def fake_backward(
+        r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, *others: Tensor | None
+    ) -> tuple[Tensor, ...]:
         state = make_layout(r.shape, r.dtype, chunk_length(r.dtype, r.device)).state
         grads = (r.new_empty(r.shape) for _ in range(4))
         return *grads, u.new_empty(u.shape), state.allocate(r)
@@ -112,7 +117,7 @@ def _forward(stages: Stages) -> Callable[..., tuple[Tensor, ...]]:
         y, last_state = torch.empty_like(r), own.state.allocate(r)
         stages.chunk(w, k, v, segment_ids, False, added, decay)
         stages.state(added, decay, initial_state, False, states, last_state)
-        # also of float32: a result of an operator must not be its input
+        # a copy of a float32 u too: a result of an operator must not be one of its inputs
         wide_u = torch.empty(u.shape, dtype=torch.float32, device=u.device).copy_(u)
         stages.output(r, w, k, v, wide_u, segment_ids, states, y)
         return y, last_state, states if keep else own.nothing.allocate(r), wide_u

@@ -9,8 +9,8 @@ Two tokens are in the two halves of one pair at one level alone, that of the hig
 their numbers differ. Sums, of log decays and of what their gradients are made of, are products with
 masks: each has the terms that belong to it and no others, so that nothing has to cancel.
 
-Triton lays the warps of all products of a region along the longer side of its last one, which must
-be (SLAB, N) here: along (SLAB, SLAB) every warp would compute everything.
+Triton distributes the warps of all products of a region along the longer side of the last product.
+That must be (SLAB, N) here: with (SLAB, SLAB) every warp would compute everything.
 """
 
 import triton
@@ -36,7 +36,7 @@ SLAB, LEVELS = tl.constexpr(16), tl.constexpr(4)
 
 @triton.jit
 def log_decays(w, exists, OPERAND: tl.constexpr):
-    """Zero for tokens that do not exist: they leave the state as it is."""
+    """Log decays in base 2; zero for tokens that do not exist, which leave the state as it is."""
     rate = power(tl.where(w > MAX_LOGIT, MAX_LOGIT, w) * LOG2_E, OPERAND)
     return tl.where(exists, rate * -LOG2_E, 0.0)
 
@@ -50,9 +50,10 @@ def pair():
 
 @triton.jit
 def border(level):
-    """Masks of a level: a late token and an early one of its pair; a token and those between it and
+    """Two masks (SLAB, SLAB) of a level: pairs of tokens, and what lies between them.
 
-    the border of its pair.
+    The first marks a late token and an early one of its pair of halves; the second marks, for each
+    token, those between it and the border of its pair.
     """
     t, i = pair()
     is_late = t >> level & 1 == 1
@@ -62,7 +63,7 @@ def border(level):
 
 @triton.jit
 def total(mask, x, PRECISION: tl.constexpr):
-    """Sums over the tokens of a mask's rows."""
+    """For each row of a mask, the sum over its tokens."""
     return tl.dot(mask.to(tl.float32), x, input_precision=PRECISION)
 
 
@@ -72,7 +73,7 @@ def advance(
     N: tl.constexpr, SEGMENTS: tl.constexpr, REVERSE: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A state after a slab, and what is left of it; or in REVERSE its gradient before the slab."""
+    """The state after a slab, or in REVERSE its gradient before the slab; and the slab's decay."""
     token = ((batch * T + slab * SLAB) * H + head) * N
     offsets, exists = tile(token, T - slab * SLAB, H, SLAB, N)
     _, enters, leaves, carried = document_masks(segment_ids, batch, slab, T, SLAB, SEGMENTS)
@@ -115,7 +116,7 @@ def state_at(
     C: tl.constexpr, N: tl.constexpr, SEGMENTS: tl.constexpr, REVERSE: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state that meets a slab, made of that of its chunk; in REVERSE the gradient after it."""
+    """The state before a slab, or in REVERSE its gradient after it, from the state of its chunk."""
     SLABS: tl.constexpr = C // SLAB
     S = tl.load(states + number // SLABS * N * N + matrix(N, N)).to(tl.float32)
     first = slab // SLABS * SLABS
@@ -200,8 +201,8 @@ def gradients(
     dreader = tl.where(enters, dot(d_y, S, OPERAND, PRECISION) * before, 0.0)
     dwriter = tl.where(leaves, dot(values, D, OPERAND, PRECISION) * after, 0.0)
     dvalues += dot(tl.where(leaves, kt * after, 0.0), tl.trans(D), OPERAND, PRECISION)
-    # a decay is in what the state keeps, in what later tokens read of it or of earlier ones, and
-    # in what it has of those
+    # a decay scales what the state keeps, what later tokens read of the state or of earlier tokens,
+    # and what the leaving state has of those tokens
     kept = power(tl.sum(log, 0), OPERAND) * carried
     dlog = (tl.sum(S.to(tl.float32) * D.to(tl.float32), 0) * kept)[None, :]
     dlog += total(i > t, rt * dreader, PRECISION) + total(i < t, kt * dwriter, PRECISION)

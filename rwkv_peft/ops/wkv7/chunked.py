@@ -47,7 +47,7 @@ def wkv7_chunked(
 
 
 class _Operands(NamedTuple):
-    """One call as n = M*B*H matrices, the M chunks of C = 32 tokens in the outer order."""
+    """The operands of one call as n = M*B*H matrices, the M chunks of C = 32 tokens first."""
 
     p: Tensor  # (n, 2C, N): rows of a, then rows of r
     q: Tensor  # (n, 2C, N): rows of b, then rows of k
@@ -79,9 +79,10 @@ def _operands(
 
 
 def _mask_pairs(products: Tensor, masks: Masks) -> Tensor:
-    """Of (n, 2C, 2C), keeps in place what a row of `a` sees, the tokens before it, and a row of
+    """Zeroes, in place, the products (n, 2C, 2C) of tokens that do not see each other.
 
-    `r`, its own as well; of its own document alone.
+    A row of `a` sees the tokens before its own, a row of `r` its own as well, both only within
+    their document.
     """
     ones = torch.ones(CHUNK, CHUNK, dtype=products.dtype, device=products.device)
     causal = torch.cat((ones.tril(-1).repeat(1, 2), ones.tril().repeat(1, 2)))
@@ -92,9 +93,9 @@ def _mask_pairs(products: Tensor, masks: Masks) -> Tensor:
 
 
 def _mask_for_states(x: _Operands, masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
-    """P against the entering state, Q towards the leaving one, both (n, 2C, N), and the decay
+    """P for the entering state, Q for the leaving state, the decay between; masked by documents.
 
-    from one to the other (n, 1, N).
+    (n, 2C, N), (n, 2C, N), (n, 1, N).
     """
     whole = x.decayed[:, -1:]
     return (
@@ -107,7 +108,7 @@ def _mask_for_states(x: _Operands, masks: Masks) -> tuple[Tensor, Tensor, Tensor
 def _unit_lower_inverse(strict: Tensor) -> Tensor:
     """(I - strict)^-1 for strictly lower triangular (n, C, C), C a power of two, by halves.
 
-    As stable as substitution, and made of batched products, which solve_triangular is not.
+    As stable as substitution, and faster than solve_triangular, being batched products.
     """
     C = strict.shape[-1]
     if C == 2:
@@ -151,7 +152,7 @@ class _ChunkedWkv7(torch.autograd.Function):
             u[chunk].baddbmm_(from_state[chunk], state.mT)
             state = added[chunk].addcmul_(state, kept[chunk])
             state.baddbmm_(u[chunk].mT, q_out[chunk, :CHUNK])
-        state = state.clone()  # a view would keep all that was added
+        state = state.clone()  # a view would keep all of `added` alive
         u_and_v[:, :CHUNK] = u
         y = (p_in[:, CHUNK:] @ states.mT).baddbmm_(seen[:, CHUNK:], u_and_v)
 
@@ -162,7 +163,8 @@ class _ChunkedWkv7(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy, dstate):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        dy, dstate = grads
         *operands, seen, solve, u_and_v, states, last_state, segment_ids = ctx.saved_tensors
         x, heads = _Operands(*operands), len(last_state)
         masks = chunk_masks(segment_ids, CHUNK, x.p.dtype, rows=2)
@@ -198,11 +200,11 @@ class _ChunkedWkv7(torch.autograd.Function):
         dp[:, 1:CHUNK] *= x.decayed[:, :-1]
         dp[:, CHUNK:] *= x.decayed
         dq.unflatten(1, (2, CHUNK)).div_(x.decayed.unsqueeze(1))
-        grads = (dp[:, CHUNK:], dw, dq[:, CHUNK:], dv, dp[:, :CHUNK], dq[:, :CHUNK])
+        found = (dp[:, CHUNK:], dw, dq[:, CHUNK:], dv, dp[:, :CHUNK], dq[:, :CHUNK])
         dinitial = None
         if ctx.initial_dtype is not None:
             dinitial = dlast.reshape(dstate.shape).to(ctx.initial_dtype, copy=True)
-        return *(from_chunks(g, ctx.shape, ctx.dtype) for g in grads), dinitial, None
+        return *(from_chunks(g, ctx.shape, ctx.dtype) for g in found), dinitial, None
 
 
 def _decay_gradient(x: _Operands, dp: Tensor, dq: Tensor, leaving: Tensor) -> Tensor:

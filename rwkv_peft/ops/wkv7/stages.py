@@ -90,7 +90,7 @@ def declare(
     forward: Callable[..., tuple[Tensor, ...]],
     backward: Callable[..., tuple[Tensor, ...]],
 ) -> Function:
-    """The operator `wkv7_{name}` of two functions, each of which goes through its stages.
+    """The operator `wkv7_{name}` of a forward and a backward function.
 
     Kept for the backward pass are the inputs, the states that enter the chunks and leave the last,
     and the inverses.
@@ -101,12 +101,13 @@ def declare(
         backward: see BACKWARD; gives the gradients of the inputs and of the initial state.
     """
 
-    def fake_forward(r, w, k, v, a, b, initial_state, segment_ids, keep):  # type: ignore[no-untyped-def]
+    def fake_forward(r: Tensor, *others: Tensor | bool | None) -> tuple[Tensor, ...]:
+        *_, keep = others
         own = make_layout(r.shape, r.dtype, chunk_length(r.dtype, r.device))
         kept = (own.matrices, own.inverse) if keep else (own.nothing, own.nothing)
         return r.new_empty(r.shape), *(x.allocate(r) for x in (own.state, *kept))
 
-    def fake_backward(r, *others):  # type: ignore[no-untyped-def]
+    def fake_backward(r: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
         state = make_layout(r.shape, r.dtype, chunk_length(r.dtype, r.device)).state
         return *(r.new_empty(r.shape) for _ in range(6)), state.allocate(r)
 

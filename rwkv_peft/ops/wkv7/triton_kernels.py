@@ -12,11 +12,11 @@ from rwkv_peft.ops.triton_kernels import (
     document_masks,
     dot,
     load,
-    load_scaled,
     locate,
     matrix,
     power,
     reciprocal,
+    scale,
     store,
     tile,
 )
@@ -28,8 +28,8 @@ SCALE = tl.constexpr(DECAY_SCALE)
 
 @triton.jit
 def decays(w, exists, C: tl.constexpr, OPERAND: tl.constexpr):
-    """g_t and g_{t-1} from the middle, the log decays of the first and the second half; dl/dw."""
-    # by the smaller of sigmoid(w) and sigmoid(-w), which keeps its digits
+    """g_t - m, g_{t-1} - m, the sums of log decays of the first and the second half, dl/dw."""
+    # the smaller of sigmoid(w) and sigmoid(-w) keeps its digits
     e = power(tl.minimum(w, -w) * LOG2_E, OPERAND)
     gate = reciprocal(1 + e, OPERAND)
     slope = gate * gate * e * -SCALE
@@ -37,7 +37,7 @@ def decays(w, exists, C: tl.constexpr, OPERAND: tl.constexpr):
     t = tl.arange(0, C)[:, None]
     middle = tl.sum(tl.where(t < C // 2, log_decay, 0.0), 0)
     rest = tl.sum(tl.where(t < C // 2, 0.0, log_decay), 0)
-    # summed from the middle on: taken off afterwards, it would leave the rounding of larger sums
+    # the middle is subtracted before the sum: afterwards the rounding of larger sums would stay
     g = tl.cumsum(log_decay - tl.where(t == 0, middle[None, :], 0.0), 0)
     return g, g - log_decay, middle, rest, slope
 
@@ -74,14 +74,14 @@ def below(A, t, size: tl.constexpr):
 
 @triton.jit
 def causal_masks(same, C: tl.constexpr):
-    """Tokens before in the same document, and the own one with them."""
+    """Masks (C, C) of the tokens before each in its document, without and with the token itself."""
     t = tl.arange(0, C)
     return same & (t[None, :] < t[:, None]), same & (t[None, :] <= t[:, None])
 
 
 @triton.jit
 def state_transition(W, b_out, middle, rest, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """X, which a chunk multiplies a state by beside its decay."""
+    """X, the transition of a chunk."""
     X = dot(tl.trans(W), b_out, OPERAND, PRECISION)
     return X * power(middle, OPERAND)[:, None] * power(rest, OPERAND)[None, :]
 
@@ -90,7 +90,7 @@ def state_transition(W, b_out, middle, rest, OPERAND: tl.constexpr, PRECISION: t
 def state_readout(
     rt, bt, W, causal, enters, middle, OPERAND: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """A_rb, and R, what outputs take of the state that enters."""
+    """A_rb, and R, with which the outputs read the entering state."""
     A_rb = tl.where(causal, dot(rt, tl.trans(bt), OPERAND, PRECISION), 0.0).to(OPERAND)
     R = tl.where(enters, rt, 0.0) + dot(A_rb, W, OPERAND, PRECISION)
     return A_rb, R * power(middle, OPERAND)[None, :]
@@ -110,8 +110,8 @@ def chunk_forward(
     strict, causal = causal_masks(same, C)
     g, before, middle, rest, _ = decays(load(w, offsets, exists), exists, C, OPERAND)
 
-    at = load_scaled(a, offsets, exists, before, OPERAND)
-    bt = load_scaled(b, offsets, exists, -g, OPERAND).to(OPERAND)
+    at = scale(a, offsets, exists, before, OPERAND)
+    bt = scale(b, offsets, exists, -g, OPERAND).to(OPERAND)
     A_ab = tl.where(strict, dot(at, tl.trans(bt), OPERAND, PRECISION), 0.0)
     L = inverse_of(A_ab, C, OPERAND, PRECISION).to(OPERAND)
     if KEEP:
@@ -123,11 +123,11 @@ def chunk_forward(
     tl.store(transition + square, X.to(transition.dtype.element_ty))
     tl.store(decay + chunk * N + tl.arange(0, N), power(middle + rest, OPERAND) * carried)
 
-    rt = load_scaled(r, offsets, exists, g, OPERAND)
+    rt = scale(r, offsets, exists, g, OPERAND)
     A_rb, R = state_readout(rt, bt, W, causal, enters, middle, OPERAND, PRECISION)
     tl.store(readout + chunk * C * N + matrix(C, N), R.to(readout.dtype.element_ty))
 
-    kt = load_scaled(k, offsets, exists, -g, OPERAND).to(OPERAND)
+    kt = scale(k, offsets, exists, -g, OPERAND).to(OPERAND)
     values = load(v, offsets, exists).to(OPERAND)
     A_ak = tl.where(strict, dot(at, tl.trans(kt), OPERAND, PRECISION), 0.0)
     u = dot(L, dot(A_ak, values, OPERAND, PRECISION), OPERAND, PRECISION).to(OPERAND)
@@ -167,8 +167,8 @@ def chunk_backward(
     _, causal = causal_masks(same, C)
     g, before, middle, rest, _ = decays(load(w, offsets, exists), exists, C, OPERAND)
 
-    at = load_scaled(a, offsets, exists, before, OPERAND)
-    bt = load_scaled(b, offsets, exists, -g, OPERAND).to(OPERAND)
+    at = scale(a, offsets, exists, before, OPERAND)
+    bt = scale(b, offsets, exists, -g, OPERAND).to(OPERAND)
     L = tl.load(inverse + chunk * C * C + matrix(C, C)).to(OPERAND)
     W = dot(L, tl.where(enters, at, 0.0), OPERAND, PRECISION).to(OPERAND)
     square = chunk * N * N + matrix(N, N)
@@ -176,7 +176,7 @@ def chunk_backward(
     tl.store(transition + square, X.to(transition.dtype.element_ty))
     tl.store(decay + chunk * N + tl.arange(0, N), power(middle + rest, OPERAND) * carried)
 
-    rt = load_scaled(r, offsets, exists, g, OPERAND)
+    rt = scale(r, offsets, exists, g, OPERAND)
     _, R = state_readout(rt, bt, W, causal, enters, middle, OPERAND, PRECISION)
     d_y = load(dy, offsets, exists).to(OPERAND)
     Q = dot(tl.trans(d_y), R, OPERAND, PRECISION)
@@ -187,7 +187,7 @@ def chunk_backward(
 def solve(
     L, at, bt, A_ak, A_rb, v, dy, S, D, OPERAND: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """u, what the tokens take out of the state, and z, the gradient of what it is solved from."""
+    """u, what the tokens take out of the state, and z, the gradient of the system's right side."""
     u = dot(at, tl.trans(S), OPERAND, PRECISION) + dot(A_ak, v, OPERAND, PRECISION)
     du = dot(bt, tl.trans(D), OPERAND, PRECISION) + dot(tl.trans(A_rb), dy, OPERAND, PRECISION)
     u = dot(L, u, OPERAND, PRECISION).to(OPERAND)
@@ -198,7 +198,7 @@ def solve(
 def reader_gradient(
     d_y, S, enters, dA_k, k, dA_b, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Of rt or at, which read the state and the tokens before."""
+    """The gradient of rt or at, which read the state and the tokens before."""
     grad = tl.where(enters, dot(d_y, S, OPERAND, PRECISION), 0.0)
     return grad + dot(dA_k, k, OPERAND, PRECISION) + dot(dA_b, b, OPERAND, PRECISION)
 
@@ -207,7 +207,7 @@ def reader_gradient(
 def writer_gradient(
     value, D, leaves, dA_r, r, dA_a, a, OPERAND: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Of kt or bt, which the state and later tokens read; and the part of the state alone."""
+    """The gradient of kt or bt, which the state and later tokens read; the state's part of it."""
     grad = dot(tl.trans(dA_r), r, OPERAND, PRECISION) + dot(tl.trans(dA_a), a, OPERAND, PRECISION)
     leaving = tl.where(leaves, dot(value, D, OPERAND, PRECISION), 0.0)
     return grad + leaving, leaving
@@ -227,14 +227,8 @@ def gradients(
     strict, causal = causal_masks(same, C)
     g, before, middle, rest, slope = decays(load(w, offsets, exists), exists, C, OPERAND)
 
-    at, rt = (
-        load_scaled(a, offsets, exists, before, OPERAND),
-        load_scaled(r, offsets, exists, g, OPERAND),
-    )
-    bt, kt = (
-        load_scaled(b, offsets, exists, -g, OPERAND),
-        load_scaled(k, offsets, exists, -g, OPERAND),
-    )
+    at, rt = scale(a, offsets, exists, before, OPERAND), scale(r, offsets, exists, g, OPERAND)
+    bt, kt = scale(b, offsets, exists, -g, OPERAND), scale(k, offsets, exists, -g, OPERAND)
     a_, b_, r_, k_ = at.to(OPERAND), bt.to(OPERAND), rt.to(OPERAND), kt.to(OPERAND)
     values, d_y = load(v, offsets, exists).to(OPERAND), load(dy, offsets, exists).to(OPERAND)
     square = chunk * N * N + matrix(N, N)
@@ -255,7 +249,7 @@ def gradients(
     grad += dot(tl.trans(A_ak), z, OPERAND, PRECISION)
     store(dv, offsets, grad, exists)
 
-    # the decay of token t is in all that passes it: `later` sums over tokens from t on
+    # the decay of token t scales all that passes it: `later` sums over the tokens from t on
     dA_rk = tl.where(causal, dot(d_y, tl.trans(values), OPERAND, PRECISION), 0.0).to(OPERAND)
     dA_rb = tl.where(causal, dot(d_y, tl.trans(u), OPERAND, PRECISION), 0.0).to(OPERAND)
     grad = reader_gradient(d_y, S, enters, dA_rk, k_, dA_rb, b_, OPERAND, PRECISION)
