@@ -1,7 +1,6 @@
 """Adapters and states from one form of file to another."""
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from rwkv_peft.methods.attach import PREFIX
 from rwkv_peft.methods.miss import as_lora
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
+from rwkv_peft.writing import atomic_folder
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -199,17 +199,12 @@ def _write_residual(
             raise CheckpointError(f"{name} does not fit into {dtype}: use --dtype bf16 or fp32")
         return left
 
-    new = output.with_name(f".{output.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
+    with atomic_folder(output) as new:
         write_tensors(new / RESIDUAL, specs, tensor)
         note = {"base": fingerprint(read_weights(new / RESIDUAL))}
         adapter = SavedAdapter(_with_scale_1(config), values, note)
         write_folder(new / ADAPTER_FOLDER, adapter, output / RESIDUAL)
         write_weights(new / START, start_file(start))
-        new.rename(output)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
     kinds = sorted({str(stored[n]).removeprefix("torch.") for n in taken})
     line = f"wrote {output}: {RESIDUAL}, {ADAPTER_FOLDER} of rank {config.r} on it, {START}"
     if kinds != ["float32"]:

@@ -1,14 +1,13 @@
 """Folders of adapters in the format of Hugging Face peft."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from rwkv_peft.errors import CheckpointError
-from rwkv_peft.writing import atomic_write
+from rwkv_peft.writing import atomic_folder, restore_folder
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -35,28 +34,18 @@ def write_folder(folder: str | Path, adapter: SavedAdapter, base: str | Path) ->
     """Writes an adapter folder from its three parts, whole or not at all."""
     from safetensors.torch import save
 
-    folder = Path(folder)
     config = {**adapter.config.to_dict(), "base_model_name_or_path": str(base)}
     config["inference_mode"] = True
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        with atomic_write(new / WEIGHTS) as file:
-            # clones, as the format refuses tensors that share memory
-            tensors = {n: x.detach().cpu().clone() for n, x in adapter.tensors.items()}
-            file.write(save({n: x.contiguous() for n, x in tensors.items()}))
+    with atomic_folder(folder) as new:
+        # clones, as the format refuses tensors that share memory
+        tensors = {n: x.detach().cpu().clone() for n, x in adapter.tensors.items()}
+        (new / WEIGHTS).write_bytes(save({n: x.contiguous() for n, x in tensors.items()}))
         for name, content in ((CONFIG, config), (NOTE, adapter.note)):
-            with atomic_write(new / name, "w") as file:
-                json.dump(content, file, indent=2, default=_plain)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+            text = json.dumps(content, indent=2, default=_to_json)
+            (new / name).write_text(text, encoding="utf-8")
 
 
-def _plain(value: object) -> object:
+def _to_json(value: object) -> object:
     return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
@@ -71,6 +60,7 @@ def read_folder(folder: str | Path) -> SavedAdapter:
     from safetensors.torch import load_file
 
     folder = Path(folder)
+    restore_folder(folder)
     if not folder.exists():
         raise CheckpointError(f"there is no adapter {folder}: give a folder or a file that exists")
     for name in (CONFIG, WEIGHTS):

@@ -24,7 +24,7 @@ from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.methods.merge import Addition, MergedWeights, split
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.writing import atomic_write
+from rwkv_peft.writing import atomic_file
 
 StoredType = Literal["keep", "bf16", "fp16", "fp32"]
 # a change of which rounding takes more than this is worth another type
@@ -98,7 +98,7 @@ class MergeReport:
     def write(self) -> Path:
         """Writes merge_report.json beside the output."""
         path = Path(self.output).with_name("merge_report.json")
-        with atomic_write(path, "w") as file:
+        with atomic_file(path, "w") as file:
             json.dump({**asdict(self), "recommendation": self.recommendation()}, file, indent=2)
         return path
 

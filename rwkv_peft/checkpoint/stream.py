@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.errors import CheckpointError
-from rwkv_peft.writing import atomic_write
+from rwkv_peft.writing import atomic_file
 
 # where PyTorch puts a tensor's first byte, so that a mapped file gives aligned tensors
 ALIGNMENT = 64
@@ -63,7 +63,7 @@ def write_tensors(
         if spec.dtype not in _NAMES:
             raise CheckpointError(f"{name} is {spec.dtype}, which weight files do not hold")
     is_safetensors = Path(path).suffix == ".safetensors"
-    with atomic_write(path) as file:
+    with atomic_file(path) as file:
         write = _write_safetensors if is_safetensors else _write_pth
         write(file, specs, lambda name: _bytes(name, specs[name], tensor(name)))
 

@@ -8,7 +8,7 @@ from rwkv_peft.data.prepare import Documents
 from rwkv_peft.data.sources import Source
 from rwkv_peft.data.tokenfiles import open_tokens, write_index
 from rwkv_peft.errors import DataError
-from rwkv_peft.writing import atomic_write
+from rwkv_peft.writing import atomic_file
 
 BLOCK = 1 << 20
 
@@ -30,7 +30,7 @@ def write_pair(path: Path, documents: Documents, copies: int = 1, seed: int = 0)
         orders = [generator.permutation(len(documents)) for _ in range(copies)]
     dtype = documents.tokens.dtype
     sums = []
-    with atomic_write(index_file) as index, atomic_write(tokens_file) as file:
+    with atomic_file(index_file) as index, atomic_file(tokens_file) as file:
         write_index(index, np.concatenate([sizes[order] for order in orders]), dtype)
         for order in orders:
             if copies == 1:

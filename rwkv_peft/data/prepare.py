@@ -15,10 +15,11 @@ from rwkv_peft.data.encode import TEXT_BLOCK, Chunk, Encoder, encode_all, in_chu
 from rwkv_peft.data.files import FileRow, read_rows
 from rwkv_peft.data.forms import FORMS
 from rwkv_peft.data.sources import TEXT_TYPES, TOKEN_TYPES, Source, find_sources
-from rwkv_peft.data.store import Store, default_folder, new_folder, open_store
+from rwkv_peft.data.store import Store, open_store
 from rwkv_peft.data.tokenfiles import open_tokens
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import DataError
+from rwkv_peft.writing import atomic_folder, cache_folder
 
 # less than this is read anew each time, in memory
 CACHED_FROM = 16 << 20
@@ -172,9 +173,12 @@ def read_documents(
         store = Store(encoder.dtype)
         _fill(store, sources, encoder, progress)
         return _documents(sources, store.arrays(), store.finish(), config)
-    folder = Path(config.data_cache or default_folder()) / _fingerprint(sources, encoder)
+    folder = Path(config.data_cache or cache_folder("data")) / _fingerprint(sources, encoder)
     if not (folder / "facts.json").exists():
-        with new_folder(folder) as part:
+        # of runs that prepare the same data at once the first to finish gives it to all
+        with atomic_folder(folder, keeps_first=True) as part:
+            # as private as the texts may be
+            part.chmod(0o700)
             store = Store(encoder.dtype, part)
             try:
                 _fill(store, sources, encoder, progress)

@@ -2,11 +2,6 @@
 
 import io
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -159,30 +154,3 @@ def _map_all(folder: Path, dtypes: dict[str, np.dtype[Any]]) -> dict[str, NDArra
         else np.zeros(0, dtype=dtype)
         for name, dtype in dtypes.items()
     }
-
-
-def default_folder() -> Path:
-    """Where prepared data is kept if no folder is named: the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "rwkv-peft" / "data"
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` when it is complete.
-
-    Runs that prepare the same data at once each fill their own; the first to end gives its folder
-    the name, and the others find it there.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".part", dir=target.parent))
-    try:
-        yield folder
-        try:
-            folder.rename(target)
-        except OSError:
-            # another run was first; anything else is an error
-            if not (target / "facts.json").exists():
-                raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,7 @@ import torch
 
 from rwkv_peft.config import TEMPLATE_FILE
 from rwkv_peft.training.settings import Settings
-from rwkv_peft.writing import atomic_write
+from rwkv_peft.writing import atomic_file
 
 # without a terminal, at most one line of progress in so many seconds
 PLAIN_INTERVAL = 10.0
@@ -69,10 +69,10 @@ class RunFolder:
         copy = self.path / TEMPLATE_FILE
         if (template := Path(settings.template)).is_file():
             source = template.read_bytes()
-            with atomic_write(copy) as file:
+            with atomic_file(copy) as file:
                 file.write(source)
             settings = replace(settings, template=str(copy))
-        with atomic_write(self.path / "config.yaml", "w") as file:
+        with atomic_file(self.path / "config.yaml", "w") as file:
             yaml.safe_dump(asdict(settings), file, sort_keys=False, allow_unicode=True)
 
     def log(self, line: str) -> None:
