@@ -8,7 +8,7 @@ from rwkv_peft.checkpoint.adapter import load_adapter
 from rwkv_peft.checkpoint.convert import convert
 from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.merge import merge
-from rwkv_peft.checkpoint.older import Unsaved
+from rwkv_peft.checkpoint.older import LegacyAdapterHints
 from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights
 from rwkv_peft.checkpoint.state import load_state
 from rwkv_peft.device import dtype_of
@@ -55,8 +55,8 @@ def load_model(
     load_weights(model, weights, device=device, dtype=dtype)
     if adapter is not None:
         own = fingerprint(weights)
-        unsaved = Unsaved(lora_alpha, pissa_init)
-        load_adapter(model, adapter, unsaved=unsaved, base_fingerprint=own, force=force)
+        hints = LegacyAdapterHints(lora_alpha, pissa_init)
+        load_adapter(model, adapter, hints=hints, base_fingerprint=own, force=force)
     if state is not None:
         load_state(model, state)
     return model.eval()

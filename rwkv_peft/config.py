@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rwkv_peft.errors import ConfigError
 
 Switch = Literal[0, 1]
-# what an adapter file of older RWKV-PEFT does not hold; see `checkpoint.older.Unsaved`
+# what an adapter file of older RWKV-PEFT does not hold; see `checkpoint.older.LegacyAdapterHints`
 UNSAVED = ("lora_alpha", "pissa_init", "lora_dropout")
 # a user's template, as a run keeps it in its folder
 TEMPLATE_FILE = "template.jinja"

@@ -30,10 +30,9 @@ if sys.platform != "win32":
 _MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
 # what `os.rename` says of a target that is there and not an empty folder
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
-# of renameat2 in Linux: names relative to the working directory, and that two are swapped
+# arguments of renameat2: names relative to the working directory; the flag that swaps them, which
+# renamex_np of macOS calls RENAME_SWAP
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-# the same of renamex_np in macOS
-_RENAME_SWAP = 2
 
 
 @contextmanager
@@ -194,13 +193,15 @@ def _put_in_place(new: Path, path: Path, keeps_first: bool) -> None:
 
 def _swap(one: Path, other: Path) -> bool:
     """Swaps two names in one step; False where the system or the file system cannot."""
-    names = os.fsencode(one), os.fsencode(other)
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "renameat2"):
-        swapped = libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
-        return bool(swapped == 0)
-    if sys.platform == "darwin" and hasattr(libc := ctypes.CDLL(None), "renamex_np"):
-        return bool(libc.renamex_np(*names, _RENAME_SWAP) == 0)
-    return False
+    a, b, library = os.fsencode(one), os.fsencode(other), None
+    if sys.platform in ("linux", "darwin"):
+        library = ctypes.CDLL(None)
+    failed = 1
+    if hasattr(library, "renameat2"):
+        failed = library.renameat2(_AT_FDCWD, a, _AT_FDCWD, b, _RENAME_EXCHANGE)
+    elif hasattr(library, "renamex_np"):
+        failed = library.renamex_np(a, b, _RENAME_EXCHANGE)
+    return failed == 0
 
 
 def _remove(path: Path) -> None:

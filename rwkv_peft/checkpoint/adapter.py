@@ -7,7 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from rwkv_peft.checkpoint.folder import SavedAdapter, read_folder, write_folder
-from rwkv_peft.checkpoint.older import Unsaved, old_method, read_old_adapter, with_start
+from rwkv_peft.checkpoint.mapped import build_mapped
+from rwkv_peft.checkpoint.older import LegacyAdapterHints, add_start, old_method, read_old_adapter
+from rwkv_peft.checkpoint.pth import STATE_SUFFIX
 from rwkv_peft.checkpoint.state import is_state_file
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.methods import factors, fast, residual
@@ -43,7 +45,7 @@ def write_adapter(
     config = attachment.peft_model.peft_config[ADAPTER]
     note = {"base": base_fingerprint}
     if attachment.start:
-        values = residual.joined(values, attachment.start)
+        values = residual.join_start(values, attachment.start)
         config = residual.with_rank(config, 2)
         note["init"] = attachment.init
     names = {id(parameter): name for name, parameter in attachment.items()}
@@ -55,18 +57,28 @@ def write_adapter(
     write_folder(folder, SavedAdapter(config, tensors, note), base)
 
 
-def read_adapter(path: str | Path, unsaved: Unsaved | None = None) -> SavedAdapter:
+def read_adapter(
+    path: str | Path,
+    hints: LegacyAdapterHints | None = None,
+    *,
+    base_fingerprint: str = "",
+    force: bool = False,
+) -> SavedAdapter:
     """An adapter from a folder in peft's format or a file of older RWKV-PEFT.
 
     Args:
-        unsaved: what such a file does not hold. For the folder of an adapter on a residual base
-            `pissa_init` makes it one on the original base; nothing else may be given for a folder.
+        hints: what a file of older RWKV-PEFT does not hold. For the folder of an adapter on a
+            residual base `pissa_init` makes it one on the original base; nothing else may be given
+            for a folder.
+        base_fingerprint: of the base it is wanted for; not compared with the adapter's if empty.
+        force: accept an adapter of another base.
     Raises:
-        CheckpointError: a file is missing, damaged or no adapter, or lacks what must be given.
+        CheckpointError: a file is missing, damaged or not an adapter, or lacks what must be given;
+            the adapter belongs to another base.
     """
-    unsaved = unsaved or Unsaved()
+    hints = hints or LegacyAdapterHints()
     if old_method(path):
-        return read_old_adapter(path, unsaved)
+        return read_old_adapter(path, hints)
     if Path(path).is_file():
         raise CheckpointError(
             f"{path} holds no adapter: give a folder in peft's format or a file of lora_A and "
@@ -74,9 +86,19 @@ def read_adapter(path: str | Path, unsaved: Unsaved | None = None) -> SavedAdapt
         )
     adapter = read_folder(path)
     for name in ("lora_alpha", "lora_dropout"):
-        if getattr(unsaved, name) is not None:
+        if getattr(hints, name) is not None:
             raise CheckpointError(f"{path} brings its own {name}: leave it out")
-    return with_start(path, adapter, unsaved.pissa_init) if unsaved.pissa_init else adapter
+    if hints.pissa_init:
+        # the adapter is then one on the original base, which its note does not name
+        adapter = add_start(path, adapter, hints.pissa_init)
+    wanted = adapter.note.get("base")
+    if wanted and base_fingerprint and wanted != base_fingerprint and not force:
+        name = Path(adapter.config.base_model_name_or_path or "unnamed").name
+        raise CheckpointError(
+            f"{path} was trained on another base ({wanted}, {name}) than this one "
+            f"({base_fingerprint}): give that base, or --force true to insist"
+        )
+    return adapter
 
 
 def saved_method(path: str | Path) -> str:
@@ -94,7 +116,7 @@ def load_adapter(
     model: RWKV,
     folder: str | Path,
     *,
-    unsaved: Unsaved | None = None,
+    hints: LegacyAdapterHints | None = None,
     base_fingerprint: str = "",
     force: bool = False,
 ) -> None:
@@ -102,82 +124,83 @@ def load_adapter(
 
     Args:
         folder: in peft's format, or a file of older RWKV-PEFT.
-        unsaved: what such a file does not hold.
+        hints: what such a file does not hold.
         base_fingerprint: of the model's file; not compared with the adapter's if empty.
         force: attach it to another base too.
     Raises:
         CheckpointError: the adapter belongs to another base, or its tensors are not exactly those
             that its config makes in this model.
     """
-    adapter = read_adapter(folder, unsaved)
-    require_base(folder, adapter, base_fingerprint, force=force)
-    attach_values(model, adapter, folder)
+    adapter = read_adapter(folder, hints, base_fingerprint=base_fingerprint, force=force)
+    load_values(_attach(model, adapter, folder), adapter.tensors)
     fast.fuse(model)
     model.requires_grad_(False)
 
 
-def attach_values(
-    model: RWKV, adapter: SavedAdapter, folder: str | Path, *, keeps_float32: bool = False
-) -> Attachment:
-    """Attaches an adapter as it is in its file and puts its values in.
+def attach_to_base(
+    weights: Mapping[str, Tensor], adapter: SavedAdapter, folder: str | Path
+) -> tuple[RWKV, Attachment]:
+    """A model made of a base's mapped tensors, and an adapter attached to it in float32.
 
-    Args:
-        keeps_float32: the adapter's tensors stay as fine as in the file, whatever the model's type.
+    Learned states among `weights` are left out.
+
     Raises:
-        CheckpointError: its tensors are not exactly those that the config makes in this model.
+        CheckpointError: the adapter's tensors are not exactly those that its config makes in this
+            model.
     """
+    model = build_mapped({n: x for n, x in weights.items() if not n.endswith(STATE_SUFFIX)})
     official = list(model.parameters())
     attachment = _attach(model, adapter, folder)
-    if keeps_float32:
-        trained = {id(attachment[name]) for name in attachment.plain}
-        kept = {id(x) for x in official} - trained
-        for x in (*model.parameters(), *model.buffers()):
-            if id(x) not in kept and x.is_floating_point():
-                x.data = x.data.float()
+    trained = {id(attachment[name]) for name in attachment.plain}
+    kept = {id(x) for x in official} - trained
+    for x in (*model.parameters(), *model.buffers()):
+        if id(x) not in kept and x.is_floating_point():
+            # as fine as in the file, whatever the dtype of the base
+            x.data = x.data.float()
     load_values(attachment, adapter.tensors)
-    return attachment
+    return model, attachment
 
 
 def attach_saved(
     model: RWKV,
     folder: str | Path,
     *,
-    unsaved: Unsaved | None = None,
+    hints: LegacyAdapterHints | None = None,
     train_parts: Sequence[str] = (),
     base_fingerprint: str = "",
     force: bool = False,
     is_fused: bool = True,
 ) -> tuple[Attachment, dict[str, Tensor]]:
-    """Attaches an adapter, from where `load_adapter` takes it, for training it further.
+    """Attaches an adapter that is to be trained further.
 
     Args:
-        train_parts: trained too, beside those in its file; see `methods.attach`.
+        folder, hints, base_fingerprint, force: as of `load_adapter`.
+        train_parts: what else to train, beside what is in its file; see `methods.attach`.
     Returns:
-        the tensors to train and the values they had, both by name, as the file's float32 may be
-        finer than the model's type.
+        the tensors to train, and the file's values for them, both by name: the model's dtype may
+        be coarser than the file's float32.
     Raises:
         CheckpointError: as `load_adapter`.
     """
-    adapter = read_adapter(folder, unsaved)
-    require_base(folder, adapter, base_fingerprint, force=force)
+    adapter = read_adapter(folder, hints, base_fingerprint=base_fingerprint, force=force)
     start: dict[str, Tensor] = {}
     if init := adapter.note.get("init"):
-        values, start = residual.split(adapter.tensors)
+        values, start = residual.split_start(adapter.tensors)
         adapter = SavedAdapter(residual.with_rank(adapter.config, 0.5), values, adapter.note)
     parts = named_parts(model, train_parts)
     attachment = _attach(model, adapter, folder)
     load_values(attachment, adapter.tensors)
     with_parts(model, attachment, {n: attachment[n] for n in attachment.plain} | parts)
-    found = by_parameter(attachment, adapter.tensors)
+    found = _match_parameters(attachment, adapter.tensors)
     if init:
-        attachment.start, attachment.init = by_parameter(attachment, start), init
+        attachment.start, attachment.init = _match_parameters(attachment, start), init
         residual.take_out(model, attachment.start)
     if is_fused:
         fast.fuse(model)
     return attachment, found
 
 
-def by_parameter(attachment: Attachment, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _match_parameters(attachment: Attachment, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a file, by the names of the trained parameters that they belong to."""
     # peft's names in files are not those of the parameters; the tensors tell which is which
     names = {id(parameter): name for name, parameter in attachment.items()}
@@ -221,23 +244,3 @@ def _attach(model: RWKV, adapter: SavedAdapter, folder: str | Path) -> Attachmen
             "trained on"
         )
     return attachment
-
-
-def require_base(
-    folder: str | Path, adapter: SavedAdapter, base_fingerprint: str, *, force: bool
-) -> None:
-    """Compares an adapter's base with the one given; an empty fingerprint agrees with all.
-
-    Raises:
-        CheckpointError: they differ, and `force` does not insist.
-    """
-    wanted = adapter.note.get("base")
-    if wanted and base_fingerprint and wanted != base_fingerprint and not force:
-        raise CheckpointError(
-            f"{folder} was trained on another base ({wanted}, {_name_of(adapter)}) than this one "
-            f"({base_fingerprint}): give that base, or --force true to insist"
-        )
-
-
-def _name_of(adapter: SavedAdapter) -> str:
-    return Path(adapter.config.base_model_name_or_path or "unnamed").name

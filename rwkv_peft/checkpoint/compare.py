@@ -17,7 +17,7 @@ TEXTS = (
     "User: 为什么天空是蓝色的？\n\nAssistant: 阳光穿过大气时，蓝光比红光更容易被空气分子散射，"
     "所以我们抬头看到的天空是蓝色的。",
 )
-# ids of the texts, since the tables of the tokenizer take more memory than a model that is mapped
+# ids of the texts: the tokenizer's tables would take more memory than a mapped model
 IDS = (
     "24281 59 21152 30659 22590 31456 31205 22226 30807 4811 22590 38329 64 261 5585 41693 59 "
     "29521 30118 22590 32243 116 47312 21902 53210 45 40076 22226 32321 32272 4423 31323 4423 "
@@ -30,7 +30,7 @@ IDS = (
 # a divergence of k nats costs k nats of loss a token on the adapter model's own text
 TOLERABLE_KL = 0.01
 TOLERABLE_AGREEMENT = 0.9
-# tokens of one document, so that several are met; positions whose logits exist at a time
+# most tokens of one document, so that several are drawn; positions whose logits exist at a time
 LONGEST, POSITIONS = 64, 64
 
 
@@ -56,7 +56,7 @@ class Comparison:
     @property
     def is_far(self) -> bool:
         """Whether a user would notice."""
-        # so written, a divergence that is no number is far too
+        # true for a divergence that is NaN too, of which no comparison holds
         return not (self.kl <= TOLERABLE_KL and self.top1_agreement >= TOLERABLE_AGREEMENT)
 
     def describe(self) -> str:
@@ -76,7 +76,7 @@ class Sample:
     rows: list[list[int]]
 
 
-def sample(vocab_size: int, count: int, data_file: str = "") -> Sample:
+def draw_sample(vocab_size: int, count: int, data_file: str = "") -> Sample:
     """At most `count` tokens of the built-in text, or of documents drawn from a file.
 
     Raises:
@@ -104,8 +104,11 @@ def sample(vocab_size: int, count: int, data_file: str = "") -> Sample:
 
 @torch.no_grad()
 def compare_models(adapted: RWKV, merged: RWKV, given: Sample) -> Comparison:
-    """Runs both models, which may be `mapped`, over a sample, one after the other."""
-    hidden = [_hidden(model, given.rows).split(POSITIONS) for model in (adapted, merged)]
+    """How far the answers of two models, mapped or not, are apart on a sample.
+
+    The models run one after the other.
+    """
+    hidden = [_compute_hidden(model, given.rows).split(POSITIONS) for model in (adapted, merged)]
     largest, total, kl, same, count = 0.0, 0.0, 0.0, 0, 0
     for one, other in zip(*hidden, strict=True):
         # float64 of few positions at a time, as a vocabulary is large
@@ -122,10 +125,11 @@ def compare_models(adapted: RWKV, merged: RWKV, given: Sample) -> Comparison:
     return Comparison(given.text, count, largest, total / count, kl / count, same / count)
 
 
-# of a caller's mode a thread knows nothing, and a model made in this one has views in it alone
+# inference mode holds for one thread only, so it is set here and not by the caller; tensors that
+# are made in it can be used in it alone
 @torch.inference_mode()
-def _hidden(model: RWKV, rows: list[list[int]]) -> Tensor:
-    """The last hidden states (positions, D) of all rows, one behind the other."""
+def _compute_hidden(model: RWKV, rows: list[list[int]]) -> Tensor:
+    """The last hidden states (positions, D) of all rows, concatenated."""
     model.eval()
     tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     is_given = torch.zeros_like(tokens, dtype=torch.bool)

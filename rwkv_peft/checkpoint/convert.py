@@ -9,25 +9,18 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from rwkv_peft.checkpoint.adapter import attach_values, read_adapter, require_base
+from rwkv_peft.checkpoint.adapter import attach_to_base, read_adapter
 from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.folder import SavedAdapter, write_folder
-from rwkv_peft.checkpoint.older import Unsaved, start_file
-from rwkv_peft.checkpoint.pth import (
-    STATE_SUFFIX,
-    infer_model_config,
-    load_weights,
-    read_weights,
-    write_weights,
-)
+from rwkv_peft.checkpoint.older import LegacyAdapterHints, make_start_file
+from rwkv_peft.checkpoint.pth import infer_model_config, read_weights, write_weights
 from rwkv_peft.checkpoint.state import is_state_file, read_state, write_state
-from rwkv_peft.checkpoint.stream import Spec, write_tensors
+from rwkv_peft.checkpoint.stream import Spec, StoredDtype, write_tensors
 from rwkv_peft.device import dtype_of
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.methods import residual
 from rwkv_peft.methods.attach import PREFIX
 from rwkv_peft.methods.miss import as_lora
-from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.writing import atomic_folder
 
@@ -35,7 +28,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 Form = Literal["peft", "pth", "residual"]
-StoredType = Literal["keep", "bf16", "fp16", "fp32"]
 RESIDUAL, ADAPTER_FOLDER, START = "residual.pth", "adapter", "init_pissa.pth"
 
 
@@ -47,7 +39,7 @@ def convert(
     to: Form = "peft",
     lora_alpha: float | None = None,
     pissa_init: str | Path = "",
-    dtype: StoredType = "keep",
+    dtype: StoredDtype = "keep",
     force: bool = False,
 ) -> str:
     """Writes an adapter or a state in another form, and gives a line on what was written.
@@ -71,18 +63,17 @@ def convert(
     output = Path(output)
     weights = read_weights(base_model)
     state = read_state(source, infer_model_config(weights)) if is_state_file(source) else None
-    _check(output, to, is_state=state is not None)
+    _check_output(output, to, is_state=state is not None)
     if state is not None:
         if not any(bool(x.any()) for x in state.values()):
             raise CheckpointError(f"{source} changes nothing: all of its state is zero")
         write_state(output, state)
         return f"wrote {output}: a state of {len(state)} tensors"
-    adapter = read_adapter(source, Unsaved(lora_alpha, pissa_init))
-    own = fingerprint(weights)
-    require_base(source, adapter, own, force=force)
+    own, hints = fingerprint(weights), LegacyAdapterHints(lora_alpha, pissa_init)
+    adapter = read_adapter(source, hints, base_fingerprint=own, force=force)
     if to == "residual":
         return _write_residual(source, output, weights, adapter, dtype)
-    model = _attached(weights, adapter, source)
+    model = attach_to_base(weights, adapter, source)[0]
     if to == "pth":
         return _write_pth(source, output, model, adapter)
     note = {**adapter.note, "base": own}
@@ -90,7 +81,7 @@ def convert(
     return f"wrote {output}: {_describe(adapter)}, {len(adapter.tensors)} tensors"
 
 
-def _check(output: Path, to: Form, *, is_state: bool) -> None:
+def _check_output(output: Path, to: Form, *, is_state: bool) -> None:
     if output.exists():
         raise ConfigError(f"--output {output} exists: choose another name")
     if is_state and to != "peft":
@@ -108,16 +99,7 @@ def _describe(adapter: SavedAdapter) -> str:
     return f"{kind} of rank {getattr(config, 'r', 'unknown')}{alpha}"
 
 
-def _attached(weights: Mapping[str, Tensor], adapter: SavedAdapter, source: str | Path) -> RWKV:
-    """A model of the base's own memory with the adapter attached, which proves that it fits."""
-    model = build(infer_model_config(weights), op="reference")
-    official = {name: x for name, x in weights.items() if not name.endswith(STATE_SUFFIX)}
-    load_weights(model, official, dtype=None)
-    attach_values(model, adapter, source, keeps_float32=True)
-    return model
-
-
-def _factors(model: RWKV) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+def _iterate_factors(model: RWKV) -> Iterator[tuple[str, Tensor, Tensor, float]]:
     """Module, A (R, in), B (out, R) and scale of every layer of LoRA or MiSS."""
     from peft.tuners.miss.layer import MissLinear
 
@@ -131,11 +113,11 @@ def _factors(model: RWKV) -> Iterator[tuple[str, Tensor, Tensor, float]]:
 
 
 def _write_pth(source: str | Path, output: Path, model: RWKV, adapter: SavedAdapter) -> str:
-    layers = list(_factors(model))
-    plain = _plain(model, adapter)
+    layers = list(_iterate_factors(model))
+    plain = _pick_own_tensors(model, adapter)
     _require_nothing_else(source, adapter, len(plain))
     given = float(getattr(adapter.config, "lora_alpha", 0))
-    # one lora_alpha for all ranks, or else one that B makes right for each
+    # the adapter's own lora_alpha if it fits every layer; otherwise B absorbs the difference
     fits = all(math.isclose(s * len(a), given, rel_tol=1e-6) for _, a, _, s in layers)
     alpha = given if fits else float(len(layers[0][1]))
     tensors: dict[str, Tensor] = {}
@@ -146,7 +128,7 @@ def _write_pth(source: str | Path, output: Path, model: RWKV, adapter: SavedAdap
     return f"wrote {output}: a LoRA of {len(layers)} matrices, to be used with lora_alpha {alpha:g}"
 
 
-def _plain(model: RWKV, adapter: SavedAdapter) -> dict[str, Tensor]:
+def _pick_own_tensors(model: RWKV, adapter: SavedAdapter) -> dict[str, Tensor]:
     """The model's own tensors that an adapter holds."""
     own = {name for name, _ in model.named_parameters()}
     names = {key: key.removeprefix(PREFIX) for key in adapter.tensors}
@@ -168,22 +150,22 @@ def _write_residual(
     source: str | Path,
     output: Path,
     weights: Mapping[str, Tensor],
-    joined: SavedAdapter,
-    dtype: StoredType,
+    adapter: SavedAdapter,
+    dtype: StoredDtype,
 ) -> str:
-    if not joined.note.get("init"):
+    if not adapter.note.get("init"):
         raise CheckpointError(
             f"{source} took nothing from its base: only an adapter of PiSSA has a residual form"
         )
-    values, start = residual.split(joined.tensors)
-    config = residual.with_rank(joined.config, 0.5)
+    values, start = residual.split_start(adapter.tensors)
+    config = residual.with_rank(adapter.config, 0.5)
     adapter = SavedAdapter(config, values, {})
-    model = _attached(weights, adapter, source)
-    _require_nothing_else(source, adapter, len(_plain(model, adapter)))
+    model = attach_to_base(weights, adapter, source)[0]
+    _require_nothing_else(source, adapter, len(_pick_own_tensors(model, adapter)))
     taken: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, _, b, scale in _factors(model):
+    for name, _, b, scale in _iterate_factors(model):
         a_key, b_key = (f"{PREFIX}{name}.lora_{x}.weight" for x in "AB")
-        # at a scale of 1, the only one that init_pissa.pth knows
+        # init_pissa.pth holds no scale: B absorbs it
         values[b_key], start[b_key] = b * scale, start[b_key] * scale
         taken[f"{name}.weight"] = start[b_key], start[a_key]
     kept = {n: x.dtype for n, x in weights.items()}
@@ -202,9 +184,9 @@ def _write_residual(
     with atomic_folder(output) as new:
         write_tensors(new / RESIDUAL, specs, tensor)
         note = {"base": fingerprint(read_weights(new / RESIDUAL))}
-        adapter = SavedAdapter(_with_scale_1(config), values, note)
+        adapter = SavedAdapter(_set_scale_1(config), values, note)
         write_folder(new / ADAPTER_FOLDER, adapter, output / RESIDUAL)
-        write_weights(new / START, start_file(start))
+        write_weights(new / START, make_start_file(start))
     kinds = sorted({str(stored[n]).removeprefix("torch.") for n in taken})
     line = f"wrote {output}: {RESIDUAL}, {ADAPTER_FOLDER} of rank {config.r} on it, {START}"
     if kinds != ["float32"]:
@@ -212,6 +194,6 @@ def _write_residual(
     return line
 
 
-def _with_scale_1(config: "LoraConfig") -> "LoraConfig":
+def _set_scale_1(config: "LoraConfig") -> "LoraConfig":
     ranks = dict(config.rank_pattern or {})
     return replace(config, lora_alpha=config.r, alpha_pattern=ranks, use_rslora=False)

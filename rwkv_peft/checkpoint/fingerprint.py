@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rwkv_peft.checkpoint.pth import STATE_SUFFIX
 
-# rows of each sampled tensor; a tuned model differs from its base in all of them
+# rows of each sampled tensor: a tuned model differs from its base in every row
 ROWS = 8
 
 
@@ -23,7 +23,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(weights):
         if name.endswith(STATE_SUFFIX):
-            continue  # a learned state may be laid into a base, which stays that base
+            continue  # a base whose file also holds a learned state is still the same base
         x = weights[name]
         digest.update(f"{name}{tuple(x.shape)}".encode())
         if x.ndim == 2 and name.startswith(blocks):

@@ -73,6 +73,6 @@ def read_folder(folder: str | Path) -> SavedAdapter:
         note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, KeyError, SafetensorError, TypeError) as error:
         raise CheckpointError(f"{folder} is damaged ({error})") from error
-    # saved as true, it would have peft freeze what is to be trained
+    # files say true, which would make peft freeze the adapter
     config.inference_mode = False
     return SavedAdapter(config, tensors, note)

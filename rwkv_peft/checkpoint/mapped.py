@@ -1,14 +1,16 @@
 """Models that compute in float32 while their weights stay in a mapped file, in any dtype."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rwkv_peft.checkpoint.pth import infer_model_config, load_weights
 from rwkv_peft.methods import fast
 from rwkv_peft.methods.merge import MergedWeights, row_slices, split
+from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.frozen import FrozenLinear
 
@@ -16,7 +18,14 @@ from rwkv_peft.models.frozen import FrozenLinear
 Pieces = Callable[[], Iterable[Tensor]]
 
 
-def mapped(model: RWKV, merged: MergedWeights | None = None) -> RWKV:
+def build_mapped(weights: Mapping[str, Tensor]) -> RWKV:
+    """A frozen model whose parameters are the mapped tensors themselves, which costs no memory."""
+    model = build(infer_model_config(weights), op="torch")
+    load_weights(model, weights, dtype=None)
+    return model
+
+
+def upcast_on_use(model: RWKV, merged: MergedWeights | None = None) -> RWKV:
     """The model itself, changed so that weights are float32 only while they are used.
 
     A linear layer converts a few rows at a time, any other layer its own tensors. An adapted layer

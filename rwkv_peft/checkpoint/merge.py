@@ -6,27 +6,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from rwkv_peft.checkpoint.adapter import attach_values, read_adapter, require_base
-from rwkv_peft.checkpoint.compare import Comparison, compare_models, sample
+from rwkv_peft.checkpoint.adapter import attach_to_base, read_adapter
+from rwkv_peft.checkpoint.compare import Comparison, compare_models, draw_sample
 from rwkv_peft.checkpoint.fingerprint import fingerprint
-from rwkv_peft.checkpoint.mapped import mapped
-from rwkv_peft.checkpoint.older import Unsaved
-from rwkv_peft.checkpoint.pth import STATE_SUFFIX, infer_model_config, load_weights, read_weights
+from rwkv_peft.checkpoint.mapped import build_mapped, upcast_on_use
+from rwkv_peft.checkpoint.older import LegacyAdapterHints
+from rwkv_peft.checkpoint.pth import STATE_SUFFIX, infer_model_config, read_weights
 from rwkv_peft.checkpoint.state import is_state_file, read_state
-from rwkv_peft.checkpoint.stream import Spec, write_tensors
+from rwkv_peft.checkpoint.stream import Spec, StoredDtype, write_tensors
 from rwkv_peft.device import dtype_of
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.methods.merge import Addition, MergedWeights, split
-from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.writing import atomic_file
 
-StoredType = Literal["keep", "bf16", "fp16", "fp32"]
 # a change of which rounding takes more than this is worth another type
 TOLERABLE = 0.05
 # tokens on which a merged file is compared with the adapter model
@@ -104,8 +102,8 @@ class MergeReport:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """For operations on small pieces, whose threads mostly wait for each other on busy cores."""
+def _use_one_thread() -> Iterator[None]:
+    """Computes in one thread: on small pieces, several would mostly wait for each other."""
     count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -120,7 +118,7 @@ def merge(
     output: str | Path,
     *,
     weights: Sequence[float] = (),
-    dtype: StoredType = "keep",
+    dtype: StoredDtype = "keep",
     lora_alpha: float | None = None,
     pissa_init: str | Path = "",
     force: bool = False,
@@ -129,21 +127,22 @@ def merge(
 ) -> MergeReport:
     """Writes `output`: the official file `base_model` with adapters or learned states added.
 
-    The sums are float32 and rounded once; tensors without a change keep their bits, if they keep
-    their type, and the file its order. Of LoRA and MiSS a few rows are in memory at a time, of
+    Sums are float32 and rounded once. A tensor without a change keeps its bits if it keeps its
+    dtype, and the file keeps its order. With LoRA and MiSS a few rows are in memory at a time, with
     other methods one matrix. `merge_report.json` is written beside the output.
 
     Args:
         adapter: a folder in peft's format, a state file or an adapter file of older RWKV-PEFT, or
             several of them.
-        weights: with which the change of each is added; 1 if left out.
+        weights: factors of their changes, one for each adapter; 1 if left out.
         dtype: of the file's tensors; 'keep' leaves each as in the base.
         lora_alpha: of the training of an older LoRA file, which does not hold it.
         pissa_init: for PiSSA in its place, the run's init_pissa.pth.
         force: add an adapter that was trained on another base.
-        compare: on so many the file is compared with the adapter model; 0 for none.
-        data_file: held-out rows for that, in any form that training reads; a built-in text if
-            empty.
+        compare: number of tokens on which the merged file is compared with the adapter model; 0
+            for no comparison.
+        data_file: held-out rows to compare on, in any form that training reads; a built-in text
+            if empty.
     Raises:
         CheckpointError: a file cannot be read or written, an adapter does not fit the base or
             changes nothing, or fp16 cannot hold a value.
@@ -154,22 +153,22 @@ def merge(
         raise ConfigError(f"{len(sources)} adapters came with {len(factors)} weights")
     base = read_weights(base_model)
     model_config = infer_model_config(base)
-    text = sample(model_config.vocab_size, compare, data_file)
+    text = draw_sample(model_config.vocab_size, compare, data_file)
     pairs = list(zip(sources, factors, strict=True))
-    states = _states(base, [pair for pair in pairs if is_state_file(pair[0])])
+    states = _add_up_states(base, [pair for pair in pairs if is_state_file(pair[0])])
     adapters = [pair for pair in pairs if not is_state_file(pair[0])]
-    additions = _adapters(base, adapters, Unsaved(lora_alpha, pissa_init), force)
+    additions = _attach_adapters(base, adapters, LegacyAdapterHints(lora_alpha, pissa_init), force)
     merged = MergedWeights(base, additions)
     names = [str(s) for s in sources]
     report = MergeReport(str(base_model), names, factors, str(output), "", model_config.version)
     report.states = len(states)
-    # attaching, above, may decompose whole matrices, which threads make quicker
-    with _one_thread():
+    # not around the lines above: attaching may decompose whole matrices, which threads speed up
+    with _use_one_thread():
         _require_change(base, merged, states, sources)
         _write(base, merged, states, dtype, report)
         if text.rows:
-            adapted = _adapted(base, merged, additions, states)
-            plain = mapped(_plain_model(read_weights(output)))
+            adapted = _build_adapter_model(base, merged, additions, states)
+            plain = upcast_on_use(build_mapped(read_weights(output)))
             report.comparison = compare_models(adapted, plain, text)
     report.write()
     return report
@@ -179,7 +178,7 @@ def _write(
     base: Mapping[str, Tensor],
     merged: MergedWeights,
     states: Mapping[str, Tensor],
-    dtype: StoredType,
+    dtype: StoredDtype,
     report: MergeReport,
 ) -> None:
     """Writes the merged file and notes in the report what rounding took."""
@@ -188,67 +187,56 @@ def _write(
     specs = {n: Spec(tuple(x.shape), stored[n]) for n, x in base.items()}
     specs |= {n: Spec(tuple(x.shape), torch.float32) for n, x in states.items()}
     report.dtype = " and ".join(sorted({str(stored[n]).removeprefix("torch.") for n in names}))
-    total = _Losses()
+    total = torch.zeros(3, dtype=torch.float64)
 
     def pieces(name: str) -> Iterator[Tensor]:
         if name in states:
             yield states[name]
         elif name not in names:
             for x in split(base[name]):
-                yield _stored(name, x, stored[name])
+                yield _round(name, x, stored[name])
         else:
-            own = _Losses()
+            own = torch.zeros_like(total)
             for x, value in zip(split(base[name]), merged.pieces(name), strict=True):
-                result = _stored(name, value, stored[name])
-                own.add(x, value, result)
+                result = _round(name, value, stored[name])
+                own += _measure_losses(x, value, result)
                 yield result
-            if not math.isfinite(own.change):
+            change, lost, _ = own.tolist()
+            if not math.isfinite(change):
                 raise CheckpointError(
                     f"{name} is not finite once it is merged: the adapter, or the base, holds NaN "
                     "or infinity; take an earlier one"
                 )
-            if own.change:
-                report.changed[name] = own.relative
-                total.join(own)
+            if change:
+                report.changed[name] = _relative(lost, change)
+                total.add_(own)
 
     write_tensors(report.output, specs, pieces)
-    report.relative_error, report.relative_error_fp16 = total.relative, total.relative_fp16
+    change, *losses = total.tolist()
+    report.relative_error, report.relative_error_fp16 = (_relative(x, change) for x in losses)
 
 
-def _stored(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+def _round(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     result = x.to(dtype)
     if dtype == torch.float16 and not bool(result.isfinite().all()):
         raise CheckpointError(f"{name} does not fit into fp16: use --dtype bf16 or fp32")
     return result
 
 
-def _plain_model(weights: Mapping[str, Tensor]) -> RWKV:
-    model = build(infer_model_config(weights), op="torch")
-    # the parameters are the file's own memory, so that a model costs none
-    load_weights(model, weights, dtype=None)
-    return model
-
-
-def _without_states(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x for name, x in weights.items() if not name.endswith(STATE_SUFFIX)}
-
-
-def _adapters(
-    base: Mapping[str, Tensor], sources: Sequence[Source], unsaved: Unsaved, force: bool
+def _attach_adapters(
+    base: Mapping[str, Tensor], sources: Sequence[Source], hints: LegacyAdapterHints, force: bool
 ) -> list[Addition]:
     additions, own = [], fingerprint(base)
     for folder, factor in sources:
-        # among several, only a file of old lacks it
+        # hints for one of several adapters are for those that need some
         lacks_it = len(sources) == 1 or Path(folder).is_file()
-        adapter = read_adapter(folder, unsaved if lacks_it else None)
-        require_base(folder, adapter, own, force=force)
-        model = _plain_model(_without_states(base))
-        attachment = attach_values(model, adapter, folder, keeps_float32=True)
-        additions.append(Addition(model, attachment, factor))
+        given = hints if lacks_it else None
+        adapter = read_adapter(folder, given, base_fingerprint=own, force=force)
+        additions.append(Addition(*attach_to_base(base, adapter, folder), factor))
     return additions
 
 
-def _states(base: Mapping[str, Tensor], sources: Sequence[Source]) -> dict[str, Tensor]:
+def _add_up_states(base: Mapping[str, Tensor], sources: Sequence[Source]) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for path, factor in sources:
         for name, x in read_state(path, infer_model_config(base)).items():
@@ -256,23 +244,23 @@ def _states(base: Mapping[str, Tensor], sources: Sequence[Source]) -> dict[str, 
     return total
 
 
-def _adapted(
+def _build_adapter_model(
     base: Mapping[str, Tensor],
     merged: MergedWeights,
     additions: Sequence[Addition],
     states: Mapping[str, Tensor],
 ) -> RWKV:
-    """The model that the merged file stands for: that of the one adapter, by peft's own forward.
+    """The model whose answers the merged file should give.
 
-    Of several adapters, or one with a weight, peft has none: it is the base with the merged
-    tensors before they are rounded.
+    For one adapter it computes by peft's own forward. For several, or one with a weight, peft has
+    no forward: it is the base with the merged tensors before they are rounded.
     """
     is_one = [addition.weight for addition in additions] == [1]
-    model = additions[0].model if is_one else _plain_model(_without_states(base))
+    model = additions[0].model if is_one else build_mapped(base)
     given = {n: x.float() for n, x in base.items() if n.endswith(STATE_SUFFIX)} | dict(states)
     if given:
         model.initial_state = model.version.state.to_state(given, model.model_config)
-    return mapped(model) if is_one else mapped(model, merged)
+    return upcast_on_use(model) if is_one else upcast_on_use(model, merged)
 
 
 def _require_change(
@@ -283,7 +271,7 @@ def _require_change(
 ) -> None:
     if any(bool(x.any()) for x in states.values()):
         return
-    # an adapter that was trained has changed the first tensor that it may
+    # the first tensor is enough: a trained adapter changes every tensor that it covers
     for name in (n for n in base if n in merged.names):
         for x, value in zip(split(base[name]), merged.pieces(name), strict=True):
             if not torch.equal(value, x.float()):
@@ -292,35 +280,13 @@ def _require_change(
     raise CheckpointError(f"{names} changes nothing in the base: it was never trained")
 
 
-class _Losses:
-    """Squares of a learned change and of what rounding takes from it."""
-
-    def __init__(self) -> None:
-        self.change = self._lost = self._lost_fp16 = 0.0
-
-    def add(self, base: Tensor, value: Tensor, stored: Tensor) -> None:
-        """Counts a piece of a tensor: as it was, merged in float32, and as stored."""
-        self.change += _square(value, base)
-        self._lost += _square(stored, value)
-        self._lost_fp16 += _square(value.half(), value)
-
-    def join(self, other: "_Losses") -> None:
-        """Counts what another has counted."""
-        self.change += other.change
-        self._lost += other._lost
-        self._lost_fp16 += other._lost_fp16
-
-    @property
-    def relative(self) -> float:
-        """Norm of what rounding took over that of the change."""
-        return math.sqrt(self._lost / self.change) if self.change else 0.0
-
-    @property
-    def relative_fp16(self) -> float:
-        """The same if the pieces were stored as fp16."""
-        return math.sqrt(self._lost_fp16 / self.change) if self.change else 0.0
+def _measure_losses(base: Tensor, value: Tensor, stored: Tensor) -> Tensor:
+    """Squares of a change, of what rounding took from it and of what fp16 would take, float64."""
+    pairs = ((value, base), (stored, value), (value.half(), value))
+    differences = [(x.float() - y.float()).flatten() for x, y in pairs]
+    return torch.tensor([torch.dot(x, x).item() for x in differences], dtype=torch.float64)
 
 
-def _square(x: Tensor, y: Tensor) -> float:
-    difference = (x.float() - y.float()).flatten()
-    return torch.dot(difference, difference).item()
+def _relative(lost: float, change: float) -> float:
+    """Norm of what was lost over that of the change, from their squares."""
+    return math.sqrt(lost / change) if change else 0.0

@@ -2,8 +2,8 @@
 
 LoRA and PiSSA: `M.lora_A` (R, in) and `M.lora_B` (out, R) for a module M; PiSSA subtracts from the
 base what `init_pissa.pth` holds as `M.init_lora_A` and `M.init_lora_B`. MiSS, then called Bone and
-DiSHA: `M.bone` or `M.disha` (R, out), or (in/R, R, R) in the mode bat. The model's own tensors that
-were trained beside stand under their own names. Any name may begin with `model.`.
+DiSHA: `M.bone` or `M.disha` (R, out), or (in/R, R, R) in the mode bat. Tensors of the model itself
+that were trained too have their own names. Any name may begin with `model.`.
 """
 
 import re
@@ -30,7 +30,7 @@ _BLOCK = re.compile(r"(?P<module>.+)\.(?P<leaf>disha|bone|miss)")
 _START = re.compile(r"(?P<module>.+)\.init_lora_(?P<leaf>[AB])")
 
 
-class Unsaved(NamedTuple):
+class LegacyAdapterHints(NamedTuple):
     """What a file of older RWKV-PEFT does not hold.
 
     Attributes:
@@ -52,21 +52,21 @@ def old_method(path: str | Path) -> str:
     return "miss" if any(_BLOCK.fullmatch(name) for name in names) else ""
 
 
-def read_old_adapter(path: str | Path, unsaved: Unsaved) -> SavedAdapter:
+def read_old_adapter(path: str | Path, hints: LegacyAdapterHints) -> SavedAdapter:
     """An adapter file of older RWKV-PEFT, in float32 under the names of peft's files.
 
-    PiSSA becomes the LoRA of twice the rank on the original base, as `methods.residual` has it. A
-    bat whose blocks lie along the inputs keeps them so, as (in/R, 1, R, R).
+    PiSSA becomes the LoRA of twice the rank on the original base; see `methods.residual`. Blocks of
+    bat that lie along the inputs stay so, as (in/R, 1, R, R).
 
     Raises:
         CheckpointError: it holds no adapter, or none that has an effect; a tensor lacks its
             partner or has an impossible shape; what it does not hold is not given.
     """
     for name in ("lora_alpha", "lora_dropout"):
-        if not isinstance(value := getattr(unsaved, name), (int, float, NoneType)):
+        if not isinstance(value := getattr(hints, name), (int, float, NoneType)):
             raise CheckpointError(f"{name}: got {value!r}, allowed is a number")
-    tensors = _tensors(path)
-    factors, blocks = _of_modules(_FACTOR, tensors), _of_modules(_BLOCK, tensors)
+    tensors = _read_finite(path)
+    factors, blocks = _group_by_module(_FACTOR, tensors), _group_by_module(_BLOCK, tensors)
     if bool(factors) == bool(blocks):
         found = "two kinds of adapters" if factors else "no adapter"
         raise CheckpointError(
@@ -75,14 +75,14 @@ def read_old_adapter(path: str | Path, unsaved: Unsaved) -> SavedAdapter:
         )
     taken = {name for name in tensors if _FACTOR.fullmatch(name) or _BLOCK.fullmatch(name)}
     plain = {PREFIX + name: x for name, x in tensors.items() if name not in taken}
-    adapter = (_lora if factors else _miss)(path, factors or blocks, unsaved)
+    adapter = (_make_lora if factors else _make_miss)(path, factors or blocks, hints)
     if not plain and not _has_effect(factors or blocks, adapter):
         raise CheckpointError(f"{path} changes nothing in the base: it was never trained")
     return adapter._replace(tensors={**adapter.tensors, **plain})
 
 
-def with_start(path: str | Path, adapter: SavedAdapter, pissa_init: str | Path) -> SavedAdapter:
-    """An adapter trained on a residual base, with scale 1, as a LoRA on the original base.
+def add_start(path: str | Path, adapter: SavedAdapter, pissa_init: str | Path) -> SavedAdapter:
+    """A LoRA on the original base, from an adapter of scale 1 trained on the residual base.
 
     Args:
         path: of the adapter, for messages.
@@ -95,7 +95,7 @@ def with_start(path: str | Path, adapter: SavedAdapter, pissa_init: str | Path) 
     config = adapter.config
     if not isinstance(config, LoraConfig) or not _has_scale_1(config):
         raise CheckpointError(f"{path} is no LoRA with a scale of 1: only PiSSA has a pissa_init")
-    found = _of_modules(_START, _tensors(pissa_init))
+    found = _group_by_module(_START, _read_finite(pissa_init))
     start = {
         f"{PREFIX}{module}.lora_{leaf}.weight": x
         for module, leaves in found.items()
@@ -111,12 +111,12 @@ def with_start(path: str | Path, adapter: SavedAdapter, pissa_init: str | Path) 
             "adapter: give the init_pissa.pth of the same run"
         )
     values = {n: x.float() for n, x in adapter.tensors.items()}
-    joined = residual.joined(values, start)
+    joined = residual.join_start(values, start)
     note = {"init": "pissa"}
     return SavedAdapter(residual.with_rank(config, 2), joined, note)
 
 
-def start_file(start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def make_start_file(start: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of an `init_pissa.pth` from first values by the names of peft's files."""
     return {
         n.removeprefix(PREFIX).removesuffix(".weight").replace(".lora_", ".init_lora_"): x
@@ -124,7 +124,7 @@ def start_file(start: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _tensors(path: str | Path) -> dict[str, Tensor]:
+def _read_finite(path: str | Path) -> dict[str, Tensor]:
     tensors = {n.removeprefix("model."): x.float() for n, x in read_weights(path).items()}
     for name, x in tensors.items():
         if not bool(x.isfinite().all()):
@@ -132,7 +132,7 @@ def _tensors(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _of_modules(pattern: re.Pattern[str], tensors: Mapping[str, Tensor]) -> _Modules:
+def _group_by_module(pattern: re.Pattern[str], tensors: Mapping[str, Tensor]) -> _Modules:
     found: _Modules = {}
     for name, x in tensors.items():
         if match := pattern.fullmatch(name):
@@ -147,20 +147,20 @@ def _has_scale_1(config: "LoraConfig") -> bool:
 
 def _has_effect(modules: _Modules, adapter: SavedAdapter) -> bool:
     if adapter.note.get("init"):
-        values, start = residual.split(adapter.tensors)
+        values, start = residual.split_start(adapter.tensors)
         return any(not values[n].equal(x) for n, x in start.items())
     return any(all(bool(x.any()) for x in leaves.values()) for leaves in modules.values())
 
 
-def _lora(path: str | Path, factors: _Modules, unsaved: Unsaved) -> SavedAdapter:
+def _make_lora(path: str | Path, factors: _Modules, hints: LegacyAdapterHints) -> SavedAdapter:
     from peft import LoraConfig
 
-    rank = _rank(path, factors)
+    rank = _find_rank(path, factors)
     config = LoraConfig(
         r=rank,
-        lora_alpha=_alpha(path, rank, unsaved),
-        lora_dropout=unsaved.lora_dropout or 0.0,
-        target_modules=_targets(factors),
+        lora_alpha=_choose_alpha(path, rank, hints),
+        lora_dropout=hints.lora_dropout or 0.0,
+        target_modules=_name_targets(factors),
     )
     tensors = {
         f"{PREFIX}{module}.lora_{leaf}.weight": x
@@ -168,10 +168,10 @@ def _lora(path: str | Path, factors: _Modules, unsaved: Unsaved) -> SavedAdapter
         for leaf, x in sorted(leaves.items())
     }
     adapter = SavedAdapter(config, tensors, {})
-    return with_start(path, adapter, unsaved.pissa_init) if unsaved.pissa_init else adapter
+    return add_start(path, adapter, hints.pissa_init) if hints.pissa_init else adapter
 
 
-def _rank(path: str | Path, factors: _Modules) -> int:
+def _find_rank(path: str | Path, factors: _Modules) -> int:
     ranks = set()
     for module, leaves in factors.items():
         a, b = leaves.get("A"), leaves.get("B")
@@ -189,9 +189,9 @@ def _rank(path: str | Path, factors: _Modules) -> int:
     return ranks.pop()
 
 
-def _alpha(path: str | Path, rank: int, unsaved: Unsaved) -> float:
-    alpha = unsaved.lora_alpha
-    if unsaved.pissa_init:
+def _choose_alpha(path: str | Path, rank: int, hints: LegacyAdapterHints) -> float:
+    alpha = hints.lora_alpha
+    if hints.pissa_init:
         if alpha not in (None, rank):
             raise CheckpointError(f"--lora_alpha {alpha}: PiSSA has a scale of 1, leave it out")
         return rank
@@ -205,11 +205,11 @@ def _alpha(path: str | Path, rank: int, unsaved: Unsaved) -> float:
     return alpha
 
 
-def _miss(path: str | Path, modules: _Modules, unsaved: Unsaved) -> SavedAdapter:
+def _make_miss(path: str | Path, modules: _Modules, hints: LegacyAdapterHints) -> SavedAdapter:
     from peft import MissConfig
 
     for name in ("lora_alpha", "pissa_init"):
-        if getattr(unsaved, name):
+        if getattr(hints, name):
             raise CheckpointError(f"{path} holds MiSS, which has no {name}: leave --{name} out")
     blocks = {module: x for module, leaves in modules.items() for x in leaves.values()}
     sizes = {(x.ndim, *(x.shape[1:] if x.ndim == 3 else x.shape[:1])) for x in blocks.values()}
@@ -225,8 +225,8 @@ def _miss(path: str | Path, modules: _Modules, unsaved: Unsaved) -> SavedAdapter
     config = MissConfig(
         r=sides[0],
         init_weights="bat" if ndim == 3 else True,
-        miss_dropout=unsaved.lora_dropout or 0.0,
-        target_modules=_targets(blocks),
+        miss_dropout=hints.lora_dropout or 0.0,
+        target_modules=_name_targets(blocks),
     )
     tensors = {f"{PREFIX}{module}.miss_block": x for module, x in blocks.items()}
     return SavedAdapter(config, tensors, {})
@@ -242,8 +242,8 @@ def _lie_along_outputs(blocks: Mapping[str, Tensor]) -> bool:
     return any(count > min(map(len, blocks.values())) for count in keys)
 
 
-def _targets(modules: Mapping[str, object]) -> list[str]:
-    """As endings if every layer has the same modules, in full otherwise."""
+def _name_targets(modules: Mapping[str, object]) -> list[str]:
+    """The names of target modules: endings if all layers have the same ones, else full names."""
     parts = [name.split(".", 2) for name in modules]
     layers = {p[1] for p in parts if len(p) == 3}
     endings = {p[2] for p in parts if len(p) == 3}

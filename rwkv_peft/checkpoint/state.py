@@ -3,12 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from rwkv_peft.checkpoint.older import old_method
-from rwkv_peft.checkpoint.pth import STATE_SUFFIX, read_weights
-from rwkv_peft.checkpoint.stream import Spec, write_tensors
+from rwkv_peft.checkpoint.pth import STATE_SUFFIX, read_weights, write_weights
 from rwkv_peft.errors import CheckpointError
 from rwkv_peft.models import version_named
 from rwkv_peft.models.base import RWKV
@@ -30,10 +28,9 @@ def write_state(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes `blocks.{i}.att.time_state` (H, N, N) of every layer, in float32.
 
     Rows are values and columns keys, for every version: RWKV-6 programs transpose, those of
-    RWKV-7 do not. With full states the two shift vectors of each layer (D,) stand beside.
+    RWKV-7 do not. A full state also has the two shift vectors (D,) of each layer.
     """
-    specs = {name: Spec(tuple(x.shape), torch.float32) for name, x in tensors.items()}
-    write_tensors(path, specs, lambda name: tensors[name].float())
+    write_weights(path, {name: x.float() for name, x in tensors.items()})
 
 
 def read_state(path: str | Path, model_config: ModelConfig) -> dict[str, Tensor]:
@@ -65,7 +62,7 @@ def read_state(path: str | Path, model_config: ModelConfig) -> dict[str, Tensor]
 
 
 def load_state(model: RWKV, path: str | Path) -> None:
-    """Lets every text of a model begin with the state of a file.
+    """Makes the state of a file the one in which every text of a model begins.
 
     Raises:
         CheckpointError: it is not the state of such a model.

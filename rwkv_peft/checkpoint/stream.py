@@ -7,7 +7,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from rwkv_peft.writing import atomic_file
 ALIGNMENT = 64
 # a local header of the zip format, and the part of it that tells sizes above 4 GiB
 _HEADER, _ZIP64 = 30, 20
-# types that both formats hold
+# dtypes that both formats hold
 _NAMES = {
     torch.float64: ("F64", "DoubleStorage"),
     torch.float32: ("F32", "FloatStorage"),
@@ -33,6 +33,8 @@ _NAMES = {
     torch.uint8: ("U8", "ByteStorage"),
     torch.bool: ("BOOL", "BoolStorage"),
 }
+# the dtype that a command gives to the tensors it writes
+StoredDtype = Literal["keep", "bf16", "fp16", "fp32"]
 
 
 class Spec(NamedTuple):
@@ -53,8 +55,8 @@ def write_tensors(
     """Writes a `.pth` (or `.safetensors`, by its name) atomically, in the order of `specs`.
 
     Args:
-        tensor: gives a tensor by its name, whole or as pieces that follow one another; of
-            all that it makes, only one exists at a time.
+        tensor: gives a tensor by its name, whole or as pieces along its first dimension. Each is
+            written before the next is asked for, so that only one is in memory.
     Raises:
         CheckpointError: it cannot be written, and a file of that name stays as it was; or a type
             has no place in the format.
@@ -65,17 +67,19 @@ def write_tensors(
     is_safetensors = Path(path).suffix == ".safetensors"
     with atomic_file(path) as file:
         write = _write_safetensors if is_safetensors else _write_pth
-        write(file, specs, lambda name: _bytes(name, specs[name], tensor(name)))
+        write(file, specs, lambda name: _iterate_bytes(name, specs[name], tensor(name)))
 
 
-def _bytes(name: str, spec: Spec, content: Tensor | Iterable[Tensor]) -> Iterator[memoryview]:
-    """The bytes of a tensor; its shape counts where it comes whole, its size in any case."""
+def _iterate_bytes(
+    name: str, spec: Spec, content: Tensor | Iterable[Tensor]
+) -> Iterator[memoryview]:
+    """The bytes of a tensor, checked against `spec`: its shape only if it comes whole."""
     is_whole, count = isinstance(content, Tensor), 0
     for x in [content] if isinstance(content, Tensor) else content:
         if x.dtype != spec.dtype or (is_whole and x.shape != spec.shape):
             raise CheckpointError(f"{name} is {tuple(x.shape)} {x.dtype}, announced as {spec}")
         count += x.numel()
-        # a view as bytes needs one dimension at least, and numpy knows no bf16
+        # flat, as a scalar cannot be viewed as bytes; as bytes, since numpy has no bf16
         data: Any = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         yield memoryview(data)
     if count != spec.numel:
@@ -110,7 +114,7 @@ def map_safetensors(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]
         if header[name]["dtype"] not in types:
             raise CheckpointError(f"{path}: {name} is of the unknown type {header[name]['dtype']}")
         dtype = types[header[name]["dtype"]]
-        # PyTorch views aligned bytes alone
+        # PyTorch views only aligned bytes as another dtype
         data = data.clone() if data.storage_offset() % dtype.itemsize else data
         found[name] = data.view(dtype).view(header[name]["shape"])
     return found
@@ -121,14 +125,14 @@ def _write_pth(
 ) -> None:
     """The zip format of torch.save: the pickled table first, then a record for each storage."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        _record(archive, file, "archive/data.pkl", [_pickled(specs)])
-        _record(archive, file, "archive/byteorder", [b"little"])
+        _write_record(archive, file, "archive/data.pkl", [_pickle_table(specs)])
+        _write_record(archive, file, "archive/byteorder", [b"little"])
         for number, name in enumerate(specs):
-            _record(archive, file, f"archive/data/{number}", content(name))
-        _record(archive, file, "archive/version", [b"3\n"])
+            _write_record(archive, file, f"archive/data/{number}", content(name))
+        _write_record(archive, file, "archive/version", [b"3\n"])
 
 
-def _record(
+def _write_record(
     archive: zipfile.ZipFile,
     file: IO[bytes],
     name: str,
@@ -149,7 +153,12 @@ class _Storage(NamedTuple):
 
 
 class _Stub:
-    """Pickles as the call by which torch.load makes a tensor of a storage."""
+    """Pickles as the call by which torch.load makes a tensor of a storage.
+
+    The private name of that call is part of the format. `torch.serialization.skip_data` would write
+    the table too, but leaves wrong checksums in the zip, and its space must be filled through a
+    memory map, where a full disk ends the process without an error.
+    """
 
     def __init__(self, key: str, spec: Spec) -> None:
         self._storage = _Storage(key, spec)
@@ -169,7 +178,7 @@ class _Pickler(pickle.Pickler):
         return ("storage", kind, obj.key, "cpu", obj.spec.numel)
 
 
-def _pickled(specs: Mapping[str, Spec]) -> bytes:
+def _pickle_table(specs: Mapping[str, Spec]) -> bytes:
     buffer = io.BytesIO()
     table = {name: _Stub(str(i), spec) for i, (name, spec) in enumerate(specs.items())}
     _Pickler(buffer, protocol=2).dump(table)

@@ -69,7 +69,7 @@ def take_out(model: nn.Module, start: Mapping[str, Tensor], sign: int = -1) -> N
         base.store(torch.addmm(weight, b.to(weight.device), a, alpha=scale))
 
 
-def joined(values: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def join_start(values: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Values of the plain LoRA of twice the rank that equals values less their start."""
     found = {}
     for name, value in values.items():
@@ -82,8 +82,8 @@ def joined(values: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[st
     return found
 
 
-def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The inverse of `joined`: values and start."""
+def split_start(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The inverse of `join_start`: values and start."""
     values, start = {}, {}
     for name, x in tensors.items():
         if ".lora_A." in name:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rwkv_peft.checkpoint.adapter import attach_saved, write_adapter
 from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.merge import merge
-from rwkv_peft.checkpoint.older import Unsaved
+from rwkv_peft.checkpoint.older import LegacyAdapterHints
 from rwkv_peft.checkpoint.pth import write_like
 from rwkv_peft.checkpoint.state import read_state, write_state
 from rwkv_peft.data.batching import IGNORE, Batch
@@ -99,7 +99,7 @@ class Weights:
             attachment, self.initial_values = attach_saved(
                 model,
                 settings.load_adapter,
-                unsaved=Unsaved(**settings.peft_config),
+                hints=LegacyAdapterHints(**settings.peft_config),
                 train_parts=settings.train_parts,
                 base_fingerprint=base,
                 force=settings.force,

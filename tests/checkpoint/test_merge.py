@@ -9,19 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import rwkv_peft
 from rwkv_peft.checkpoint.adapter import write_adapter
-from rwkv_peft.checkpoint.compare import TEXTS, Comparison, Sample, compare_models, sample
+from rwkv_peft.checkpoint.compare import Comparison, draw_sample
 from rwkv_peft.checkpoint.merge import MergeReport
-from rwkv_peft.checkpoint.pth import read_weights, write_weights
+from rwkv_peft.checkpoint.pth import read_weights
 from rwkv_peft.checkpoint.state import write_state
-from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import CheckpointError
 from rwkv_peft.methods.attach import attach
 from rwkv_peft.methods.state import LearnedStates
+from tests.checkpoint.test_compare import differences
 
 SIXTH: dict[str, Any] = {"version": "x060", "ranks": {"maa": 16, "decay": 32}, "dim_ffn": 448}
 VERSIONS: dict[str, dict[str, Any]] = {
@@ -63,25 +62,8 @@ def make_state(base: Path, path: Path) -> Path:
     return path
 
 
-@torch.no_grad()
-def differences(wanted: list[Tensor], found: list[Tensor]) -> dict[str, float]:
-    """The comparison, by PyTorch's own divergence."""
-    one, other = torch.cat(wanted).double(), torch.cat(found).double()
-    gap = (one - other).abs()
-    kl = F.kl_div(
-        other.log_softmax(-1), one.log_softmax(-1), log_target=True, reduction="batchmean"
-    )
-    same = (one.argmax(-1) == other.argmax(-1)).double().mean()
-    return {
-        "max_difference": gap.max().item(),
-        "mean_difference": gap.mean().item(),
-        "kl": kl.item(),
-        "top1_agreement": same.item(),
-    }
-
-
 def logits(model: Any) -> list[Tensor]:
-    return [model(torch.tensor([row]))[0][0].detach() for row in sample(320, 64).rows]
+    return [model(torch.tensor([row]))[0][0].detach() for row in draw_sample(320, 64).rows]
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
@@ -187,26 +169,6 @@ def test_the_command_prints_three_lines_and_writes_them(
     assert cli("merge", *files, "--compare", 0, "--data_file", rows).code == 2
 
 
-def test_held_out_rows_are_drawn_from_the_whole_file(make_data_file: Callable[..., Path]) -> None:
-    rows = make_data_file([f"{i} " + "words " * 100 for i in range(40)])
-    drawn = sample(65536, 300, str(rows)).rows
-    assert [len(row) for row in drawn] == [64, 64, 64, 64, 44]
-    assert len({tuple(row) for row in drawn}) == 5
-    short = sample(65536, 300, str(make_data_file(["one", "two"], "short.jsonl"))).rows
-    assert sum(map(len, short)) == 4
-
-
-def test_the_built_in_text_is_whole_within_its_tokens() -> None:
-    rows = sample(65536, 64).rows
-    assert [len(row) for row in rows] == [32, 32]
-    assert sample(320, 0).rows == []
-    tokenizer = Tokenizer()
-    everything = sample(65536, 1000).rows
-    assert everything == [tokenizer.encode(text) for text in TEXTS]
-    small = Tokenizer(257)
-    assert [small.decode(row) for row in sample(257, 1000).rows] == list(TEXTS)
-
-
 @pytest.mark.parametrize(
     ("loss", "loss_fp16", "kl", "agreement", "advice"),
     [
@@ -230,17 +192,6 @@ def test_the_recommendation_follows_from_rounding_and_answers(
     assert re.search(advice, report.recommendation())
 
 
-def test_answers_that_differ_are_measured(make_model_file: Callable[..., Path]) -> None:
-    one = rwkv_peft.load_model(make_model_file("one.pth", seed=1))
-    other = rwkv_peft.load_model(make_model_file("other.pth", seed=2))
-    rows = [[1, 2, 3, 4, 5], [7], [9, 8]]
-    found = compare_models(one, other, Sample("rows", rows))
-    wanted = [[m(torch.tensor([row]))[0][0].detach() for row in rows] for m in (one, other)]
-    assert found.tokens == 8 and found.is_far
-    for key, value in differences(*wanted).items():
-        assert getattr(found, key) == pytest.approx(value, rel=1e-4), key
-
-
 def test_values_that_a_file_cannot_hold_leave_the_previous_file(
     make_model_file: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -254,17 +205,3 @@ def test_values_that_a_file_cannot_hold_leave_the_previous_file(
         rwkv_peft.merge(base, broken, tmp_path / "merged.pth")
     assert (tmp_path / "merged.pth").read_bytes() == b"previous"
     assert not list(tmp_path.glob(".*.tmp"))
-
-
-def test_pieces_of_a_tensor_must_be_what_was_announced(tmp_path: Path) -> None:
-    from rwkv_peft.checkpoint.stream import Spec, write_tensors
-
-    x = torch.arange(12.0).view(4, 3)
-    write_tensors(tmp_path / "x.pth", {"x": Spec((4, 3), x.dtype)}, lambda _: x.split(1))
-    assert torch.equal(read_weights(tmp_path / "x.pth")["x"], x)
-    with pytest.raises(CheckpointError, match="x has 9 elements"):
-        write_tensors(tmp_path / "x.pth", {"x": Spec((4, 3), x.dtype)}, lambda _: x[1:].split(1))
-    with pytest.raises(CheckpointError, match="announced as"):
-        write_tensors(tmp_path / "x.pth", {"x": Spec((4, 3), x.dtype)}, lambda _: x.t())
-    write_weights(tmp_path / "empty.pth", {"none": torch.zeros(0, 3), "one": torch.tensor(1.0)})
-    assert read_weights(tmp_path / "empty.pth")["none"].shape == (0, 3)
