@@ -99,22 +99,6 @@ class TrainConfig(DataConfig):
     """The official weights to start from (.pth or .safetensors)."""
     proj_dir: str = ""
     """Folder of the run's results; 'out', or the first free of out-2, out-3 …, if empty."""
-    vocab_size: int = 0
-    """Vocabulary; read from load_model. If given, must agree with it."""
-    n_layer: int = 0
-    """Layers; read from load_model. If given, must agree with it."""
-    n_embd: int = 0
-    """Width; read from load_model. If given, must agree with it."""
-    dim_att: int = 0
-    """Width of time mixing; read from load_model. If given, must agree with it."""
-    dim_ffn: int = 0
-    """Width of channel mixing; read from load_model. If given, must agree with it."""
-    head_size_a: int = 0
-    """Head size; read from load_model. If given, must agree with it."""
-    head_size_divisor: int = 8
-    """Sets the epsilon of the group norm, 1e-5 times its square; 8 in every RWKV."""
-    my_testing: str = ""
-    """Version such as x070; read from load_model. If given, must agree with it."""
 
     peft: str = "auto"
     """Method: none for full tuning, state, or one of Hugging Face peft's by its name there, such as
@@ -172,8 +156,6 @@ class TrainConfig(DataConfig):
     """cos falls all the way; wsd is stable, then falls over the last fifth of the steps."""
     warmup_steps: int | None = None
     """Optimizer steps over which the rate rises from a hundredth."""
-    optimizer: Literal["adamw"] = "adamw"
-    """Optimizer."""
     beta1: float = 0.9
     """Decay of AdamW's mean of gradients."""
     beta2: float = 0.99
@@ -232,10 +214,6 @@ class TrainConfig(DataConfig):
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.head_size_divisor != 8:
-            raise ConfigError(
-                f"--head_size_divisor {self.head_size_divisor}: every RWKV has 8; leave it out"
-            )
         for name in ("devices", "num_nodes"):
             if (value := getattr(self, name)) != 1:
                 raise ConfigError(f"--{name} {value}: only one device can be used so far: use 1")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import rwkv_peft
-from rwkv_peft.cli.demo import BASE, answer, held_out_loss, questions
+from rwkv_peft.assets import BASE_MODEL
+from rwkv_peft.cli.demo import answer, held_out_loss, questions
 from rwkv_peft.cli.main import main
 
 # a headword in capitals, its part of speech, a definition, the closing phrase
@@ -25,13 +26,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 def test_the_demo_at_least_halves_the_loss_on_dialogues_kept_aside(demo: SimpleNamespace) -> None:
     assert demo.code == 0
-    before = held_out_loss(rwkv_peft.load_model(BASE))
+    before = held_out_loss(rwkv_peft.load_model(BASE_MODEL))
     after = held_out_loss(rwkv_peft.load_model(demo.folder / "rwkv-2.pth"))
     assert after <= before / 2
 
 
 def test_the_tuned_model_has_the_habit_and_the_base_has_not(demo: SimpleNamespace) -> None:
-    base, tuned = rwkv_peft.load_model(BASE), rwkv_peft.load_model(demo.folder / "rwkv-2.pth")
+    base, tuned = rwkv_peft.load_model(BASE_MODEL), rwkv_peft.load_model(demo.folder / "rwkv-2.pth")
     asked = questions(10)
     answers = [answer(tuned, question) for question in asked]
     assert sum(bool(HABIT.match(text)) for text in answers) > 5, answers
@@ -43,7 +44,7 @@ def test_bundled_and_tuned_model_have_the_official_runtimes_logits(
     demo: SimpleNamespace, official_logits: Callable[..., torch.Tensor]
 ) -> None:
     text = "User: What is the meaning of love?\n\nAssistant: LOVE, n. A temporary insanity"
-    for path in (BASE, demo.folder / "rwkv-2.pth"):
+    for path in (BASE_MODEL, demo.folder / "rwkv-2.pth"):
         model = rwkv_peft.load_model(path)
         tokens = rwkv_peft.Tokenizer(model.model_config.vocab_size).encode(text)
         official = official_logits(Path(path), tokens)
@@ -61,7 +62,7 @@ def test_the_demos_merged_file_differs_from_its_adapter_by_bf16_rounding_alone(
     demo: SimpleNamespace,
 ) -> None:
     tokens = torch.tensor([rwkv_peft.Tokenizer(5120).encode("User: Define love.\n\nAssistant:")])
-    adapted = rwkv_peft.load_model(BASE, adapter=demo.folder / "rwkv-2-adapter")(tokens)[0]
+    adapted = rwkv_peft.load_model(BASE_MODEL, adapter=demo.folder / "rwkv-2-adapter")(tokens)[0]
     merged = rwkv_peft.load_model(demo.folder / "rwkv-2.pth")(tokens)[0]
-    base = rwkv_peft.load_model(BASE)(tokens)[0]
+    base = rwkv_peft.load_model(BASE_MODEL)(tokens)[0]
     assert (merged - adapted).norm() < 0.05 * (adapted - base).norm()

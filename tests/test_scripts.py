@@ -13,7 +13,7 @@ import torch
 
 import rwkv_peft
 from rwkv_peft.checkpoint.pth import read_weights
-from rwkv_peft.cli.legacy import translate_merge
+from rwkv_peft.cli.legacy.merge import translate_merge
 from rwkv_peft.errors import ConfigError
 from tests.checkpoint.old_files import ALPHA, old_pissa, old_run
 from tests.checkpoint.test_merge import make_state

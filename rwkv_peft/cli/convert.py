@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
-class ConvertOptions:
+class ConvertOptions(AdapterOptions):
     """What to bring into which form."""
 
     source: str = ""
@@ -24,14 +25,8 @@ class ConvertOptions:
     residual, for PiSSA: a folder of the base that it was trained on, the adapter on that base, and
     the init_pissa.pth that leads back.
     """
-    lora_alpha: float | None = None
-    """Of the training of an old LoRA file, which does not hold it."""
-    pissa_init: str = ""
-    """For PiSSA, the init_pissa.pth of the run."""
     dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
     """Dtype of the residual's changed matrices; that of the base if keep."""
-    force: bool = False
-    """Take an adapter that was trained on another base."""
 
 
 def run(args: Sequence[str]) -> int:

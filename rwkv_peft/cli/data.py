@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rwkv_peft.cli.legacy import translate
+from rwkv_peft.cli.legacy.data import translate_data
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import DataConfig
 from rwkv_peft.errors import ConfigError
@@ -36,11 +36,10 @@ def run(args: Sequence[str]) -> int:
 
         return prepare(args[1:])
     count = next((i for i, a in enumerate(args) if a.startswith("-")), len(args))
-    arguments = [f"{a}=true" if a == "--json" else a for a in args[count:]]
     # several files may be given one after the other
     files = [",".join(args[:count])] if count else []
-    translated, _ = translate([*files, *arguments])
-    options = parse(DataOptions, translated, command="data", positional=("data_file",))
+    arguments = translate_data([*files, *args[count:]])
+    options = parse(DataOptions, arguments, command="data", positional=("data_file",))
     if options.ctx_len < 0 or options.show < 0:
         raise ConfigError("--ctx_len and --show must not be below 0")
 

@@ -7,15 +7,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rwkv_peft.assets import BASE_MODEL, DIALOGUES, HELD_OUT_DIALOGUES
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import DataConfig, TrainConfig
 
 if TYPE_CHECKING:
     from rwkv_peft.models.base import RWKV
 
-ASSETS = Path(__file__).parents[1] / "assets"
-BASE, DIALOGUES = ASSETS / "base.pth", ASSETS / "dialogues.jsonl"
-HELD_OUT = ASSETS / "dialogues_heldout.jsonl"
 NUM_SHOWN = 3
 MAX_TOKENS = 90
 
@@ -43,13 +41,14 @@ def run(args: Sequence[str]) -> int:
     device = resolve_device(options.accelerator)
     print(
         f"A model of 8 million weights has read a dictionary, a manual, plays and a Bible\n"
-        f"({BASE}). It now learns from {_count(DIALOGUES)} dialogues to answer as the Devil's\n"
+        f"({BASE_MODEL}). It now learns from {_count(DIALOGUES)} dialogues to answer as the "
+        "Devil's\n"
         "Dictionary does: a headword in capitals, its kind, a definition, a closing phrase.\n"
     )
-    before = load_model(BASE, device=device)
+    before = load_model(BASE_MODEL, device=device)
     loss_before = held_out_loss(before)
     config = TrainConfig(
-        load_model=str(BASE),
+        load_model=str(BASE_MODEL),
         data_file=str(DIALOGUES),
         proj_dir=options.proj_dir or free_folder("demo"),
         peft="lora",
@@ -73,7 +72,7 @@ def run(args: Sequence[str]) -> int:
         print(f"\n{question}\n  before: {answer(before, question)}")
         print(f"  after:  {answer(after, question)}")
     print(
-        f"\nLoss on {_count(HELD_OUT)} dialogues kept aside: {loss_before:.2f} before, "
+        f"\nLoss on {_count(HELD_OUT_DIALOGUES)} dialogues kept aside: {loss_before:.2f} before, "
         f"{loss_after:.2f} after (nats per token).\n"
         f"The tuned model is {result.weights}; talk with it:\n"
         f"  rwkv-peft chat {result.weights} --temperature 0.5"
@@ -88,7 +87,7 @@ def held_out_loss(model: "RWKV") -> float:
     from rwkv_peft.training.evaluate import evaluate_loss
 
     documents = read_documents(
-        DataConfig(data_file=str(HELD_OUT)), Tokenizer(model.model_config.vocab_size)
+        DataConfig(data_file=str(HELD_OUT_DIALOGUES)), Tokenizer(model.model_config.vocab_size)
     )
     loss, num_tokens = evaluate_loss(model, documents)
     return loss / num_tokens
@@ -96,7 +95,7 @@ def held_out_loss(model: "RWKV") -> float:
 
 def questions(count: int) -> list[str]:
     """The users' turns of the first dialogues kept aside."""
-    with open(HELD_OUT, encoding="utf-8") as file:
+    with open(HELD_OUT_DIALOGUES, encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in islice(file, count)]
     return [text.partition("\n\n")[0].removeprefix("User: ") for text in texts]
 

@@ -30,8 +30,7 @@ class DoctorOptions:
 
 def run(args: Sequence[str]) -> int:
     """Prints devices, versions and backends, each checked; 2 if one that `auto` takes fails."""
-    arguments = [f"{a}=true" if a == "--json" else a for a in args]
-    options = parse(DoctorOptions, arguments, command="doctor")
+    options = parse(DoctorOptions, args, command="doctor")
     facts = examine(options.accelerator)
     if options.json:
         print(json.dumps(facts, ensure_ascii=False))

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import TEMPLATE_FILE
 from rwkv_peft.errors import ConfigError
@@ -20,21 +21,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelOptions:
+class ModelOptions(AdapterOptions):
     """Which model to use, where and how it draws."""
 
     load_model: str = ""
     """Official weights, or a result of training (.pth or .safetensors)."""
     adapter: str = ""
     """Adapter to attach: a folder in peft's format, or a file of older RWKV-PEFT."""
-    lora_alpha: float | None = None
-    """Of the training of such a file, which a LoRA file does not hold."""
-    pissa_init: str = ""
-    """For PiSSA in its place, the run's init_pissa.pth."""
     state: str = ""
     """File of a learned state in which every text begins."""
-    force: bool = False
-    """Attach an adapter that was trained on another base."""
     template: str = "auto"
     """How turns are written: a name or a Jinja file; as in the model's training if auto."""
     max_tokens: int = 256
@@ -131,8 +126,7 @@ class GenerateOptions(ModelOptions):
 
 def run(args: Sequence[str]) -> int:
     """Prints the continuation as it is drawn."""
-    arguments = [f"{a}=true" if a == "--json" else a for a in args]
-    options = parse(GenerateOptions, arguments, command="generate")
+    options = parse(GenerateOptions, args, command="generate")
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if bool(prompt) == bool(options.user):
         raise ConfigError(

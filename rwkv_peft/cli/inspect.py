@@ -23,8 +23,7 @@ class InspectOptions:
 
 def run(args: Sequence[str]) -> int:
     """Prints version, model config, dtypes, parameter count and what is odd about a file."""
-    arguments = [f"{a}=true" if a == "--json" else a for a in args]
-    options = parse(InspectOptions, arguments, command="inspect", positional=("file",))
+    options = parse(InspectOptions, args, command="inspect", positional=("file",))
     if not options.file:
         raise ConfigError("no file given: rwkv-peft inspect model.pth")
     facts = describe(options.file)

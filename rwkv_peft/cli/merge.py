@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rwkv_peft.cli.legacy import translate_merge
+from rwkv_peft.cli.legacy.merge import translate_merge
+from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
-class MergeOptions:
+class MergeOptions(AdapterOptions):
     """Files of a merge."""
 
     base_model: str = ""
@@ -19,16 +20,10 @@ class MergeOptions:
     adapter: str = ""
     """Folder of the adapter in peft's format, a state file, or an adapter file of older RWKV-PEFT;
     several with commas between."""
-    lora_alpha: float | None = None
-    """Of the training of an older LoRA file, which does not hold it."""
-    pissa_init: str = ""
-    """For PiSSA in its place, the run's init_pissa.pth."""
     weights: list[float] | None = None
     """With which the change of each adapter is added, as a JSON list; 1 each if left out."""
     dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
     """Dtype of the file; that of each tensor in the base if keep."""
-    force: bool = False
-    """Merge into another base than the adapter was trained on."""
     compare: int = 64
     """Tokens on which the merged file is compared with the adapter model; 0 compares nothing."""
     data_file: str = ""

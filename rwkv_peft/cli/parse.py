@@ -17,8 +17,9 @@ def parse(
 ) -> T:
     """An instance of the dataclass `options` from flags named like its fields.
 
-    A flag may be spelled with dashes or underscores; `--config file.yaml` gives values that flags
-    overrule; arguments before the first flag fill the fields named in `positional`.
+    A flag may be spelled with dashes or underscores, and that of a bool without a value means true;
+    `--config file.yaml` gives values that flags overrule; arguments before the first flag fill the
+    fields named in `positional`.
 
     Raises:
         ConfigError: a flag, key or value is not allowed.
@@ -32,9 +33,9 @@ def parse(
     )
     parser.add_argument("--config", action="config", help="YAML file of the keys below.")
     parser.add_class_arguments(options)
-    arguments = _name_positionals([_underscored(a) for a in args], positional, command)
+    named = _name_positionals([_underscored(a) for a in args], positional, command)
     try:
-        values = parser.parse_args(arguments)
+        values = parser.parse_args(_complete_switches(named, options))
     except (jsonargparse.ArgumentError, TypeError) as error:
         raise ConfigError(_one_line(str(error), options)) from error
     return options(**{f.name: values[f.name] for f in fields(options)})  # type: ignore[arg-type]
@@ -45,6 +46,16 @@ def _underscored(argument: str) -> str:
         return argument
     flag, equals, value = argument.partition("=")
     return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def _complete_switches(arguments: list[str], options: type[Any]) -> list[str]:
+    """The arguments with `=true` behind each flag of a bool that has no value."""
+    switches = {f"--{name}" for name, hint in get_type_hints(options).items() if hint is bool}
+    following = [*arguments[1:], "--"]
+    return [
+        f"{argument}=true" if argument in switches and word.startswith("--") else argument
+        for argument, word in zip(arguments, following, strict=False)
+    ]
 
 
 def _name_positionals(arguments: list[str], names: Sequence[str], command: str) -> list[str]:

@@ -8,18 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rwkv_peft.cli.legacy.data import translate_prepare
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import DataConfig, DataType
 from rwkv_peft.errors import ConfigError
-
-# flags of json2binidx's preprocess_data.py -> ours, and those that only had one useful value
-OLD_FLAGS = {"input": "data_file", "output_prefix": "output", "workers": "prepare_workers"}
-OLD_VALUES = {
-    "dataset_impl": ("mmap",),
-    "tokenizer_type": ("RWKVTokenizer",),
-    "jsonl_keys": ("text",),
-    "log_interval": None,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +38,8 @@ class PrepareOptions(DataConfig):
 
 def run(args: Sequence[str]) -> int:
     """Tokenises a file, checks that every document decodes to its text again, writes the pair."""
-    options = parse(
-        PrepareOptions, _modern(args), command="data prepare", positional=("data_file",)
-    )
+    arguments = translate_prepare(args)
+    options = parse(PrepareOptions, arguments, command="data prepare", positional=("data_file",))
     if not options.data_file:
         raise ConfigError("no data given: rwkv-peft data prepare in.jsonl --output out")
     if options.loss_mask not in ("auto", "none", "pad"):
@@ -105,46 +96,6 @@ def _progress() -> Iterator[Callable[[int], None]]:
     ) as shown:
         task = shown.add_task("", total=None)
         yield lambda num_bytes: shown.advance(task, num_bytes)
-
-
-def _modern(args: Sequence[str]) -> list[str]:
-    """Arguments of json2binidx's preprocess_data.py and RWKV-LM's make_data.py in today's flags."""
-    found: list[str] = []
-    positional = [a for a in args[:3] if not a.startswith("-")]
-    if len(positional) == 3 and len(args) == 3:
-        if not all(number.isdecimal() for number in positional[1:]):
-            raise ConfigError(f"{' '.join(args)}: as of old it is FILE N_EPOCH CTX_LEN")
-        return [positional[0], "--copies", positional[1], "--ctx_len", positional[2]]
-    words = list(args)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            found.append(word)
-            continue
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        has_value = bool(equals) or bool(words and not words[0].startswith("--"))
-        if name in ("append_eod", "ftfy") and not has_value:
-            if name == "ftfy":
-                raise ConfigError("--ftfy: repair the texts first, with the ftfy package")
-            found += ["--append_eod", "1"]
-            continue
-        if not equals and has_value:
-            value = words.pop(0)
-        if name in OLD_VALUES:
-            allowed = OLD_VALUES[name]
-            if allowed and value not in allowed:
-                raise ConfigError(f"--{name} {value}: only {allowed[0]} can be used")
-            continue
-        if name == "output_prefix":
-            value += "_text_document"
-        if name in ("vocab", "vocab_file"):
-            # the file that every RWKV has is bundled
-            if Path(value).name == "rwkv_vocab_v20230424.txt":
-                continue
-            name = "vocab_file"
-        found += [f"--{OLD_FLAGS.get(name, name)}", *([value] if has_value else [])]
-    return found
 
 
 def magic_prime(num_tokens: int, ctx_len: int) -> int:

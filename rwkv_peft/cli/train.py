@@ -3,18 +3,23 @@
 import sys
 from collections.abc import Sequence
 
-from rwkv_peft.cli.legacy import translate
+from rwkv_peft.cli.legacy.train import require_agreement, translate_train
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import TrainConfig
 
 
 def run(args: Sequence[str]) -> int:
     """Trains, and exits with 128 + the number of a signal that ended the run early."""
-    arguments, notes = translate(args)
+    arguments, notes, model_flags = translate_train(args)
     config = parse(TrainConfig, arguments, command="train", positional=("load_model", "data_file"))
     config.require_files()
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+    if model_flags:
+        from rwkv_peft.checkpoint.pth import infer_model_config, read_weights
+
+        model_config = infer_model_config(read_weights(config.load_model))
+        require_agreement(model_flags, model_config, config.load_model)
 
     from rwkv_peft.training.run import train
 

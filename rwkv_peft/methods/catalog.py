@@ -12,13 +12,6 @@ from rwkv_peft.models import version_named
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-ALIASES = {"bone": "miss", "disha": "miss", "full": "none", "pissa": "lora"}
-# keys of older RWKV-PEFT, under the name a user gave the method
-OLD_KEYS = {
-    "lora": {"lora_r": "r", "lora_load": "load", "lora_parts": "train_parts"},
-    "pissa": {"pissa_r": "r", "pissa_load": "load", "pissa_parts": "train_parts"},
-    "miss": {"bone_r": "r", "bone_load": "load", "bone_mode": "mode"},
-}
 # upstream's number of power iterations for the first singular vectors
 PISSA_NITER = 4
 # adapters whose base is changed when they begin, by what an initialisation takes out of it
@@ -35,50 +28,39 @@ _REFUSED = {
 }
 
 
-def canonical(method: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A method and its options under the names used today, whatever older name or key came.
+def resolve(method: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name and the options that a new adapter of a method has in peft.
 
-    `pissa` becomes `lora` with that initialisation. The result may hold `load`, the adapter to
-    train further, with the `pissa_init` that belongs to it, and `train_parts`, for the caller to
-    take out.
+    `pissa` is `lora` with that initialisation, of `svd_niter` power iterations, and a scale of 1
+    unless `lora_alpha` is given.
     """
-    given = method.lower().replace("-", "_")
-    name = ALIASES.get(given, given)
-    old = OLD_KEYS.get("pissa" if given == "pissa" else name, {})
-    found = {old.get(key, key): value for key, value in options.items()}
-    if name == "miss" and "mode" in found:
-        # 'mode' was the default of the older program's own option, and meant nothing
-        mode = str(found.pop("mode"))
-        found.setdefault("init_weights", mode if mode in ("bat", "mini") else True)
-    if given == "pissa" and found.get("load"):
-        # its scale is 1, whatever lora_alpha says
-        found.pop("lora_alpha", None)
-    elif given == "pissa":
-        found.pop("pissa_init", None)
-        niter = found.pop("svd_niter", PISSA_NITER)
-        found.setdefault("init_lora_weights", f"pissa_niter_{niter}")
-        if "r" in found:
-            found.setdefault("lora_alpha", found["r"])
-    return name, found
+    name, found = method.lower().replace("-", "_"), dict(options)
+    if name != "pissa":
+        return name, found
+    niter = found.pop("svd_niter", PISSA_NITER)
+    found.setdefault("init_lora_weights", f"pissa_niter_{niter}")
+    if "r" in found:
+        found.setdefault("lora_alpha", found["r"])
+    return "lora", found
 
 
 def method_names() -> list[str]:
     """Every name that `--peft` takes."""
     served = [name for name in _table() if _reason_against(name) is None]
-    return ["none", "state", *sorted({*served, "pissa", "bone", "disha"})]
+    return ["none", "state", *sorted({*served, "pissa"})]
 
 
 def method_config(method: str, options: Mapping[str, Any], version: str) -> "PeftConfig":
     """peft's own config of a method, with the default modules of an RWKV version.
 
     Args:
-        method: a name of peft's table in any case, or one of ALIASES.
+        method: a name of peft's table in any case, or pissa.
         options: fields of the method's config in peft.
     Raises:
         ConfigError: the name or an option is unknown, the method cannot serve RWKV, or a value
             is impossible.
     """
-    name, options = canonical(method, options)
+    name, options = resolve(method, options)
     if name not in _table():
         near = get_close_matches(name, method_names(), 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(method_names())}"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from rwkv_peft.errors import CheckpointError, ConfigError
+from rwkv_peft.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -56,32 +56,3 @@ def shape_of(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
         what = "is missing" if found is None else f"has shape {found}"
         raise CheckpointError(f"damaged RWKV file: {name} {what}, {ndim} dimensions needed")
     return found
-
-
-# flags of the model config on the command line, and the field that each must agree with
-FLAGS = {
-    "n_layer": "n_layer",
-    "n_embd": "n_embd",
-    "vocab_size": "vocab_size",
-    "dim_att": "dim_att",
-    "dim_ffn": "dim_ffn",
-    "head_size_a": "head_size",
-    "my_testing": "version",
-}
-
-
-def check_flags(
-    model_config: ModelConfig, flags: Mapping[str, int | str | None], file: str
-) -> None:
-    """Compares what a user said of a model with what its file says; 0, "" and None say nothing.
-
-    Raises:
-        ConfigError: they differ; the message has both values.
-    """
-    for flag, name in FLAGS.items():
-        said, found = flags.get(flag), getattr(model_config, name)
-        if said and said != found:
-            raise ConfigError(
-                f"--{flag} {said} contradicts {file}, where it is {found}: leave the flag out "
-                "(it is read from the file) or give another file"
-            )

@@ -10,7 +10,7 @@ from rwkv_peft.data.batching import Batches
 from rwkv_peft.data.prepare import Documents
 from rwkv_peft.device import choose_precision
 from rwkv_peft.errors import ConfigError
-from rwkv_peft.methods.catalog import canonical
+from rwkv_peft.methods.catalog import resolve
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.training.settings import Choice, Facts, Settings
 
@@ -103,7 +103,7 @@ class _Chooser:
 
 def _with_method(config: TrainConfig, facts: Facts) -> TrainConfig:
     """The method under its name in peft, and the kind of training that goes with it."""
-    method, options = canonical(config.peft, config.peft_config)
+    method, options = resolve(config.peft, config.peft_config)
     if config.load_adapter:
         if method not in ("auto", facts.saved_method):
             raise ConfigError(

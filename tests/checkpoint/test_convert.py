@@ -276,13 +276,13 @@ def test_training_an_old_file_further_is_training_its_folder_further(
     results = [
         run(base, data_file, tmp_path / "folders", load_adapter=str(tmp_path / "folder")),
         run(base, data_file, tmp_path / "file", load_adapter=str(old), peft_config=given),
-        run(base, data_file, tmp_path / "keys", peft=method, peft_config=options),
     ]
-    line = ["train", "--config", tmp_path / "folders" / "config.yaml", "--proj_dir"]
-    line += [tmp_path / "line", "--load_adapter", "", "--peft", method]
-    done = cli(*line, f"--{method}_config", json.dumps(options))
-    assert done.code == 0, done.err
-    results.append(tmp_path / "line" / "rwkv-0-adapter")
+    line = ["train", "--config", tmp_path / "folders" / "config.yaml", "--load_adapter", ""]
+    for flag in (f"{method}_config", "peft_config"):
+        more = ["--proj_dir", tmp_path / flag, "--peft", method, f"--{flag}", json.dumps(options)]
+        done = cli(*line, *more)
+        assert done.code == 0, done.err
+        results.append(tmp_path / flag / "rwkv-0-adapter")
     begin = read_adapter(tmp_path / "folder").tensors
     one, *others = (read_adapter(r).tensors for r in results)
     assert not any(torch.equal(x, begin[n]) for n, x in one.items() if "lora_" not in n)

@@ -10,8 +10,7 @@ import torch
 
 import rwkv_peft
 from rwkv_peft.checkpoint.pth import infer_model_config, read_weights, write_like, write_weights
-from rwkv_peft.errors import CheckpointError, ConfigError
-from rwkv_peft.models.config import check_flags
+from rwkv_peft.errors import CheckpointError
 
 
 class RunsCode:
@@ -28,27 +27,6 @@ def test_the_model_config_is_read_from_names_and_shapes(
     assert (model_config.version, model_config.n_layer, model_config.n_embd) == ("x070", 3, 128)
     assert (model_config.dim_ffn, model_config.vocab_size, model_config.n_head) == (448, 777, 2)
     assert (model_config.ranks, model_config.has_first_value_mix) == (ranks, False)
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        ("n_layer", 3),
-        ("n_embd", 256),
-        ("vocab_size", 65536),
-        ("dim_att", 64),
-        ("dim_ffn", 9),
-        ("head_size_a", 32),
-        ("my_testing", "x060"),
-    ],
-)
-def test_a_flag_that_contradicts_the_file_names_both_values(
-    flag: str, value: int | str, model_file: Path
-) -> None:
-    model_config = infer_model_config(read_weights(model_file))
-    with pytest.raises(ConfigError, match=rf"--{flag} {value} contradicts .*it is \w+"):
-        check_flags(model_config, {flag: value}, str(model_file))
-    check_flags(model_config, {flag: 0}, str(model_file))
 
 
 def test_saving_what_was_read_changes_no_bit(model_file: Path, tmp_path: Path) -> None:

@@ -1,23 +1,29 @@
 import json
+import re
 import shlex
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import yaml
 
-from rwkv_peft.cli.legacy import DEAD, OPTIONS, UNBUILT, translate
+from rwkv_peft.checkpoint.older import Unsaved
+from rwkv_peft.cli.legacy.methods import OPTIONS
+from rwkv_peft.cli.legacy.train import DEAD, FIXED, MODEL_FLAGS, UNBUILT, translate_train
 from rwkv_peft.cli.parse import parse
-from rwkv_peft.config import TrainConfig
+from rwkv_peft.config import UNSAVED, TrainConfig
 from rwkv_peft.errors import ConfigError
 
 Cli = Callable[..., SimpleNamespace]
 
 # an old line, and the line of today that asks for the same
 TRANSLATIONS = {
-    "--head_size 64": "--head_size_a 64",
-    "--optim adam": "--optimizer adamw",
-    "--optimizer none": "--optimizer adamw",
+    "--optim adam": "",
+    "--optimizer none": "",
+    "--optimizer adamw --head_size_divisor 8": "",
     "--strategy ddp_find_unused_parameters_true": "--strategy ddp",
     "--strategy deepspeed_stage_1 --devices 1": "--strategy deepspeed_stage_1 --devices 1",
     "--warmup_steps -1": "--warmup_steps 0",
@@ -64,7 +70,7 @@ TRANSLATIONS = {
     "--lora --lora_parts att,ffn": "--peft lora",
     "--lora --PISSA --lora_r 8 --lora_alpha 16 --svd_niter 4": (
         "--peft pissa --peft_config "
-        """'{"r": 8, "lora_alpha": 8, "init_lora_weights": "pissa_niter_4"}'"""
+        """'{"r": 8, "svd_niter": 4}'"""
     ),
     "--state_tune": "--peft state",
     "--LISA --lisa_r 2 --lisa_k 100": "--peft lisa",
@@ -76,18 +82,45 @@ TRANSLATIONS = {
     ),
     """--peft pissa --pissa_config '{"pissa_load":"","pissa_r":32,"svd_niter":4}'""": (
         "--peft pissa --peft_config "
-        """'{"r": 32, "lora_alpha": 32, "init_lora_weights": "pissa_niter_4"}'"""
+        """'{"r": 32, "svd_niter": 4}'"""
     ),
     """--peft bone --bone_config '{"bone_mode":"bone","bone_load":"","bone_r":64}'""": (
-        """--peft bone --peft_config '{"r": 64}'"""
+        """--peft miss --peft_config '{"r": 64}'"""
     ),
     """--peft DiSHA --disha_config '{"mode":"bat","load":"","r":64}'""": (
-        """--peft disha --peft_config '{"r": 64, "init_weights": "bat"}'"""
+        """--peft miss --peft_config '{"r": 64, "init_weights": "bat"}'"""
     ),
     """--peft miss --miss_config '{"mode":"mode","load":"","r":64}'""": (
         """--peft miss --peft_config '{"r": 64}'"""
     ),
     """--disha_config '{"load":"a.pth","r":64}'""": "--peft miss --load_adapter a.pth",
+    # old names inside peft_config
+    """--peft Bone --peft_config '{"bone_mode":"bat","bone_load":"","bone_r":64}'""": (
+        """--peft miss --peft_config '{"r": 64, "init_weights": "bat"}'"""
+    ),
+    """--peft disha --peft_config '{"mode":"mode","r":8}'""": (
+        """--peft miss --peft_config '{"r": 8}'"""
+    ),
+    """--peft bone --peft_config '{"bone_load":"a.pth","bone_r":64}'""": (
+        "--peft miss --load_adapter a.pth"
+    ),
+    """--peft lora --peft_config '{"load":"out/adapter","r":8,"lora_alpha":16}'""": (
+        "--peft lora --load_adapter out/adapter"
+    ),
+    """--peft lora --peft_config '{"lora_load":"a.pth","lora_r":8,"lora_alpha":16}'""": (
+        """--peft lora --load_adapter a.pth --peft_config '{"lora_alpha": 16}'"""
+    ),
+    """--peft pissa --peft_config '{"pissa_load":"a.pth","pissa_init":"i.pth","lora_alpha":9}'""": (
+        """--peft pissa --load_adapter a.pth --peft_config '{"pissa_init": "i.pth"}'"""
+    ),
+    """--peft pissa --peft_config '{"pissa_load":"","pissa_init":"","pissa_r":8}'""": (
+        """--peft pissa --peft_config '{"r": 8}'"""
+    ),
+    """--peft lora --train_parts ln --peft_config '{"r":8,"train_parts":["emb","ln"]}'""": (
+        """--peft lora --train_parts '["ln", "emb"]' --peft_config '{"r": 8}'"""
+    ),
+    "--peft_config {lora_r: 8}": """--peft_config '{"r": 8}'""",
+    "--peft full": "--peft none",
     # what a shell leaves of JSON without quotes around it
     """--peft lora --peft_config {\\"r\\": 8, \\"lora_alpha\\": 16}""": (
         """--peft lora --peft_config '{"r": 8, "lora_alpha": 16}'"""
@@ -122,30 +155,32 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("line", TRANSLATIONS)
 def test_an_old_line_is_translated(line: str) -> None:
-    found, expected = translate(shlex.split(line)), shlex.split(TRANSLATIONS[line])
+    found, expected = translate_train(shlex.split(line)), shlex.split(TRANSLATIONS[line])
     assert sorted(found.arguments) == sorted(expected)
 
 
 def test_todays_flags_and_positions_pass_through_in_their_order() -> None:
     line = ["m.pth", "d.jsonl", "--config", "a.yaml", "--ctx_len", "8", "--config", "b.yaml", "-h"]
-    assert translate(line) == (line, [])
+    assert translate_train(line) == (line, [], {})
 
 
 @pytest.mark.parametrize("name", DEAD)
 def test_a_dead_flag_is_left_out_with_one_note(name: str) -> None:
-    arguments, notes = translate(["--ctx_len", "8", f"--{name}", "1", "--micro_bsz", "2"])
+    line = ["--ctx_len", "8", f"--{name}", "1", "--micro_bsz", "2"]
+    arguments, notes, _ = translate_train(line)
     assert arguments == ["--ctx_len", "8", "--micro_bsz", "2"]
     assert len(notes) == 1 and notes[0].startswith(f"--{name} has no effect: ")
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_without_its_method_is_noted(name: str) -> None:
-    assert translate([f"--{name}", "1"]) == ([], [f"--{name} has no effect: no method is named"])
+    note = f"--{name} has no effect: no method is named"
+    assert translate_train([f"--{name}", "1"]) == ([], [note], {})
 
 
 def test_the_config_of_another_method_is_noted() -> None:
     line = ["--peft", "lora", "--pissa_config", "{}", "--lora_config", '{"lora_r": 3}']
-    arguments, notes = translate(line)
+    arguments, notes, _ = translate_train(line)
     assert arguments == ["--peft", "lora", "--peft_config", '{"r": 3}']
     assert notes == ["--pissa_config has no effect: the method is lora"]
 
@@ -160,6 +195,9 @@ def test_the_config_of_another_method_is_noted() -> None:
             ["--lora_load", "a.pth", "--lora_alpha", "x", "--lora"],
             "lora_alpha: got x, allowed is a number",
         ),
+        (["--lora", "--lora_r", "x"], "r: got x, allowed is a number"),
+        (["--optimizer", "muon"], "--optimizer: got muon, allowed is adamw"),
+        (["--head_size_divisor", "16"], "--head_size_divisor: got 16, allowed is 8"),
         (["--lora_config", "[1]"], r"got \[1\], allowed is JSON in quotes"),
         (["--my_exit_tokens", "99"], "--my_exit_tokens needs --ctx_len, --micro_bsz and"),
         (["--my_exit", "soon"], "--my_exit: got soon, allowed is a whole number"),
@@ -167,7 +205,7 @@ def test_the_config_of_another_method_is_noted() -> None:
 )
 def test_what_cannot_be_honoured_is_refused_in_one_line(line: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        translate(line)
+        translate_train(line)
     assert "\n" not in str(caught.value)
 
 
@@ -189,4 +227,119 @@ def test_a_script_of_old_runs(
 def test_every_flag_of_today_passes_through() -> None:
     for name in parse(TrainConfig, [], command="train").__dataclass_fields__:
         if name not in UNBUILT:
-            assert translate([f"--{name}", "7"]).arguments[0] == f"--{name}", name
+            assert translate_train([f"--{name}", "7"]).arguments[0] == f"--{name}", name
+
+
+def test_flags_of_the_model_are_taken_out_and_the_last_word_counts(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("n_layer: 2\nn_embd: 128\nhead_size: 64\ndim_ffn: 0\n")
+    line = ["--config", str(tmp_path / "c.yaml"), "--n_layer", "3", "--n_embd", "0"]
+    found = translate_train([*line, "--my_testing", "x070", "--vocab_size", "0"])
+    assert found.arguments == ["--config", "{}"] and not found.notes
+    assert found.model_flags == {"n_layer": "3", "head_size_a": "64", "my_testing": "x070"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("n_layer", "3"),
+        ("n_embd", "256"),
+        ("vocab_size", "65536"),
+        ("dim_att", "64"),
+        ("dim_ffn", "9"),
+        ("head_size_a", "32"),
+        ("my_testing", "x060"),
+    ],
+)
+@pytest.mark.parametrize("is_in_file", [False, True])
+def test_a_flag_that_contradicts_the_model_names_both_values(
+    flag: str, value: str, is_in_file: bool, cli: Cli, model_file: Path, data_file: Path
+) -> None:
+    line = [f"--{flag}", value]
+    if is_in_file:
+        (data_file.parent / "run.yaml").write_text(f"{flag}: {value}\n")
+        line = ["--config", str(data_file.parent / "run.yaml")]
+    done = cli("train", model_file, data_file, *line)
+    assert done.code == 2
+    assert re.fullmatch(rf"error: --{flag} {value} contradicts .*it is \w+: .*\n", done.err)
+
+
+def test_a_size_that_is_not_a_number_is_refused(
+    cli: Cli, model_file: Path, data_file: Path
+) -> None:
+    done = cli("train", model_file, data_file, "--n_layer", "two")
+    assert done.err == "error: --n_layer: got two, allowed is a whole number\n"
+
+
+def test_the_config_of_an_older_run_repeats_it(
+    cli: Cli, model_file: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """older_run.yaml was written by version 0.1.0, with every field that TrainConfig had then."""
+    path = Path(__file__).with_name("older_run.yaml")
+    older = yaml.safe_load(path.read_text(encoding="utf-8"))
+    gone = {*MODEL_FLAGS, *FIXED}
+    assert gone == older.keys() - {f.name for f in fields(TrainConfig)}
+    monkeypatch.chdir(model_file.parent)
+    done = cli("train", "--config", path)
+    assert done.code == 0, done.err
+    saved = yaml.safe_load(Path("out/config.yaml").read_text(encoding="utf-8"))
+    assert saved == {name: value for name, value in older.items() if name not in gone}
+    again = cli("train", "--config", path, "--n_layer", 3)
+    assert again.code == 2 and "--n_layer 3 contradicts base.pth, where it is 2" in again.err
+
+
+# keys of a YAML file, and the fields of TrainConfig that they give
+FILES: dict[str, tuple[str, dict[str, Any]]] = {
+    "an old method with an adapter": (
+        "peft: bone\npeft_config: {bone_r: 8, bone_load: x.pth}\n",
+        {"peft": "miss", "load_adapter": "x.pth", "peft_config": {}},
+    ),
+    "old options": (
+        "peft: DiSHA\npeft_config:\n  mode: bat\n  r: 8\n",
+        {"peft": "miss", "peft_config": {"r": 8, "init_weights": "bat"}},
+    ),
+    "a config of a method": (
+        "lora_config: {lora_r: 4, lora_dropout: 1e-2, lora_load: ''}\n",
+        {"peft": "lora", "peft_config": {"r": 4, "lora_dropout": 0.01}},
+    ),
+    "switches": ("lora: true\nPISSA: false\nfla: false\n", {"peft": "lora", "op": "auto"}),
+    "values": (
+        "optim: adam\ntrain_type: states\nwarmup_steps: -1\nepoch_save: 0\nmy_exit: 2\n",
+        {"train_type": "state", "warmup_steps": 0, "epoch_save": 99999999, "epoch_count": 2},
+    ),
+    "what is of today": (
+        "lr_init: 1e-5\nctx_len:\nproj_dir: 2026-01-02\nforce: true\ntrain_parts: [ln, 字]\n"
+        "sft_field: ['a b', 'c,d']\nmask_id: {mask1: '5'}\npeft_config: {lora_dropout: 1e-2}\n",
+        {
+            "lr_init": 1e-5,
+            "ctx_len": None,
+            "proj_dir": "2026-01-02",
+            "force": True,
+            "train_parts": ["ln", "字"],
+            "sft_field": ["a b", "c,d"],
+            "mask_id": {"mask1": "5"},
+            "peft_config": {"lora_dropout": 0.01},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_old_keys_of_a_yaml_file_are_translated(case: str, tmp_path: Path) -> None:
+    text, expected = FILES[case]
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    arguments, _, _ = translate_train(["--config", str(tmp_path / "run.yaml")])
+    config = parse(TrainConfig, arguments, command="train")
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_a_dead_key_of_a_yaml_file_is_noted_and_an_unbuilt_one_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("pre_ffn: 0\n")
+    _, notes, _ = translate_train(["--config", str(tmp_path / "run.yaml")])
+    assert notes == ["--pre_ffn has no effect: RWKV-5, 6 and 7 have no such part"]
+    (tmp_path / "run.yaml").write_text("quant: nf4\n")
+    with pytest.raises(ConfigError, match="--quant nf4: quantised weights are not built"):
+        translate_train(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_what_an_old_adapter_file_lacks_has_one_list_of_names() -> None:
+    assert Unsaved._fields == UNSAVED

@@ -15,7 +15,7 @@ import rwkv_peft
 from rwkv_peft.checkpoint.adapter import attach_saved, write_adapter
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods.attach import Attachment, attach
-from rwkv_peft.methods.catalog import canonical, method_config, method_names
+from rwkv_peft.methods.catalog import method_config, method_names, resolve
 
 TOKENS = torch.arange(1, 25).view(1, 24)
 SIXTH: dict[str, Any] = {"version": "x060", "ranks": {"maa": 16, "decay": 32}, "dim_ffn": 448}
@@ -35,7 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 # peft's own first values of these are not zero
 NOT_NEUTRAL = ("c3a", "fourierft", "unilora", "vblora")
-NAMES = [n for n in method_names() if n not in ("none", "state", "bone", "disha")]
+NAMES = [n for n in method_names() if n not in ("none", "state")]
 CASES = {name: (name, OPTIONS.get(name, {})) for name in NAMES} | {
     "miss bat": ("miss", {"init_weights": "bat", "r": 32}),
     "miss mini": ("miss", {"init_weights": "mini", "r": 32, "mini_r": 8}),
@@ -147,14 +147,23 @@ def test_a_method_that_cannot_serve_says_why(method: str, message: str, model_fi
         attach(rwkv_peft.load_model(model_file), method, {})
 
 
-def test_older_names_and_keys_mean_what_they_meant() -> None:
-    assert canonical("Bone", {"bone_mode": "bat", "bone_load": "x", "bone_r": 32}) == (
-        "miss",
-        {"load": "x", "r": 32, "init_weights": "bat"},
-    )
-    assert canonical("disha", {"mode": "mode", "r": 8})[1] == {"r": 8, "init_weights": True}
-    config: Any = method_config("PiSSA", {"pissa_r": 8, "svd_niter": 2}, "x070")
+def test_pissa_is_lora_with_an_initialisation() -> None:
+    config: Any = method_config("PiSSA", {"r": 8, "svd_niter": 2}, "x070")
     assert (config.r, config.lora_alpha, config.init_lora_weights) == (8, 8, "pissa_niter_2")
+    given = {"r": 8, "lora_alpha": 4, "init_lora_weights": "pissa"}
+    assert resolve("pissa", given) == ("lora", given)
+    assert resolve("LN-tuning", {}) == ("ln_tuning", {})
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("bone", {}), ("disha", {}), ("miss", {"bone_r": 8}), ("miss", {"mode": "bat"})],
+)
+def test_older_names_are_known_on_the_command_line_alone(
+    method: str, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"no such method|has no option"):
+        method_config(method, options, "x070")
 
 
 @pytest.mark.parametrize("parts", [["ln"], ["time"], ["emb", "head"]])
