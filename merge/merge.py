@@ -1,4 +1,4 @@
-"""`python merge/merge.py …`, with the arguments of old, is `rwkv-peft merge …`."""
+"""`python merge/merge.py …`, with the arguments of older versions, is `rwkv-peft merge …`."""
 
 import sys
 from pathlib import Path

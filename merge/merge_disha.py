@@ -1,4 +1,4 @@
-"""`python merge/merge_disha.py --base_model B --peft_checkpoint D --output O`, as of old."""
+"""`python merge/merge_disha.py --base_model B --peft_checkpoint D --output O`, the script of older versions."""
 
 import runpy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`python merge/merge_lora.py [--use-gpu] ALPHA BASE LORA OUTPUT`, as of old."""
+"""`python merge/merge_lora.py [--use-gpu] ALPHA BASE LORA OUTPUT`, the script of older versions."""
 
 import runpy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`python merge/merge_pissa.py BASE INIT LORA OUTPUT`, as of old."""
+"""`python merge/merge_pissa.py BASE INIT LORA OUTPUT`, the script of older versions."""
 
 import runpy
 from pathlib import Path

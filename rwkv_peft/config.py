@@ -15,6 +15,11 @@ Switch = Literal[0, 1]
 UNSAVED = ("lora_alpha", "pissa_init", "lora_dropout")
 # a user's template, as a run keeps it in its folder
 TEMPLATE_FILE = "template.jinja"
+# fields of TrainConfig with a lowest value
+POSITIVE = ["ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count"]
+POSITIVE += ["epoch_save", "lr_init"]
+NOT_NEGATIVE = ["epoch_steps", "epoch_begin", "lr_final", "warmup_steps", "num_workers"]
+NOT_NEGATIVE += ["weight_decay", "grad_clip", "l2wrap", "adam_eps"]
 DataType = Literal[
     "auto",
     "jsonl",
@@ -58,7 +63,7 @@ class DataConfig:
     mask_id: dict[str, str] = field(default_factory=dict)
     """Marks of se, texts or token ids: mask1 begins what is trained, mask0 ends it."""
     train_role_words: Switch = 0
-    """1 also trains the words that open a chosen turn, such as 'Assistant:', as of old."""
+    """1 also trains the words that open a chosen turn, such as 'Assistant:', as older versions did."""
     append_eod: Switch = 1
     """1 puts the end-of-document token 0 behind each text."""
     on_bad_row: Literal["stop", "skip"] = "stop"
@@ -206,11 +211,11 @@ class TrainConfig(DataConfig):
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
-        _require_positive(self, "ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count")
-        _require_positive(self, "epoch_save", "lr_init")
-        _require_not_negative(self, "epoch_steps", "epoch_begin", "lr_final", "warmup_steps")
-        _require_not_negative(self, "num_workers")
-        _require_not_negative(self, "weight_decay", "grad_clip", "l2wrap", "adam_eps")
+        for name in POSITIVE + NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value is not None and (value < 0 or (value == 0 and name in POSITIVE)):
+                limit = "be above 0" if name in POSITIVE else "not be below 0"
+                raise ConfigError(f"--{name} must {limit}, got {value}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -242,17 +247,3 @@ class TrainConfig(DataConfig):
                 raise ConfigError(f"no {what} given: rwkv-peft train model.pth data.jsonl")
         if not Path(self.load_model).is_file():
             raise ConfigError(f"--load_model: there is no file {self.load_model}")
-
-
-def _require_positive(config: TrainConfig, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{name} must be above 0, got {value}")
-
-
-def _require_not_negative(config: TrainConfig, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < 0:
-            raise ConfigError(f"--{name} must not be below 0, got {value}")

@@ -26,7 +26,7 @@ def resolve_device(accelerator: str) -> torch.device:
 
     Raises:
         BackendUnavailableError: there is no such device on this machine.
-        ConfigError: the name is no type of device.
+        ConfigError: the name is not a type of device.
     """
     import torch
 
@@ -37,7 +37,7 @@ def resolve_device(accelerator: str) -> torch.device:
         index and (kind not in TYPES or not index.isdigit())
     ):
         raise ConfigError(
-            f"--accelerator {accelerator} is no device: use auto, gpu, {', '.join(TYPES)}, or one "
+            f"--accelerator {accelerator} is not a device: use auto, gpu, {', '.join(TYPES)}, or one "
             "of several as in cuda:1"
         )
     if kind == "cpu":

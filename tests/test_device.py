@@ -87,7 +87,7 @@ def test_a_device_that_is_not_here_is_told_with_what_is(
 @pytest.mark.parametrize("name", ["tpu", "cuda:x", "gpu:0", "meta", "", "auto:1"])
 def test_what_is_no_device_is_refused(name: str) -> None:
     with pytest.raises(
-        ConfigError, match=r"is no device: use auto, gpu, cpu, cuda, mps, xpu, musa"
+        ConfigError, match=r"is not a device: use auto, gpu, cpu, cuda, mps, xpu, musa"
     ):
         resolve_device(name)
 

@@ -102,19 +102,11 @@ def questions(count: int) -> list[str]:
 
 def answer(model: "RWKV", question: str) -> str:
     """The model's likeliest answer to one question, on one line."""
-    from rwkv_peft.data.records import Turn
-    from rwkv_peft.data.templates import TEMPLATES
-    from rwkv_peft.generation.engine import generate
+    from rwkv_peft.generation.chat import Chat
     from rwkv_peft.generation.sampling import Sampling
 
-    text = generate(
-        model,
-        TEMPLATES["chat"].prompt([Turn("user", question)]),
-        max_tokens=MAX_TOKENS,
-        sampling=Sampling(temperature=0),
-        stop=TEMPLATES["chat"].stops,
-    )
-    return " ".join(text.split())
+    chat = Chat(model, Sampling(temperature=0))
+    return " ".join("".join(chat.reply(question, MAX_TOKENS)).split())
 
 
 def _count(path: Path) -> int:

@@ -41,7 +41,7 @@ def run(args: Sequence[str]) -> int:
             raise ConfigError(f"--{name} must be above 0, got {getattr(options, name)}")
     if options.n_embd % options.head_size_a:
         raise ConfigError(
-            f"--n_embd {options.n_embd} is no multiple of the head size {options.head_size_a}"
+            f"--n_embd {options.n_embd} is not a multiple of the head size {options.head_size_a}"
         )
 
     from rwkv_peft.checkpoint.pth import write_weights

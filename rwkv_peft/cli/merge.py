@@ -34,7 +34,7 @@ class MergeOptions(AdapterOptions):
 
 def run(args: Sequence[str]) -> int:
     """Merges an adapter into a copy of its base."""
-    arguments, notes = translate_merge(args)
+    arguments, notes, _ = translate_merge(args)
     options = parse(MergeOptions, arguments, command="merge")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

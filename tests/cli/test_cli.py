@@ -236,6 +236,19 @@ def test_inspect_tells_a_files_model_config_and_what_is_odd(
     assert "tensors of several types" in text
 
 
+@pytest.mark.parametrize(
+    ("words", "is_json"),
+    [(["--json"], True), (["--json", "true"], True), (["--json=false"], False), ([], False)],
+)
+def test_a_flag_that_is_true_or_false_needs_no_value(
+    words: list[str], is_json: bool, cli: Cli, model_file: Path
+) -> None:
+    done = cli("inspect", *words, "--file", model_file)
+    assert done.code == 0 and done.out.startswith("{") == is_json
+    wrong = cli("inspect", "--file", model_file, "--json", "maybe")
+    assert wrong.err == "error: --json: got maybe, allowed is true or false\n"
+
+
 def test_inspect_reads_the_older_versions(cli: Cli, make_model_file: Callable[..., Path]) -> None:
     path = make_model_file(version="x060", ranks={"maa": 16, "decay": 32}, dim_ffn=448)
     facts = json.loads(cli("inspect", path, "--json").out)
@@ -257,7 +270,7 @@ def test_init_makes_a_model_that_loads_with_the_loss_of_a_guess(cli: Cli, tmp_pa
     logits = model(tokens[:, :-1])[0]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     assert loss.item() == pytest.approx(math.log(512), rel=0.1)
-    assert "no multiple of the head size" in cli("init", path, "--n_embd", 100).err
+    assert "not a multiple of the head size" in cli("init", path, "--n_embd", 100).err
 
 
 def test_generate_repeats_itself_at_temperature_0_and_prints_json(

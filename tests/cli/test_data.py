@@ -170,7 +170,7 @@ def test_the_magic_prime_is_the_largest_below_with_remainder_two() -> None:
         (("data", "prepare"), "no data given"),
         (("data", "none.jsonl"), "there is no file none.jsonl"),
         (("data", "prepare", "a.jsonl", "--loss_mask", "qa"), "a binidx pair holds no masks"),
-        (("data", "prepare", "a.jsonl", "x", "3"), "as of old it is FILE N_EPOCH CTX_LEN"),
+        (("data", "prepare", "a.jsonl", "x", "3"), "the old form is FILE N_EPOCH CTX_LEN"),
         (("data", "prepare", "w.jsonl"), "rows with weights, which a binidx pair cannot hold"),
         (("data", "w.jsonl", "--loss_mask", "qa"), "leaves nothing to train in 1 of 1 documents"),
     ],

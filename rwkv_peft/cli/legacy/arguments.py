@@ -1,7 +1,7 @@
 """Argument lists as flags with their words, and back."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 # a flag's name, without dashes in front and with underscores inside, and the words behind it
@@ -11,10 +11,16 @@ LISTS = ("train_parts", "sft_field")
 
 
 class Translation(NamedTuple):
-    """An argument list in today's flags, and a line for each old flag that has no effect."""
+    """An argument list in today's flags.
+
+    Attributes:
+        notes: a line for each old flag that has no effect.
+        model_flags: what a line of training says of the model; see `train.require_agreement`.
+    """
 
     arguments: list[str]
     notes: list[str]
+    model_flags: Mapping[str, str]
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], Flags]:

@@ -36,7 +36,7 @@ def translate_prepare(arguments: Sequence[str]) -> list[str]:
         # make_data.py FILE N_EPOCH CTX_LEN
         file, copies, ctx_len = positional
         if not (copies.isdecimal() and ctx_len.isdecimal()):
-            raise ConfigError(f"{' '.join(arguments)}: as of old it is FILE N_EPOCH CTX_LEN")
+            raise ConfigError(f"{' '.join(arguments)}: the old form is FILE N_EPOCH CTX_LEN")
         return [file, "--copies", copies, "--ctx_len", ctx_len]
     today = []
     for name, words in flags:

@@ -59,4 +59,4 @@ def translate_merge(arguments: Sequence[str]) -> Translation:
         notes.append(f"--lora_alpha has no effect: {kind} has a scale of its own")
     kept = {n: x for n, x in given.items() if n not in (*DEAD, "quant", "type")}
     today = [(name, [value] if value else []) for name, value in kept.items()]
-    return Translation(join_arguments(positional, today), notes)
+    return Translation(join_arguments(positional, today), notes, {})

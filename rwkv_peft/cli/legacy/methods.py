@@ -13,38 +13,22 @@ ALIASES = {"bone": "miss", "disha": "miss", "full": "none"}
 # switches that name a method, in the order of their rank if a line has several
 SWITCHES = {"PISSA": "pissa", "LISA": "lisa", "state_tune": "state", "lora": "lora"}
 CONFIGS = {
-    "lora_config": "lora",
-    "pissa_config": "pissa",
-    "lisa_config": "lisa",
-    "miss_config": "miss",
-    "disha_config": "miss",
-    "bone_config": "miss",
+    f"{name}_config": ALIASES.get(name, name)
+    for name in ("lora", "pissa", "lisa", "miss", "disha", "bone")
 }
-# flags of 2024 and keys of the *_config flags -> one name for each option
-OPTIONS = {
-    "lora_r": "r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "lora_load": "load",
-    "lora_parts": "parts",
-    "pissa_r": "r",
-    "svd_niter": "svd_niter",
-    "pissa_load": "load",
-    "pissa_init": "pissa_init",
-    "pissa_parts": "parts",
-    "bone_r": "r",
-    "bone_mode": "mode",
-    "bone_load": "load",
-    "lisa_r": "lisa_r",
-    "lisa_k": "lisa_k",
-}
+# flags of 2024, also the keys of the *_config flags and of older peft_configs -> the option
+PREFIXED = ["lora_r", "lora_load", "lora_parts", "pissa_r", "pissa_load", "pissa_parts"]
+PREFIXED += ["bone_r", "bone_load", "bone_mode"]
+OPTIONS = {name: name.partition("_")[2] for name in PREFIXED}
+OPTIONS |= {name: name for name in ("lora_alpha", "lora_dropout", "svd_niter", "pissa_init")}
+OPTIONS |= {name: name for name in ("lisa_r", "lisa_k")}
 # method -> options that it took for a new adapter, and for one to train further
-NEW = {
+NEW_OPTIONS = {
     "lora": ("r", "lora_alpha", "lora_dropout"),
     "pissa": ("r", "svd_niter"),
     "miss": ("r", "mode"),
 }
-FURTHER = {"lora": ("lora_alpha", "lora_dropout"), "pissa": ("pissa_init",), "": UNSAVED}
+FURTHER_OPTIONS = {"lora": ("lora_alpha", "lora_dropout"), "pissa": ("pissa_init",), "": UNSAVED}
 # what may be trained beside a method, by substring of its name
 PLAIN_PARTS = ("emb", "head", "time", "ln")
 METHOD_FLAGS = {"peft", "peft_config", "load_adapter", "train_parts", "op", "fla", "emb"}
@@ -52,10 +36,10 @@ METHOD_FLAGS |= {*SWITCHES, *CONFIGS, *OPTIONS}
 
 
 def translate_method(old: Mapping[str, str], notes: list[str]) -> Flags:
-    """The flags peft, peft_config, load_adapter, train_parts and op that say the same.
+    """Today's flags peft, peft_config, load_adapter, train_parts and op for what a line asks.
 
     Args:
-        old: those flags of METHOD_FLAGS that were given, with their words.
+        old: the flags of the line that are in METHOD_FLAGS, old or new, with their words.
         notes: lines for flags that have no effect are added to it.
     Raises:
         ConfigError: a value cannot be read.
@@ -126,10 +110,10 @@ def _choose_options(
     method: str, load: str, old: Mapping[str, Any], parts: list[str]
 ) -> dict[str, Any]:
     """Those of the old options that the method took, as those of Hugging Face peft."""
-    names = NEW.get(method, ("r",))
+    names = NEW_OPTIONS.get(method, ("r",))
     if load:
         # a folder brings its own options
-        names = FURTHER.get(method, ()) if _is_old_file(load) else ()
+        names = FURTHER_OPTIONS.get(method, ()) if _is_old_file(load) else ()
     options = {name: old[name] for name in names if old.get(name) not in (None, "")}
     for name in options.keys() - {"pissa_init", "mode"}:
         options[name] = _number(name, options[name])
@@ -157,7 +141,7 @@ def _split_words(value: str | list[str]) -> list[str]:
 
 
 def _read_mapping(text: str) -> dict[str, Any]:
-    """A mapping in JSON, or in YAML, as JSON is without its quotes; empty if it is neither."""
+    """A peft_config in JSON, or in YAML, as JSON is without its quotes; {} if it is neither."""
     import yaml
 
     for read in (json.loads, yaml.safe_load):
@@ -171,11 +155,10 @@ def _read_mapping(text: str) -> dict[str, Any]:
 
 def _read_json(name: str, text: str, kind: type) -> Any:
     try:
-        value = json.loads(text)
+        if isinstance(value := json.loads(text), kind):
+            return value
     except json.JSONDecodeError:
-        value = None
-    if isinstance(value, kind):
-        return value
+        pass
     example = '["ln", "time"]' if kind is list else '{"r": 8}'
     raise ConfigError(
         f"--{name}: got {text or 'nothing'}, allowed is JSON in quotes such as '{example}'"

@@ -4,9 +4,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from rwkv_peft.cli.legacy.arguments import Flags, join_arguments, split_arguments
+from rwkv_peft.cli.legacy.arguments import Flags, Translation, join_arguments, split_arguments
 from rwkv_peft.cli.legacy.methods import METHOD_FLAGS, SWITCHES, translate_method
 from rwkv_peft.errors import ConfigError
 
@@ -41,7 +41,7 @@ DEAD = {
     "chunk_ctx": "--train_type infctx is not built yet",
 }
 RENAMED = {"head_size": "head_size_a", "optim": "optimizer"}
-# (flag, value) of old defaults that ask for nothing
+# (flag, value) that asks for nothing, such as an old default
 NEUTRAL = {("quant", "none"), ("quant", ""), ("wandb", ""), ("load_adapter", "")}
 NEUTRAL |= {("my_exit", "99999999"), ("my_exit_tokens", "0")}
 NEUTRAL |= {(name, "false") for name in (*SWITCHES, "fla", "emb")}
@@ -57,41 +57,17 @@ REPLACED = {
 # flags with one useful value
 FIXED = {"head_size_divisor": "8", "optimizer": "adamw"}
 # flags that say what the model's file says too -> the field of ModelConfig they must agree with
-MODEL_FLAGS = {
-    "n_layer": "n_layer",
-    "n_embd": "n_embd",
-    "vocab_size": "vocab_size",
-    "dim_att": "dim_att",
-    "dim_ffn": "dim_ffn",
-    "head_size_a": "head_size",
-    "my_testing": "version",
-}
+MODEL_FLAGS = {n: n for n in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn")}
+MODEL_FLAGS |= {"head_size_a": "head_size", "my_testing": "version"}
 # flags of features that are not built yet
-UNBUILT = {
-    "quant": "quantised weights are",
-    "wandb": "logging to wandb is",
-}
+UNBUILT = {"quant": "quantised weights are", "wandb": "logging to wandb is"}
 
 
-class TrainTranslation(NamedTuple):
-    """A line of training in today's flags.
+def translate_train(arguments: Sequence[str]) -> Translation:
+    """A line of training in today's flags; today's own flags pass through unchanged.
 
-    Attributes:
-        notes: a line for each old flag that has no effect.
-        model_flags: what the line says of the model, by names of MODEL_FLAGS; for
-            `require_agreement`, when the model's file is known.
-    """
-
-    arguments: list[str]
-    notes: list[str]
-    model_flags: dict[str, str]
-
-
-def translate_train(arguments: Sequence[str]) -> TrainTranslation:
-    """The same wishes in today's flags; what is of today passes through.
-
-    Old flags, and old keys in the files of --config, are translated if they have a meaning and left
-    out with a note if they are dead.
+    Old flags, and old keys in the files of --config, are translated if they have a meaning; the
+    others are left out with a note each.
 
     Raises:
         ConfigError: a flag asks for a feature that is not built, or its value cannot be read.
@@ -103,7 +79,7 @@ def translate_train(arguments: Sequence[str]) -> TrainTranslation:
         if name == "config" and len(words) == 1:
             words[0] = _translate_file(words[0], notes, said)
     today = join_arguments(positional, _translate_flags(flags, notes, said))
-    return TrainTranslation(today, notes, {n: x for n, x in said.items() if x not in ("", "0")})
+    return Translation(today, notes, {n: x for n, x in said.items() if x not in ("", "0")})
 
 
 def require_agreement(model_flags: Mapping[str, str], config: "ModelConfig", file: str) -> None:
@@ -145,7 +121,7 @@ def _translate_file(path: str, notes: list[str], said: dict[str, str]) -> str:
 
 
 def _translate_flags(flags: Flags, notes: list[str], said: dict[str, str]) -> Flags:
-    """Flags of any age in today's; what they say of the model goes into `said`."""
+    """Old and new flags in today's names; those of MODEL_FLAGS go into `said`."""
     flags = [(RENAMED.get(name, name), words) for name, words in flags]
     flags = [(n, [REPLACED.get((n, word), word) for word in words]) for n, words in flags]
     notes += [f"--{name} has no effect: {DEAD[name]}" for name in dict(flags) if name in DEAD]
