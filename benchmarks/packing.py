@@ -20,7 +20,7 @@ from gpu_step import SIZES, device_name, make_model, make_optimizer, timed_step
 from report import report
 
 from rwkv_peft.data.batching import IGNORE, Batch, Batches
-from rwkv_peft.data.prepare import Documents
+from rwkv_peft.data.documents import Documents
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.training.optim import Optimizer
 

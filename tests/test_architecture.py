@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,18 @@ HEAVY |= {"pyrwkv_tokenizer", "jsonargparse", "yaml", "rich", "safetensors", "ji
 LINES, KERNEL_LINES, FUNCTION_LINES = 400, 600, 60
 
 
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
 def layer_of(module: str) -> int | None:
     name = module.split(".")[1] if "." in module else ""
     return next((i for i, names in enumerate(LAYERS) if name in names), None)
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[str, bool]]:
-    """Every imported module, and whether it is imported at the top of the file."""
+    """Every imported module or name in one, and whether it is imported at the top of the file."""
     inner = {
         node
         for function in ast.walk(tree)
@@ -48,20 +54,20 @@ def imports(tree: ast.Module) -> Iterator[tuple[str, bool]]:
         if isinstance(node, ast.Import):
             yield from ((alias.name, node not in inner) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module, node not in inner
+            yield from ((f"{node.module}.{alias.name}", node not in inner) for alias in node.names)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_a_file_keeps_to_its_layer_and_its_size(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
-    module = "rwkv_peft." + path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
-    own = layer_of(module.removesuffix(".__init__"))
+    own = layer_of(module_of(path))
     for name, is_top in imports(tree):
         allowed = {"triton"} if path.name == TRITON_KERNELS else set()
         is_heavy = name.split(".")[0] in HEAVY - allowed
         assert not (is_top and is_heavy), f"{name} is imported at the top"
-        if name.startswith("rwkv_peft.") and own is not None:
+        is_of_package = name.startswith("rwkv_peft.") and name != "rwkv_peft.__version__"
+        if is_of_package and own is not None:
             other = layer_of(name)
             assert other is not None and other >= own, f"{name} is a layer above"
     is_kernel = "ops" in path.parts
@@ -73,6 +79,23 @@ def test_a_file_keeps_to_its_layer_and_its_size(path: Path) -> None:
         if isinstance(node, ast.ExceptHandler):
             caught = ast.unparse(node.type) if node.type else ""
             assert caught not in ("", "Exception", "BaseException"), "a broad except"
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    """Imports inside functions count, and those for types."""
+    modules = {module_of(path): path for path in FILES}
+    imports_of = {
+        module: {
+            # a name that is not a module is something in the module before its last dot
+            name if name in modules else name.rpartition(".")[0]
+            for name, _ in imports(ast.parse(path.read_text(encoding="utf-8")))
+        }
+        for module, path in modules.items()
+    }
+    try:
+        TopologicalSorter(imports_of).prepare()
+    except CycleError as error:
+        pytest.fail("a circle of imports: " + " <- ".join(error.args[1]))
 
 
 def test_no_file_is_a_drawer_for_anything() -> None:

@@ -11,7 +11,7 @@ from rwkv_peft.config import DataConfig
 from rwkv_peft.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rwkv_peft.data.prepare import Documents
+    from rwkv_peft.data.documents import Documents
     from rwkv_peft.data.tokenizer import Tokenizer
 
 

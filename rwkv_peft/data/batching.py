@@ -11,7 +11,7 @@ import torch
 from numpy.random import Generator, default_rng
 from torch import Tensor
 
-from rwkv_peft.data.prepare import Documents
+from rwkv_peft.data.documents import Documents
 from rwkv_peft.data.rows import (
     Indices,
     Layout,

@@ -12,8 +12,8 @@ from rwkv_peft.config import DataConfig
 from rwkv_peft.data.files import FileRow, parse_json
 from rwkv_peft.data.forms import read_row
 from rwkv_peft.data.masks import Mask, find_mask, token_weights
-from rwkv_peft.data.records import Record
-from rwkv_peft.data.templates import Piece, find_template, lay_verbatim
+from rwkv_peft.data.records import Piece, Record
+from rwkv_peft.data.templates import find_template, lay_verbatim
 from rwkv_peft.data.tokenfiles import TokenFile, Tokens, blocks
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import DataError

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 
-from rwkv_peft.data.records import Turn
-from rwkv_peft.data.templates import Piece, join_inputs
+from rwkv_peft.data.records import Piece, Turn, join_inputs
 from rwkv_peft.errors import ConfigError, DataError
 
 

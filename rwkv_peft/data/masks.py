@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_peft.data.templates import Piece
+from rwkv_peft.data.records import Piece
 from rwkv_peft.errors import ConfigError
 
 MASKS = ("auto", "none", "pad", "qa", "se")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_peft.data.prepare import Documents
+from rwkv_peft.data.documents import Documents
 from rwkv_peft.data.sources import Source
 from rwkv_peft.data.tokenfiles import open_tokens, write_index
 from rwkv_peft.errors import DataError

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_peft.config import DataConfig
+from rwkv_peft.data.documents import Documents, Places, Report
 from rwkv_peft.data.encode import TEXT_BLOCK, Chunk, Encoder, encode_all, in_chunks
 from rwkv_peft.data.files import FileRow, read_rows
 from rwkv_peft.data.forms import FORMS
@@ -31,119 +31,6 @@ NUM_LOOKED_AT = 10_000
 _KEYS = ("data_type", "sft_field", "sft_split", "loss_mask", "mask_id", "train_role_words")
 
 Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Rows of files, (rows, 2): index of the file, and line; few bytes each, however many."""
-
-    rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def names(self, paths: Sequence[str], limit: int | None = None) -> list[str]:
-        """The first of them as file:line."""
-        return [f"{paths[source]}:{line}" for source, line in self.rows[:limit].tolist()]
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What was read and what was left out.
-
-    Attributes:
-        num_rows: rows met, good or bad.
-        num_bytes: UTF-8 bytes of all texts; 0 if they were read as tokens.
-        forms: documents of each form, such as messages.
-        bad: rows left out because they cannot be read, as messages with file:line.
-        empty: rows left out because they have no text.
-        untrained: rows left out because the mask leaves none of their tokens.
-        duplicates: rows that repeat an earlier one; they are kept.
-        num_endless: of the first documents of a token file, those without token 0 at their end.
-    """
-
-    num_rows: int = 0
-    num_bytes: int = 0
-    forms: dict[str, int] = field(default_factory=dict)
-    bad: tuple[str, ...] = ()
-    empty: Places = Places()
-    untrained: Places = Places()
-    duplicates: Places = Places()
-    num_endless: int = 0
-
-    def describe(self, paths: Sequence[str], limit: int = 5) -> Iterator[str]:
-        """Lines for a person about all that is not as it should be, with the first places."""
-        kinds = {
-            "without a text, left out": self.empty,
-            "in which the mask leaves nothing, left out": self.untrained,
-            "that repeat an earlier one, kept": self.duplicates,
-        }
-        for what, places in kinds.items():
-            if places:
-                shown = ", ".join(places.names(paths, limit))
-                more = ", ..." if len(places) > limit else ""
-                yield f"data: {len(places):,} rows {what}: {shown}{more}"
-        if self.bad:
-            yield f"data: {len(self.bad):,} rows that cannot be read, left out:"
-            yield from (f"  {bad}" for bad in self.bad)
-        if self.num_endless:
-            yield (
-                f"data: {self.num_endless:,} of the first documents do not end with token 0, so "
-                "that the model is not taught to stop: prepare them with --append_eod 1"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class Documents:
-    """Tokenised documents; whatever is made from text has the end-of-document token 0 behind it.
-
-    Attributes:
-        paths: the files they come from.
-        tokens: all tokens end to end, of any integer type; may be a memory map.
-        starts: (documents + 1,) int64, where each begins in `tokens`; the last entry is the end.
-        lines: (documents,) int64, line or row of each in its file, from 1.
-        sources: (documents,) uint8, index of each one's file in `paths`.
-        shares: parts of the files in a weighted mixture, in their order; None: all as they are.
-        weights: (tokens,) float32 or uint8, the weight of each token as a target, 0 if masked;
-            None: all 1. A document's first token is no target whatever stands here.
-        states: (documents,) names of the state that each trains, "" for none; None: no names.
-        report: what was read and what was left out.
-    """
-
-    paths: tuple[str, ...]
-    tokens: NDArray[np.integer[Any]]
-    starts: NDArray[np.int64]
-    lines: NDArray[np.int64]
-    sources: NDArray[np.uint8]
-    shares: tuple[float, ...] | None = None
-    weights: NDArray[np.float32] | NDArray[np.uint8] | None = None
-    states: NDArray[np.str_] | None = None
-    report: Report = Report()
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    @property
-    def num_targets(self) -> int:
-        """Tokens that follow another of their document, masked or not."""
-        return len(self.tokens) - len(self)
-
-    @property
-    def num_trained(self) -> int:
-        """Targets whose weight is not 0."""
-        if self.weights is None:
-            return self.num_targets
-        first = np.count_nonzero(self.weights[self.starts[:-1]])
-        return int(np.count_nonzero(self.weights) - first)
-
-    @property
-    def longest(self) -> int:
-        """Most targets in one document."""
-        return int(np.diff(self.starts).max()) - 1
-
-    def where(self, document: int) -> str:
-        """File and line of a document."""
-        return f"{self.paths[self.sources[document]]}:{self.lines[document]}"
 
 
 def read_documents(

@@ -1,6 +1,8 @@
-"""What a row of a data file becomes: a text, or turns with roles."""
+"""What a row of a data file becomes: a text, or turns with roles; and the pieces of its text."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +41,23 @@ class Record:
     def is_empty(self) -> bool:
         """Whether there is no text in it."""
         return not self.text and not any(turn.text for turn in self.turns)
+
+
+class Piece(NamedTuple):
+    """A stretch of a document: the words that open a turn, what is said, or its end."""
+
+    text: str
+    role: str
+    part: Literal["head", "body", "end"]
+    weight: float = 1.0
+
+
+def join_inputs(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns, each input joined to the turn before it, for templates that have no such role."""
+    joined: list[Turn] = []
+    for turn in turns:
+        if turn.role == "input" and joined:
+            joined[-1] = replace(joined[-1], text=f"{joined[-1].text}\n{turn.text}")
+        else:
+            joined.append(turn)
+    return joined

@@ -1,15 +1,14 @@
 """What the rows of one pass over the data are made of, for each way to lay documents out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_peft.data.documents import Documents
 from rwkv_peft.data.packing import pack, pack_in_order
-from rwkv_peft.data.prepare import Documents
 
 Indices = NDArray[np.int64]
 
@@ -52,21 +51,6 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
     columns = ("document", "first", "length")
     joined = (np.concatenate([getattr(part, name) for part in parts]) for name in columns)
     return Rows(np.cumsum(np.concatenate(begins)), *joined)
-
-
-def first_documents(documents: Documents, count: int) -> Documents:
-    """The first `count` documents, or all if there are fewer; arrays are views."""
-    end = documents.starts[min(count, len(documents))]
-    weights, states = documents.weights, documents.states
-    return replace(
-        documents,
-        tokens=documents.tokens[:end],
-        starts=documents.starts[: count + 1],
-        lines=documents.lines[:count],
-        sources=documents.sources[:count],
-        weights=None if weights is None else weights[:end],
-        states=None if states is None else states[:count],
-    )
 
 
 class Layout(NamedTuple):

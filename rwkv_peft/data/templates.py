@@ -5,19 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-from rwkv_peft.data.records import Turn
+from rwkv_peft.data.records import Piece, Turn, join_inputs
 from rwkv_peft.errors import ConfigError, DataError
-
-
-class Piece(NamedTuple):
-    """A stretch of a document: the words that open a turn, what is said, or its end."""
-
-    text: str
-    role: str
-    part: Literal["head", "body", "end"]
-    weight: float = 1.0
 
 
 class Template(Protocol):
@@ -191,17 +182,6 @@ def find_template(name: str) -> Template:
     from rwkv_peft.data.jinja import JinjaTemplate
 
     return JinjaTemplate(name, path.read_text(encoding="utf-8"))
-
-
-def join_inputs(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns, each input joined to the turn before it, for templates that have no such role."""
-    joined: list[Turn] = []
-    for turn in turns:
-        if turn.role == "input" and joined:
-            joined[-1] = replace(joined[-1], text=f"{joined[-1].text}\n{turn.text}")
-        else:
-            joined.append(turn)
-    return joined
 
 
 def lay_verbatim(turns: Sequence[Turn]) -> list[Piece]:

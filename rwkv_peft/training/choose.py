@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.batching import Batches
-from rwkv_peft.data.prepare import Documents
+from rwkv_peft.data.documents import Documents
 from rwkv_peft.device import choose_precision
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods.catalog import resolve

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from rwkv_peft.data.batching import Batch, Batches
-from rwkv_peft.data.prepare import Documents
+from rwkv_peft.data.documents import Documents
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.state import RWKVState
 from rwkv_peft.training.step import forward_loss

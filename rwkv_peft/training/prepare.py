@@ -8,8 +8,8 @@ from torch import Tensor
 from rwkv_peft.checkpoint.adapter import saved_method
 from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights
 from rwkv_peft.config import TrainConfig
+from rwkv_peft.data.documents import first_documents
 from rwkv_peft.data.prepare import read_documents
-from rwkv_peft.data.rows import first_documents
 from rwkv_peft.data.sources import find_sources
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.device import resolve_device

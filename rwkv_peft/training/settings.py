@@ -7,7 +7,7 @@ import torch
 
 from rwkv_peft.config import Switch, TrainConfig
 from rwkv_peft.data.batching import Dataload
-from rwkv_peft.data.prepare import Documents
+from rwkv_peft.data.documents import Documents
 from rwkv_peft.device import dtype_of
 from rwkv_peft.models.config import ModelConfig
 

@@ -13,7 +13,8 @@ import pytest
 
 from rwkv_peft.cli.prepare import magic_prime
 from rwkv_peft.config import DataConfig
-from rwkv_peft.data.prepare import Documents, read_documents
+from rwkv_peft.data.documents import Documents
+from rwkv_peft.data.prepare import read_documents
 from rwkv_peft.data.tokenizer import Tokenizer
 
 CLI = Callable[..., SimpleNamespace]

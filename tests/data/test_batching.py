@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_peft.data.batching import IGNORE, Batch, Batches, load
+from rwkv_peft.data.documents import Documents, first_documents
 from rwkv_peft.data.packing import pack, pack_in_order
-from rwkv_peft.data.prepare import Documents
-from rwkv_peft.data.rows import first_documents
 from rwkv_peft.errors import DataError
 
 DATALOADS = ("pack", "pad", "only", "get")

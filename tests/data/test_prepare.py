@@ -14,7 +14,8 @@ import pytest
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data import prepare
-from rwkv_peft.data.prepare import Documents, read_documents
+from rwkv_peft.data.documents import Documents
+from rwkv_peft.data.prepare import read_documents
 from rwkv_peft.data.tokenfiles import write_index
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import ConfigError, DataError

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rwkv_peft
-from rwkv_peft.data.prepare import Documents
+from rwkv_peft.data.documents import Documents
 from rwkv_peft.methods.state import LearnedStates
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.state import RWKVState

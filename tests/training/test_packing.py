@@ -10,7 +10,7 @@ import torch
 
 import rwkv_peft
 from rwkv_peft.data.batching import Batch, Batches
-from rwkv_peft.data.prepare import Documents
+from rwkv_peft.data.documents import Documents
 from rwkv_peft.models import version_named
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.ops.dispatch import Request
