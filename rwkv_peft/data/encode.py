@@ -1,9 +1,11 @@
-"""From rows to tokens and weights, a chunk at a time, in this process or in several."""
+"""From rows to tokens and loss weights, a chunk at a time, in this process or in several."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +13,10 @@ from numpy.typing import NDArray
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.files import FileRow, parse_json
 from rwkv_peft.data.forms import read_row
-from rwkv_peft.data.masks import Mask, find_mask, token_weights
+from rwkv_peft.data.masks import Mask, find_mask, weigh_tokens
 from rwkv_peft.data.records import Piece, Record
 from rwkv_peft.data.templates import find_template, lay_verbatim
-from rwkv_peft.data.tokenfiles import TokenFile, Tokens, blocks
+from rwkv_peft.data.tokenfiles import TokenFile, Tokens, cut_blocks
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import DataError
 
@@ -22,18 +24,47 @@ from rwkv_peft.errors import DataError
 CHUNK_ROWS, CHUNK_BYTES = 1024, 1 << 20
 # no token is longer, so that greedy matching looks no further ahead
 LONGEST_TOKEN = 128
+# characters of a plain text read at a time
 TEXT_BLOCK = 1 << 20
+
+T = TypeVar("T")
+
+
+class EncodedDocument(NamedTuple):
+    """One document as tokens.
+
+    Attributes:
+        text: its bytes, in UTF-8 unless a token file says otherwise.
+        tokens: (T,) token ids.
+        weights: (T,) loss weight of each token as a target; None: all 1.
+        form: form of its row, such as messages.
+        state: name of the state that it trains, "" for none.
+    """
+
+    text: bytes
+    tokens: Tokens
+    weights: NDArray[np.float32] | None
+    form: str
+    state: str = ""
+
+    @property
+    def digest(self) -> int:
+        """A 64-bit hash of its text and its state, equal for documents that repeat."""
+        text = self.state.encode() + b"\0" + self.text if self.state else self.text
+        return _number(_hash(text))
 
 
 @dataclass(slots=True)
 class Chunk:
-    """Tokens of several rows, and what was met on the way; lines are of the rows' file.
+    """Tokens of several documents, and the rows that gave none; lines count within one file.
 
     Attributes:
-        tokens: end to end; of a document too long for one chunk, a part.
-        sizes: tokens of each document that ends here.
-        weights: one a token, None if all are 1.
-        digests: of each document's text, to find those that repeat.
+        tokens: end to end; of a document that is too long for one chunk, a part.
+        weights: loss weight of each token; None: all 1.
+        sizes: tokens of each document that ends in this chunk.
+        lines, digests, states, forms: one entry for each of these documents.
+        empty: lines of rows without a text.
+        untrained: lines of rows in which the mask leaves no token to train.
         bad: lines that cannot be read, with the reason.
     """
 
@@ -52,7 +83,7 @@ class Chunk:
 
 
 class Encoder:
-    """Turns rows into tokens and weights as a data configuration says.
+    """Turns rows into tokens and loss weights as a data configuration says.
 
     Args:
         is_checked: whether each document is decoded again and compared with its text.
@@ -67,126 +98,37 @@ class Encoder:
             config.loss_mask,
             mask_id=config.mask_id,
             has_heads=bool(config.train_role_words),
-            token_bytes=tokenizer.pieces,
+            vocabulary=tokenizer.vocabulary,
         )
         self.dtype = np.dtype(np.uint16 if tokenizer.num_tokens <= 1 << 16 else np.int32)
+        # bytes of each token
         self._lengths = np.zeros(tokenizer.num_tokens, dtype=np.int64)
-        for token, piece in tokenizer.pieces.items():
-            self._lengths[token] = len(piece)
+        for token, text in tokenizer.vocabulary.items():
+            self._lengths[token] = len(text)
 
     @property
-    def masks_no_text(self) -> bool:
+    def trains_all_text(self) -> bool:
         """Whether every token of a document without turns is trained."""
-        return self.mask.is_all or self.mask.spares_text
+        return self.mask.is_all or self.mask.skips_plain_text
 
     def encode_rows(self, rows: Iterable[FileRow]) -> Chunk:
-        """The documents of rows; what is wrong with a row is part of the result."""
-        chunk = Chunk(np.zeros(0, dtype=self.dtype))
-        tokens: list[NDArray[np.integer]] = []
-        weights: list[NDArray[np.float32] | None] = []
-        for row in rows:
-            chunk.num_rows += 1
-            try:
-                record = self._record(row)
-                if record.is_empty:
-                    chunk.empty.append(row.line)
-                    continue
-                text, ids, document_weights = self.encode(record)
-            except DataError as error:
-                chunk.bad.append((row.line, str(error)))
-                continue
-            if document_weights is not None and not document_weights[1:].any():
-                chunk.untrained.append(row.line)
-                continue
-            data = text.encode()
-            tokens.append(ids)
-            weights.append(document_weights)
-            chunk.sizes.append(len(ids))
-            chunk.lines.append(row.line)
-            chunk.states.append(record.state)
-            chunk.forms.append(record.form)
-            chunk.num_bytes += len(data)
-            key = record.state.encode() + b"\0" + data if record.state else data
-            chunk.digests.append(_number(_hash(key)))
-        chunk.tokens = np.concatenate([chunk.tokens, *tokens])
-        chunk.weights = _joined(weights, chunk.sizes)
-        return chunk
+        """The documents of rows, and what is wrong with the other rows."""
+        return self._collect(rows, self._encode_content)
 
-    def encode(self, record: Record) -> tuple[str, NDArray[np.integer], NDArray[np.float32] | None]:
-        """Text, tokens and weights of a document; weights are None if all are 1.
+    def encode_tokens(self, file: TokenFile) -> Iterator[Chunk]:
+        """The documents of a token file, whose turns are found in the text of the tokens."""
+        tokens = np.asarray(file.tokens)
+        for first, last in cut_blocks(file):
+            borders = pairwise(file.starts[first : last + 1])
+            documents = (tokens[start:end] for start, end in borders)
+            yield self._collect(enumerate(documents, first + 1), self._encode_ids)
 
-        Raises:
-            DataError: its turns do not fit the template, or its text is not Unicode.
-        """
-        pieces: list[Piece] | None = None
-        mask = Mask() if self.mask.spares_text and not record.turns else self.mask
-        if record.turns:
-            lay = lay_verbatim if record.is_verbatim else self.template.render
-            pieces = lay(record.turns)
-            text = "".join(piece.text for piece in pieces)
-        else:
-            text = record.text
-        ids = self.tokenizer.encode(text)
-        if self.is_checked and self.tokenizer.decode_bytes(ids) != text.encode():
-            raise DataError("the tokens do not decode to the text again")
-        if self.config.append_eod:
-            ids.append(self.tokenizer.eod)
-        tokens = np.array(ids, dtype=self.dtype)
-        if pieces is None:
-            pieces = [] if mask.is_all else self._pieces_of(text, mask)
-        weights = self._weights(tokens, pieces, mask)
-        if record.weight != 1:
-            weights = np.ones(len(ids), np.float32) if weights is None else weights
-            weights = weights * np.float32(record.weight)
-        return text, tokens, weights
-
-    def encode_tokens(self, found: TokenFile) -> Iterator[Chunk]:
-        """Documents of a token file, their turns found in what the tokens say."""
-        number = 0
-        for first, last in blocks(found):
-            begin, end = found.starts[first], found.starts[last]
-            tokens = np.asarray(found.tokens[begin:end])
-            chunk = Chunk(tokens, num_rows=last - first)
-            weights: list[NDArray[np.float32] | None] = []
-            kept: list[NDArray[np.integer]] = []
-            for start, stop in zip(
-                found.starts[first:last] - begin,
-                found.starts[first + 1 : last + 1] - begin,
-                strict=True,
-            ):
-                number += 1
-                ids = tokens[start:stop]
-                try:
-                    data = self.tokenizer.decode_bytes(ids.tolist())
-                except DataError as error:
-                    chunk.bad.append((number, str(error)))
-                    continue
-                chunk.num_bytes += len(data)
-                document_weights = None
-                if not self.masks_no_text:
-                    text = data.decode("utf-8", errors="surrogateescape")
-                    document_weights = self._weights(
-                        ids, self._pieces_of(text, self.mask), self.mask
-                    )
-                if document_weights is not None and not document_weights[1:].any():
-                    chunk.untrained.append(number)
-                    continue
-                kept.append(ids)
-                weights.append(document_weights)
-                chunk.sizes.append(len(ids))
-                chunk.lines.append(number)
-                chunk.digests.append(_number(_hash(data)))
-            chunk.states, chunk.forms = [""] * len(kept), ["tokens"] * len(kept)
-            chunk.tokens = np.concatenate([tokens[:0], *kept])
-            chunk.weights = _joined(weights, chunk.sizes)
-            yield chunk
-
-    def encode_text(self, blocks_of_text: Iterable[str]) -> Iterator[Chunk]:
-        """One document that is read piece by piece; its tokens are those of the whole text."""
+    def encode_text(self, blocks: Iterable[str]) -> Iterator[Chunk]:
+        """The one document that blocks of text are together, tokenised as if read at once."""
         held, size, digest = "", 0, _hash()
-        for block in blocks_of_text:
+        for block in blocks:
             held += block
-            ids, rest = self._settled(held)
+            ids, rest = self._encode_settled(held)
             data = held[: len(held) - len(rest)].encode()
             held = rest
             size += len(ids)
@@ -209,27 +151,92 @@ class Encoder:
             num_bytes=len(held.encode()),
         )
 
-    def _record(self, row: FileRow) -> Record:
-        if isinstance(row.content, DataError):
-            raise row.content
-        content = parse_json(row.content) if isinstance(row.content, bytes) else row.content
-        return read_row(content, self.config.data_type, self.config.sft_field)
+    def encode_record(self, record: Record) -> EncodedDocument:
+        """The document of a record.
 
-    def _pieces_of(self, text: str, mask: Mask) -> list[Piece]:
+        Raises:
+            DataError: its turns do not fit the template, or its text is not Unicode.
+        """
+        pieces: list[Piece] | None = None
+        mask = Mask() if self.mask.skips_plain_text and not record.turns else self.mask
+        if record.turns:
+            lay = lay_verbatim if record.is_verbatim else self.template.render
+            pieces = lay(record.turns)
+            text = "".join(piece.text for piece in pieces)
+        else:
+            text = record.text
+        ids = self.tokenizer.encode(text)
+        data = text.encode()
+        if self.is_checked and self.tokenizer.decode_bytes(ids) != data:
+            raise DataError("the tokens do not decode to the text again")
+        if self.config.append_eod:
+            ids.append(self.tokenizer.eod)
+        tokens = np.array(ids, dtype=self.dtype)
+        if pieces is None:
+            pieces = [] if mask.is_all else self._parse_turns(text, mask)
+        weights = self._weigh(tokens, pieces, mask)
+        if record.weight != 1:
+            weights = np.ones(len(ids), np.float32) if weights is None else weights
+            weights = weights * np.float32(record.weight)
+        return EncodedDocument(data, tokens, weights, record.form, record.state)
+
+    def _collect(
+        self, rows: Iterable[tuple[int, T]], encode: Callable[[T], EncodedDocument | None]
+    ) -> Chunk:
+        """The chunk of numbered rows; `encode` gives None for a row without a text."""
+        chunk = Chunk(np.zeros(0, dtype=self.dtype))
+        kept: list[EncodedDocument] = []
+        for line, row in rows:
+            chunk.num_rows += 1
+            try:
+                document = encode(row)
+            except DataError as error:
+                chunk.bad.append((line, str(error)))
+                continue
+            if document is None:
+                chunk.empty.append(line)
+            elif document.weights is not None and not document.weights[1:].any():
+                chunk.untrained.append(line)
+            else:
+                chunk.lines.append(line)
+                kept.append(document)
+        chunk.tokens = np.concatenate([chunk.tokens, *(document.tokens for document in kept)])
+        chunk.weights = _join_weights(kept)
+        chunk.sizes = [len(document.tokens) for document in kept]
+        chunk.digests = [document.digest for document in kept]
+        chunk.states = [document.state for document in kept]
+        chunk.forms = [document.form for document in kept]
+        chunk.num_bytes = sum(len(document.text) for document in kept)
+        return chunk
+
+    def _encode_content(self, content: object) -> EncodedDocument | None:
+        if isinstance(content, DataError):
+            raise content
+        row = parse_json(content) if isinstance(content, bytes) else content
+        record = read_row(row, self.config.data_type, self.config.sft_field)
+        return None if record.is_empty else self.encode_record(record)
+
+    def _encode_ids(self, ids: Tokens) -> EncodedDocument:
+        data = self.tokenizer.decode_bytes(ids.tolist())
+        weights = None
+        if not self.trains_all_text:
+            text = data.decode("utf-8", errors="surrogateescape")
+            weights = self._weigh(ids, self._parse_turns(text, self.mask), self.mask)
+        return EncodedDocument(data, ids, weights, "tokens")
+
+    def _parse_turns(self, text: str, mask: Mask) -> list[Piece]:
         return [Piece(text, "", "body")] if mask.marks else self.template.parse(text)
 
-    def _weights(
-        self, ids: NDArray[np.integer], pieces: list[Piece], mask: Mask
-    ) -> NDArray[np.float32] | None:
+    def _weigh(self, ids: Tokens, pieces: list[Piece], mask: Mask) -> NDArray[np.float32] | None:
         if mask.is_all and all(piece.weight == 1 for piece in pieces):
             return None
-        spans, weight_of_end = mask.spans(pieces)
-        weights = token_weights(ids, self._lengths, spans)
+        spans, weight_of_end = mask.find_spans(pieces)
+        weights = weigh_tokens(ids, self._lengths, spans)
         if ids[-1] == self.tokenizer.eod:
             weights[-1] = weight_of_end
         return weights
 
-    def _settled(self, text: str) -> tuple[list[int], str]:
+    def _encode_settled(self, text: str) -> tuple[list[int], str]:
         """Tokens of the start of a text that no text behind it can change, and the rest."""
         data = text.encode()
         ids = self.tokenizer.encode(text)
@@ -242,7 +249,7 @@ class Encoder:
         return ids[:count], data[end:].decode()
 
 
-# eight bytes: a number of 64 bits
+# of eight bytes, so that a digest is a number of 64 bits
 _hash = partial(blake2b, digest_size=8)
 
 
@@ -250,20 +257,20 @@ def _number(digest: blake2b) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _joined(
-    weights: list[NDArray[np.float32] | None], sizes: list[int]
-) -> NDArray[np.float32] | None:
-    if all(w is None for w in weights):
+def _join_weights(documents: list[EncodedDocument]) -> NDArray[np.float32] | None:
+    if all(document.weights is None for document in documents):
         return None
     filled = [
-        np.ones(n, dtype=np.float32) if w is None else w
-        for w, n in zip(weights, sizes, strict=True)
+        np.ones(len(document.tokens), dtype=np.float32)
+        if document.weights is None
+        else document.weights
+        for document in documents
     ]
     return np.concatenate(filled)
 
 
-def in_chunks(rows: Iterable[FileRow]) -> Iterator[list[FileRow]]:
-    """Rows in lists of a size that is worth passing on."""
+def group_rows(rows: Iterable[FileRow]) -> Iterator[list[FileRow]]:
+    """Rows in lists that are long enough to be worth passing to another process."""
     held: list[FileRow] = []
     size = 0
     for row in rows:

@@ -30,20 +30,20 @@ class Mask:
         roles: whose words are trained; None: all.
         has_heads: whether the words that open a chosen turn are trained too.
         marks: (off, on), the bytes between which `se` trains; roles play no part then.
-        spares_text: whether a document without turns is trained whole.
+        skips_plain_text: whether a document without turns is trained whole.
     """
 
     roles: frozenset[str] | None = None
     has_heads: bool = False
     marks: tuple[bytes, bytes] | None = None
-    spares_text: bool = False
+    skips_plain_text: bool = False
 
     @property
     def is_all(self) -> bool:
         """Whether it masks nothing."""
         return self.roles is None and self.marks is None
 
-    def spans(self, pieces: Sequence[Piece]) -> tuple[list[Span], float]:
+    def find_spans(self, pieces: Sequence[Piece]) -> tuple[list[Span], float]:
         """The trained spans of a document, and the weight of its end-of-document token.
 
         The end of a document is trained as the end of its last turn.
@@ -79,14 +79,14 @@ def find_mask(
     *,
     mask_id: Mapping[str, str] | None = None,
     has_heads: bool = False,
-    token_bytes: Mapping[int, bytes] | None = None,
+    vocabulary: Mapping[int, bytes] | None = None,
 ) -> Mask:
     """The mask of a name, as --loss_mask takes it.
 
     Args:
         mask_id: the marks of `se`: mask0 ends what is trained and mask1 begins it, each a text or
             token ids.
-        token_bytes: bytes of each id, for marks given as ids.
+        vocabulary: bytes of each id, for marks given as ids.
     Raises:
         ConfigError: there is no such mask, or `se` lacks its marks.
     """
@@ -102,16 +102,16 @@ def find_mask(
         )
     if name == "se":
         given = mask_id or {}
-        off, on = (_mark(key, given.get(key), token_bytes or {}) for key in ("mask0", "mask1"))
+        off, on = (_mark(key, given.get(key), vocabulary or {}) for key in ("mask0", "mask1"))
         if off == on:
             raise ConfigError("--mask_id: mask0 and mask1 are the same; they must differ")
         return Mask(marks=(off, on), has_heads=has_heads)
     if name in ("none", "pad"):
         return Mask()
-    return Mask(frozenset(["assistant"]), has_heads, spares_text=name == "auto")
+    return Mask(frozenset(["assistant"]), has_heads, skips_plain_text=name == "auto")
 
 
-def _mark(key: str, value: str | None, token_bytes: Mapping[int, bytes]) -> bytes:
+def _mark(key: str, value: str | None, vocabulary: Mapping[int, bytes]) -> bytes:
     if not value:
         raise ConfigError(
             "--loss_mask se needs the marks between which it trains, as texts or token ids: "
@@ -120,13 +120,13 @@ def _mark(key: str, value: str | None, token_bytes: Mapping[int, bytes]) -> byte
     if not re.fullmatch(r"[\d\s,\[\]]+", value):
         return value.encode()
     ids = [int(number) for number in re.findall(r"\d+", value)]
-    mark = b"".join(token_bytes.get(token, b"") for token in ids)
+    mark = b"".join(vocabulary.get(token, b"") for token in ids)
     if not mark:
         raise ConfigError(f"--mask_id: the token ids {value} of {key} have no text")
     return mark
 
 
-def token_weights(
+def weigh_tokens(
     ids: NDArray[np.integer], lengths: NDArray[np.int64], spans: Iterable[Span]
 ) -> NDArray[np.float32]:
     """The weight of each token of a document: the largest of the spans it touches.

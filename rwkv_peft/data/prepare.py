@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.documents import Documents, Places, Report
-from rwkv_peft.data.encode import TEXT_BLOCK, Chunk, Encoder, encode_all, in_chunks
+from rwkv_peft.data.encode import TEXT_BLOCK, Chunk, Encoder, encode_all, group_rows
 from rwkv_peft.data.files import FileRow, read_rows
 from rwkv_peft.data.forms import FORMS
 from rwkv_peft.data.sources import TEXT_TYPES, TOKEN_TYPES, Source, find_sources
@@ -54,7 +54,7 @@ def read_documents(
     """
     sources = find_sources(config.data_file, config.data_type)
     encoder = Encoder(config, tokenizer, is_checked=is_checked)
-    if len(sources) == 1 and sources[0].kind in TOKEN_TYPES and encoder.masks_no_text:
+    if len(sources) == 1 and sources[0].kind in TOKEN_TYPES and encoder.trains_all_text:
         return _mapped(sources[0], tokenizer)
     if sum(source.num_bytes for source in sources) < CACHED_FROM:
         store = Store(encoder.dtype)
@@ -113,14 +113,14 @@ def _chunks(source: Source, encoder: Encoder) -> Iterator[Chunk]:
         yield from encoder.encode_tokens(found)
     elif source.kind in TEXT_TYPES:
         pieces = _text_of(source)
-        if encoder.masks_no_text:
+        if encoder.trains_all_text:
             yield from encoder.encode_text(pieces)
         else:
             text = {"text": "".join(pieces)}
             yield encoder.encode_rows([FileRow(1, text)])
     else:
         rows = read_rows(source.path, encoder.config.sft_split)
-        lists = in_chunks(rows)
+        lists = group_rows(rows)
         yield from encode_all(encoder, lists, encoder.config.prepare_workers)
 
 

@@ -52,7 +52,7 @@ class Framed:
     Attributes:
         frames: heading of each role.
         preface: stands first where there is no system turn; with an input, the second is taken.
-        fills_thought: an answer without a thought is given an empty one.
+        adds_empty_thought: an answer without a thought is given an empty one.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Framed:
     stops: tuple[str, ...]
     opening: str = ""
     preface: tuple[str, str] = ("", "")
-    fills_thought: bool = False
+    adds_empty_thought: bool = False
 
     def render(self, turns: Sequence[Turn]) -> list[Piece]:
         """The document of these turns; each ends with a blank line, the last as well."""
@@ -104,7 +104,7 @@ class Framed:
         text = turn.text.replace("\r\n", "\n").strip()
         if self.frames[turn.role].has_no_blank_line:
             text = re.sub(r"\n(?:[ \t]*\n)+", "\n", text)
-        if self.fills_thought and turn.role == "assistant" and not text.startswith("<think>"):
+        if self.adds_empty_thought and turn.role == "assistant" and not text.startswith("<think>"):
             text = f"<think>\n</think>\n{text}"
         return text
 
@@ -134,7 +134,7 @@ _CHAT = Framed(
 # alpaca: the prompt of Stanford Alpaca, which RWKV-PEFT's sft data has always had
 TEMPLATES: dict[str, Template] = {
     "chat": _CHAT,
-    "think": replace(_CHAT, name="think", opening=" <think", fills_thought=True),
+    "think": replace(_CHAT, name="think", opening=" <think", adds_empty_thought=True),
     "function": replace(_CHAT, name="function", opening=" ```json"),
     "document": Framed(
         name="document",

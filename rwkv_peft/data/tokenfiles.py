@@ -140,12 +140,12 @@ def write_index(file: IO[bytes], sizes: NDArray[np.int64], dtype: np.dtype[Any])
     file.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
 
 
-def blocks(found: TokenFile, num_tokens: int = 1 << 20) -> Iterator[tuple[int, int]]:
+def cut_blocks(file: TokenFile, num_tokens: int = 1 << 20) -> Iterator[tuple[int, int]]:
     """Ranges of whole documents, [first, last), of about `num_tokens` each."""
-    first, count = 0, len(found.starts) - 1
+    first, count = 0, len(file.starts) - 1
     while first < count:
-        limit = found.starts[first] + num_tokens
-        last = int(np.searchsorted(found.starts, limit, side="right")) - 1
+        limit = file.starts[first] + num_tokens
+        last = int(np.searchsorted(file.starts, limit, side="right")) - 1
         last = min(count, max(first + 1, last))
         yield first, last
         first = last

@@ -69,7 +69,7 @@ class Tokenizer:
         return max(self._tables.pieces) + 1
 
     @property
-    def pieces(self) -> Mapping[int, bytes]:
+    def vocabulary(self) -> Mapping[int, bytes]:
         """Bytes of every id."""
         return self._tables.pieces
 

@@ -12,7 +12,7 @@ from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.encode import Encoder
 from rwkv_peft.data.forms import read_row
-from rwkv_peft.data.masks import Span, find_mask, token_weights
+from rwkv_peft.data.masks import Span, find_mask, weigh_tokens
 from rwkv_peft.data.templates import TEMPLATES
 from rwkv_peft.data.tokenizer import BUNDLED_VOCAB_FILE, Tokenizer
 from rwkv_peft.errors import ConfigError, DataError
@@ -24,8 +24,8 @@ def marked(row: dict[str, Any], **settings: Any) -> str:
     """The document of a row with its trained tokens enclosed; their ids are the official ones."""
     config = DataConfig(data_file="-", **settings)
     record = read_row(row, config.data_type, config.sft_field)
-    text, tokens, weights = Encoder(config, TOKENIZER).encode(record)
-    assert [*OFFICIAL.encode(text), 0] == tokens.tolist()
+    text, tokens, weights, *_ = Encoder(config, TOKENIZER).encode_record(record)
+    assert [*OFFICIAL.encode(text.decode()), 0] == tokens.tolist()
     if weights is None:
         weights = np.ones(len(tokens), dtype=np.float32)
     out, is_open = b"", False
@@ -355,7 +355,7 @@ def test_weights_of_rows_and_messages_multiply() -> None:
         "weight": 3,
     }
     encoder = Encoder(DataConfig(data_file="-"), TOKENIZER)
-    _, tokens, weights = encoder.encode(read_row(row, "auto"))
+    _, tokens, weights, *_ = encoder.encode_record(read_row(row, "auto"))
     assert weights is not None
     known = {TOKENIZER.encode(" b")[0]: 1.5, TOKENIZER.encode(" d")[0]: 3.0, 0: 3.0}
     found = dict(zip(tokens.tolist(), weights.tolist(), strict=True))
@@ -368,7 +368,7 @@ def test_a_token_is_trained_if_a_span_touches_it() -> None:
     ids = np.array([3, 2, 0, 1, 3, 3])  # bytes 0-3, 3-5, none, 5-6, 6-9, 9-12
     for start in range(13):
         for end in range(start, 13):
-            found = token_weights(ids, lengths, [Span(start, end, 2.0)])
+            found = weigh_tokens(ids, lengths, [Span(start, end, 2.0)])
             borders = np.cumsum([0, *lengths[ids]])
             for i in range(len(ids)):
                 has = set(range(borders[i], borders[i + 1])) & set(range(start, end))
@@ -391,7 +391,7 @@ def test_a_mask_that_cannot_be_had_is_refused(
     loss_mask: str, mask_id: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        find_mask(loss_mask, mask_id=mask_id, token_bytes=TOKENIZER.pieces)
+        find_mask(loss_mask, mask_id=mask_id, vocabulary=TOKENIZER.vocabulary)
 
 
 def test_a_role_that_the_template_has_not_is_named() -> None:

@@ -57,7 +57,8 @@ def test_a_jinja_template_has_the_words_of_its_turns_found(jinja: Callable[[str]
     assert template.prompt([Turn("user", "x")]) == "<|user|>\nx<|end|>\n<|assistant|>\n"
     assert template.stops == ("<|end|>",)
     config = DataConfig(data_file="-", template=template.name)
-    _, tokens, weights = Encoder(config, Tokenizer()).encode(read_row(ROW, "auto"))
+    document = Encoder(config, Tokenizer()).encode_record(read_row(ROW, "auto"))
+    tokens, weights = document.tokens, document.weights
     assert weights is not None
     trained = [t for t, w in zip(tokens.tolist(), weights.tolist(), strict=True) if w]
     assert Tokenizer().decode(trained) == "好。<|end|>\na<|end|>\n"
