@@ -1,29 +1,26 @@
-"""Files of rows: each kind gives its rows one after the other, however large the file."""
+"""Files of rows: each kind gives its rows one after the other; all but .json in little memory."""
 
 import codecs
 import csv
+import itertools
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rwkv_peft.errors import ConfigError, DataError
 
-# bytes of a JSON array read at a time
-BLOCK = 1 << 20
-
 
 class FileRow(NamedTuple):
     """One row as it stands in its file.
 
     Attributes:
-        line: its line, or its number where the format has no lines; from 1.
-        content: the line of a jsonl file, the values by name, or what is wrong with it.
+        line: its line in a file of lines (jsonl, csv), otherwise its number; from 1.
+        content: the bytes of a line of jsonl, a value that was read, or what is wrong with the row.
     """
 
     line: int
-    content: bytes | dict[str, Any] | DataError
+    content: object
 
 
 def read_rows(path: str | Path, split: str = "train") -> Iterator[FileRow]:
@@ -77,58 +74,22 @@ def parse_json(raw: bytes) -> object:
 
 
 def _read_json(path: Path) -> Iterator[FileRow]:
-    """The members of one JSON array, read piece by piece; or the lines of a jsonl file."""
+    """The members of one JSON array, which is held in memory; or the lines of a jsonl file."""
     with open(path, "rb") as file:
-        start = file.read(BLOCK).removeprefix(codecs.BOM_UTF8).lstrip()
-    if start[:1] == b"[":
-        return _read_array(path)
-    return read_jsonl(path)
+        start = file.read(1 << 20).removeprefix(codecs.BOM_UTF8).lstrip()
+    return _read_array(path) if start[:1] == b"[" else read_jsonl(path)
 
 
 def _read_array(path: Path) -> Iterator[FileRow]:
-    decoder = json.JSONDecoder()
-    separator = re.compile(r"[\s,]*")
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read(BLOCK)
-            position, line = text.index("[") + 1, 1 + text.count("\n", 0, text.index("["))
-            while True:
-                skipped = separator.match(text, position)
-                assert skipped is not None
-                line += text.count("\n", position, skipped.end())
-                position = skipped.end()
-                if text[position : position + 1] == "]":
-                    return
-                try:
-                    value, end = decoder.raw_decode(text, position)
-                    # a number at the end of what was read may go on in the next piece
-                    is_whole, message = end < len(text), "it has no ]"
-                except json.JSONDecodeError as error:
-                    value, end, is_whole, message = None, position, False, error.msg
-                    # what is only cut off fails at the end of what was read, or in a string
-                    if error.pos < len(text) - 16 and "Unterminated" not in message:
-                        line += text.count("\n", position, error.pos)
-                        raise DataError(f"{path}:{line}: not a JSON array ({message})") from error
-                if is_whole:
-                    yield FileRow(line, value if isinstance(value, dict) else _no_object(value))
-                    line += text.count("\n", position, end)
-                    position = end
-                    continue
-                # twice as much each time, so that a long member costs its length and no more
-                more = file.read(max(BLOCK, len(text) - position))
-                if not more:
-                    raise DataError(f"{path}:{line}: not a JSON array ({message})")
-                text, position = text[position:] + more, 0
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: {error.reason}, not UTF-8: save the file as UTF-8") from error
-    except (RecursionError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
+        raise DataError(f"{path}: not UTF-8 ({error}): save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not one JSON array: {error}") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply; too many digits
         raise DataError(f"{path}: not usable JSON: {error}") from error
-
-
-def _no_object(value: object) -> DataError:
-    return DataError(f'a row must be an object such as {{"text": "..."}}, found {value!r:.40}')
+    yield from map(FileRow, itertools.count(1), rows)
 
 
 def _read_csv(path: Path) -> Iterator[FileRow]:

@@ -24,7 +24,7 @@ from rwkv_peft.writing import atomic_folder, cache_folder
 # less than this is read anew each time, in memory
 CACHED_FROM = 16 << 20
 # part of the cache's key: raised when what is written for the same data changes
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 # documents of a token file that are looked at for their end
 NUM_LOOKED_AT = 10_000
 # settings that decide what is prepared
