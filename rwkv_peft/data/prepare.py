@@ -178,7 +178,7 @@ def _documents(
         lines=arrays["lines"],
         sources=arrays["sources"],
         shares=tuple(s.share for s in sources if s.share is not None) or None,
-        weights=arrays.get("weights"),
+        weights=arrays.get("weights", arrays.get("mask")),
         states=names[arrays["states"]] if len(names) > 1 else None,
         report=report,
     )

@@ -11,23 +11,25 @@ from numpy.typing import NDArray
 from rwkv_peft.data.encode import Chunk
 from rwkv_peft.errors import DataError
 
-# numbers converted at a time
+# weights written at a time
 BLOCK = 1 << 20
-# arrays beside tokens and weights, whose types the data decides
+# arrays beside the tokens, whose dtype is an argument, and the loss weights (see _add_weights)
 _COLUMNS = {
     "sizes": np.int32,
     "lines": np.int64,
     "sources": np.uint8,
     "digests": np.uint64,
     "states": np.int32,
-    # (rows, 2): source and line of what was left out
+    # (rows, 2): source and line of each row that was left out
     "empty": np.int64,
     "untrained": np.int64,
 }
 
 
 class Store:
-    """Collects chunks; `arrays` and `facts` are what was collected.
+    """Collects chunks; `arrays` and `finish` give what was collected.
+
+    Array names: those of _COLUMNS, `tokens`, and `mask` or `weights` if a loss weight is not 1.
 
     Args:
         folder: where the arrays grow as files; None keeps them in memory.
@@ -61,7 +63,7 @@ class Store:
             self.facts["forms"][form] = self.facts["forms"].get(form, 0) + 1
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """All arrays by name; `weights` is left out if all are 1."""
+        """All arrays by name."""
         if self._folder is None:
             found = {}
             for name, file in self._files.items():
@@ -82,7 +84,7 @@ class Store:
         return self.facts
 
     def close(self) -> None:
-        """Closes the files; what they hold stays."""
+        """Closes the files of the folder, which keep what was written."""
         if self._folder is not None:
             for file in self._files.values():
                 file.close()
@@ -97,44 +99,35 @@ class Store:
             self._files[name].write(values.astype(self._dtypes[name], copy=False).tobytes())
 
     def _add_weights(self, chunk: Chunk) -> None:
-        """Weights are kept from the first that is not 1, in bytes until one is a fraction."""
-        weights, held = chunk.weights, self._dtypes.get("weights")
-        if weights is not None and held != np.float32:
-            is_whole = bool(((weights == 0) | (weights == 1)).all())
-            wanted = np.dtype(np.uint8 if is_whole else np.float32)
-            if wanted != held:
-                self._retype_weights(wanted)
-                held = wanted
-        if held is None:
-            return
-        if weights is None:
-            weights = np.ones(len(chunk.tokens), dtype=np.float32)
-        self._write("weights", weights.astype(held))
+        """Loss weights are kept from the first that is not 1, as a mask while all are 0 or 1."""
+        weights = chunk.weights
+        if weights is not None and "weights" not in self._files:
+            if not ((weights == 0) | (weights == 1)).all():
+                self._start_weights("weights", np.float32)
+            elif "mask" not in self._files:
+                self._start_weights("mask", np.uint8)
+        for name in self._files.keys() & {"mask", "weights"}:
+            self._write(name, np.ones(len(chunk.tokens)) if weights is None else weights)
 
-    def _retype_weights(self, dtype: np.dtype[Any]) -> None:
-        old, held = self._files.pop("weights", None), self._dtypes.get("weights")
-        if old is not None and self._folder is not None:
-            old.close()
-            (self._folder / "weights").rename(self._folder / "weights.old")
-            old = open(self._folder / "weights.old", "rb")  # noqa: SIM115 closed below
-        elif old is not None:
-            old.seek(0)
-        self._files["weights"], self._dtypes["weights"] = self._open("weights"), dtype
+    def _start_weights(self, name: str, dtype: type[np.generic]) -> None:
+        """Opens a column of weights for all tokens so far: those of the mask, otherwise 1."""
+        self._dtypes[name], self._files[name] = np.dtype(dtype), self._open(name)
+        mask = self._files.pop("mask") if name == "weights" and "mask" in self._files else None
+        if mask is not None:
+            mask.seek(0)
         for start in range(0, self.num_tokens, BLOCK):
             count = min(BLOCK, self.num_tokens - start)
-            if old is None or held is None:
-                self._write("weights", np.ones(count, dtype=dtype))
-            else:
-                part = np.frombuffer(old.read(count * held.itemsize), dtype=held)
-                self._write("weights", part.astype(dtype))
-        if old is not None:
-            old.close()
+            part = np.ones(count) if mask is None else np.frombuffer(mask.read(count), np.uint8)
+            self._write(name, part)
+        if mask is not None:
+            mask.close()
+            del self._dtypes["mask"]
             if self._folder is not None:
-                (self._folder / "weights.old").unlink()
+                (self._folder / "mask").unlink()
 
 
 def open_store(folder: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Arrays, as memory maps, and facts of a complete folder.
+    """The arrays, as memory maps, and the facts of a complete folder.
 
     Raises:
         DataError: the folder was damaged since it was written.

@@ -418,6 +418,26 @@ def test_prepared_data_is_found_by_its_content(tmp_path: Path) -> None:
     assert len(list(folder.iterdir())) == 4
 
 
+@pytest.mark.parametrize("cached_from", [0, 1 << 60])
+def test_weights_widen_as_files_with_others_follow(
+    cached_from: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "CACHED_FROM", cached_from)
+    monkeypatch.setattr("rwkv_peft.data.store.BLOCK", 2)
+    rows: list[dict[str, Any]] = [
+        {"text": "a b c d e"}, {"messages": TURNS}, {"text": "a"}, {"text": "b", "weight": 0.25}
+    ]  # fmt: skip
+    paths = [write_jsonl(tmp_path / f"{i}.jsonl", [row]) for i, row in enumerate(rows)]
+    alone = [read(path) for path in paths]
+    kinds: list[Any] = [None, np.uint8, np.uint8, np.float32]
+    expected: list[float] = []
+    for i, one in enumerate(alone):
+        expected += [1.0] * len(one.tokens) if one.weights is None else one.weights.tolist()
+        weights = read(",".join(map(str, paths[: i + 1]))).weights
+        assert (None if weights is None else weights.dtype) == kinds[i]
+        assert weights is None or weights.tolist() == expected
+
+
 def _in_memory(path: Path) -> Documents:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "CACHED_FROM", 1 << 60)
