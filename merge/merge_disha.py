@@ -1,4 +1,4 @@
-"""`python merge/merge_disha.py --base_model B --peft_checkpoint D --output O`, the script of older versions."""
+"""`python merge/merge_disha.py --base_model B --peft_checkpoint D --output O`, as of old."""
 
 import runpy
 from pathlib import Path

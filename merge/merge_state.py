@@ -1,4 +1,4 @@
-"""`python merge/merge_state.py --base_model B --state_checkpoint S --output O`, the script of older versions."""
+"""`python merge/merge_state.py --base_model B --state_checkpoint S --output O`, as of old."""
 
 import runpy
 from pathlib import Path

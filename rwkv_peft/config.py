@@ -63,7 +63,7 @@ class DataConfig:
     mask_id: dict[str, str] = field(default_factory=dict)
     """Marks of se, texts or token ids: mask1 begins what is trained, mask0 ends it."""
     train_role_words: Switch = 0
-    """1 also trains the words that open a chosen turn, such as 'Assistant:', as older versions did."""
+    """1 also trains the words that open a chosen turn, such as 'Assistant:', as of old."""
     append_eod: Switch = 1
     """1 puts the end-of-document token 0 behind each text."""
     on_bad_row: Literal["stop", "skip"] = "stop"

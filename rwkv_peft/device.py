@@ -37,8 +37,8 @@ def resolve_device(accelerator: str) -> torch.device:
         index and (kind not in TYPES or not index.isdigit())
     ):
         raise ConfigError(
-            f"--accelerator {accelerator} is not a device: use auto, gpu, {', '.join(TYPES)}, or one "
-            "of several as in cuda:1"
+            f"--accelerator {accelerator} is not a device: use auto, gpu, {', '.join(TYPES)}, or "
+            "one of several as in cuda:1"
         )
     if kind == "cpu":
         return torch.device("cpu")
