@@ -85,9 +85,9 @@ def _facts(documents: "Documents", options: DataOptions) -> dict[str, Any]:
             if count
         },
         "bad": list(report.bad),
-        "empty": report.empty.names(paths),
-        "untrained": report.untrained.names(paths),
-        "duplicates": report.duplicates.names(paths),
+        "empty": report.empty.describe(paths),
+        "untrained": report.untrained.describe(paths),
+        "duplicates": report.duplicates.describe(paths),
     }
 
 

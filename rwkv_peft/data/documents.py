@@ -10,16 +10,20 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Rows of files, (rows, 2): index of the file, and line; few bytes each, however many."""
+    """Where rows stand in their files.
 
-    rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
+    Attributes:
+        table: (rows, 2) int64, the index of each row's file, and its line there.
+    """
+
+    table: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.table)
 
-    def names(self, paths: Sequence[str], limit: int | None = None) -> list[str]:
-        """The first of them as file:line."""
-        return [f"{paths[source]}:{line}" for source, line in self.rows[:limit].tolist()]
+    def describe(self, paths: Sequence[str], limit: int | None = None) -> list[str]:
+        """The first `limit` of them, or all, as file:line."""
+        return [f"{paths[source]}:{line}" for source, line in self.table[:limit].tolist()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class Report:
     num_endless: int = 0
 
     def describe(self, paths: Sequence[str], limit: int = 5) -> Iterator[str]:
-        """Lines for a person about all that is not as it should be, with the first places."""
+        """Lines for a person about all that may be wrong, each with the first `limit` places."""
         kinds = {
             "without a text, left out": self.empty,
             "in which the mask leaves nothing, left out": self.untrained,
@@ -55,7 +59,7 @@ class Report:
         }
         for what, places in kinds.items():
             if places:
-                shown = ", ".join(places.names(paths, limit))
+                shown = ", ".join(places.describe(paths, limit))
                 more = ", ..." if len(places) > limit else ""
                 yield f"data: {len(places):,} rows {what}: {shown}{more}"
         if self.bad:
@@ -70,18 +74,18 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """Tokenised documents; whatever is made from text has the end-of-document token 0 behind it.
+    """Tokenised documents, each with the end-of-document token 0 behind it if made from text.
 
     Attributes:
         paths: the files they come from.
-        tokens: all tokens end to end, of any integer type; may be a memory map.
+        tokens: (tokens,) all tokens end to end, of any integer dtype; may be a memory map.
         starts: (documents + 1,) int64, where each begins in `tokens`; the last entry is the end.
         lines: (documents,) int64, line or row of each in its file, from 1.
         sources: (documents,) uint8, index of each one's file in `paths`.
-        shares: parts of the files in a weighted mixture, in their order; None: all as they are.
-        weights: (tokens,) float32 or uint8, the weight of each token as a target, 0 if masked;
-            None: all 1. A document's first token is no target whatever stands here.
-        states: (documents,) names of the state that each trains, "" for none; None: no names.
+        shares: share of each file in a mixture, as in `paths`; None: every file as a whole.
+        weights: (tokens,) float32 or uint8, the loss weight of each token as a target, 0 if it is
+            masked; None: all 1. A document's first token is never a target, whatever its weight.
+        states: (documents,) name of the state that each trains, "" for none; None: no names.
         report: what was read and what was left out.
     """
 
@@ -100,12 +104,12 @@ class Documents:
 
     @property
     def num_targets(self) -> int:
-        """Tokens that follow another of their document, masked or not."""
+        """Tokens that follow another token of their document, masked or not."""
         return len(self.tokens) - len(self)
 
     @property
     def num_trained(self) -> int:
-        """Targets whose weight is not 0."""
+        """Targets whose loss weight is not 0."""
         if self.weights is None:
             return self.num_targets
         first = np.count_nonzero(self.weights[self.starts[:-1]])

@@ -32,13 +32,13 @@ def read_rows(path: str | Path, split: str = "train") -> Iterator[FileRow]:
         split: which rows, as Hugging Face datasets writes it: 'train', 'train[:1000]'.
     Raises:
         DataError: the file cannot be read any further.
-        ConfigError: the split is none.
+        ConfigError: the split names no rows.
     """
     path = Path(path)
     read = _read_datasets if path.is_dir() else READERS.get(path.suffix.lower(), read_jsonl)
     if read is _read_datasets:
         return _read_datasets(path, split)
-    return read(path) if split == "train" else _split(read, path, split)
+    return read(path) if split == "train" else _take_split(read, path, split)
 
 
 def read_jsonl(path: str | Path) -> Iterator[FileRow]:
@@ -115,10 +115,10 @@ def _read_csv(path: Path) -> Iterator[FileRow]:
             if names is None:
                 names = values
             else:
-                yield FileRow(line, _named(names, values))
+                yield FileRow(line, _name_values(names, values))
 
 
-def _named(names: list[str], values: list[str]) -> dict[str, Any] | DataError:
+def _name_values(names: list[str], values: list[str]) -> dict[str, Any] | DataError:
     if len(values) != len(names):
         return DataError(f"{len(values)} values for {len(names)} columns")
     if any("\udc80" <= character <= "\udcff" for value in values for character in value):
@@ -133,7 +133,7 @@ def _read_datasets(path: Path, split: str = "train") -> Iterator[FileRow]:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             found = datasets.load_from_disk(str(path))
             held = found if isinstance(found, dict) else {"train": found}
-            parts = _parts(split, {name: len(rows) for name, rows in held.items()})
+            parts = _parse_split(split, {name: len(rows) for name, rows in held.items()})
             found = datasets.concatenate_datasets(
                 [held[name].select(range(first, last)) for name, first, last in parts]
             )
@@ -174,19 +174,21 @@ def import_datasets() -> Any:
             "pip install 'rwkv-peft[data]'"
         ) from error
     datasets.disable_progress_bars()
-    # its errors come as exceptions too, which say the same
+    # it logs what its exceptions say as well
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     return datasets
 
 
-def _split(read: Callable[[Path], Iterable[FileRow]], path: Path, split: str) -> Iterator[FileRow]:
-    """The rows of a file that a split such as train[10%:20%] names."""
-    for _, first, last in _parts(split, {"train": sum(1 for _ in read(path))}):
+def _take_split(
+    read: Callable[[Path], Iterable[FileRow]], path: Path, split: str
+) -> Iterator[FileRow]:
+    """The rows of a file that `split` names, such as train[10%:20%]."""
+    for _, first, last in _parse_split(split, {"train": sum(1 for _ in read(path))}):
         yield from (row for i, row in enumerate(read(path)) if first <= i < last)
 
 
-def _parts(split: str, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
-    """Name, first and last row of each part of a split of data sets of these sizes."""
+def _parse_split(split: str, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
+    """Name and rows [first, last) of each part that `split` names in data sets of these sizes."""
     instruction = import_datasets().ReadInstruction
     try:
         parts = instruction.from_spec(split).to_absolute(sizes)
@@ -199,7 +201,7 @@ def _parts(split: str, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
     return [(n, first, sizes[n] if last is None else last) for n, first, last in sides]
 
 
-# how a file of rows is read, by its ending; any other is taken for jsonl
+# how a file of rows is read, by its ending; a file with another ending is read as jsonl
 READERS: dict[str, Callable[[Path], Iterator[FileRow]]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,

@@ -11,8 +11,8 @@ class JinjaTemplate:
     """A template from the text of a Jinja file.
 
     It is given `messages` (each with `role` and `content`) and `add_generation_prompt`, and runs in
-    Jinja's sandbox. What it writes for the first turns must stay the same when turns follow, since
-    the turns are told apart by rendering one more at a time.
+    Jinja's sandbox. The turns are told apart by rendering one turn more at a time, so that the text
+    of the first turns must not change when others follow.
 
     Raises:
         ConfigError: the text is not a Jinja template.
@@ -36,7 +36,7 @@ class JinjaTemplate:
 
     @cached_property
     def stops(self) -> tuple[str, ...]:
-        """The end of an assistant's turn; with the next heading, if it is nothing but space."""
+        """The end of an assistant's turn, with the next heading if that end is only whitespace."""
         pieces = self.render([Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")])
         ends = [i for i, p in enumerate(pieces) if p.role == "assistant" and p.part == "end"]
         if not ends:
@@ -67,7 +67,7 @@ class JinjaTemplate:
         return [piece for piece in pieces if piece.text]
 
     def parse(self, text: str) -> list[Piece]:
-        """Raises DataError: a Jinja template cannot be read backwards."""
+        """Raises DataError, since a Jinja template cannot be read backwards."""
         raise DataError(
             f"the turns of a text cannot be found by the template {self.name}: give rows of "
             "messages, or --loss_mask none"

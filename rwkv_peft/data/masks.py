@@ -24,13 +24,13 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """A choice of tokens.
+    """A choice of the tokens that are trained.
 
     Attributes:
-        roles: whose words are trained; None: all.
+        roles: roles whose words are trained; None: all.
         has_heads: whether the words that open a chosen turn are trained too.
-        marks: (off, on), the bytes between which `se` trains; roles play no part then.
-        skips_plain_text: whether a document without turns is trained whole.
+        marks: (off, on), the bytes between which `se` trains, whatever the roles; None: no marks.
+        skips_plain_text: whether a document without turns is not masked.
     """
 
     roles: frozenset[str] | None = None
@@ -44,13 +44,13 @@ class Mask:
         return self.roles is None and self.marks is None
 
     def find_spans(self, pieces: Sequence[Piece]) -> tuple[list[Span], float]:
-        """The trained spans of a document, and the weight of its end-of-document token.
+        """The trained spans of a document, and the loss weight of its end-of-document token.
 
         The end of a document is trained as the end of its last turn.
         """
         if self.marks is not None:
             text = "".join(piece.text for piece in pieces).encode("utf-8", "surrogateescape")
-            return _between(text, *self.marks, has_heads=self.has_heads)
+            return _find_between(text, *self.marks, has_heads=self.has_heads)
         spans, position, weight = [], 0, 0.0
         for piece in pieces:
             end = position + len(piece.text.encode("utf-8", "surrogateescape"))
@@ -62,7 +62,9 @@ class Mask:
         return spans, weight
 
 
-def _between(text: bytes, off: bytes, on: bytes, *, has_heads: bool) -> tuple[list[Span], float]:
+def _find_between(
+    text: bytes, off: bytes, on: bytes, *, has_heads: bool
+) -> tuple[list[Span], float]:
     spans, position = [], text.find(on)
     while position >= 0:
         start = position if has_heads else position + len(on)
@@ -86,7 +88,7 @@ def find_mask(
     Args:
         mask_id: the marks of `se`: mask0 ends what is trained and mask1 begins it, each a text or
             token ids.
-        vocabulary: bytes of each id, for marks given as ids.
+        vocabulary: bytes of each id, for marks that are given as ids.
     Raises:
         ConfigError: there is no such mask, or `se` lacks its marks.
     """
@@ -102,7 +104,7 @@ def find_mask(
         )
     if name == "se":
         given = mask_id or {}
-        off, on = (_mark(key, given.get(key), vocabulary or {}) for key in ("mask0", "mask1"))
+        off, on = (_parse_mark(key, given.get(key), vocabulary or {}) for key in ("mask0", "mask1"))
         if off == on:
             raise ConfigError("--mask_id: mask0 and mask1 are the same; they must differ")
         return Mask(marks=(off, on), has_heads=has_heads)
@@ -111,7 +113,7 @@ def find_mask(
     return Mask(frozenset(["assistant"]), has_heads, skips_plain_text=name == "auto")
 
 
-def _mark(key: str, value: str | None, vocabulary: Mapping[int, bytes]) -> bytes:
+def _parse_mark(key: str, value: str | None, vocabulary: Mapping[int, bytes]) -> bytes:
     if not value:
         raise ConfigError(
             "--loss_mask se needs the marks between which it trains, as texts or token ids: "
@@ -129,14 +131,14 @@ def _mark(key: str, value: str | None, vocabulary: Mapping[int, bytes]) -> bytes
 def weigh_tokens(
     ids: NDArray[np.integer], lengths: NDArray[np.int64], spans: Iterable[Span]
 ) -> NDArray[np.float32]:
-    """The weight of each token of a document: the largest of the spans it touches.
+    """The loss weight of each token, (T,) float32: the largest of the spans that it touches.
 
     A token that lies across the border of a span belongs to it: the model must give that token to
     give the span's first or last bytes.
 
     Args:
-        ids: tokens of the whole text, (T,).
-        lengths: bytes of each id of the vocabulary.
+        ids: (T,) tokens of the whole text.
+        lengths: (V,) bytes of each id of the vocabulary.
     """
     ends = np.cumsum(lengths[ids])
     weights = np.zeros(len(ids), dtype=np.float32)

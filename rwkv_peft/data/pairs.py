@@ -14,13 +14,14 @@ BLOCK = 1 << 20
 
 
 def write_pair(path: Path, documents: Documents, copies: int = 1, seed: int = 0) -> int:
-    """Writes `path`.bin and `path`.idx and gives the number of tokens; both are read again.
+    """Writes `path`.bin and `path`.idx, reads both again, and gives the number of tokens.
 
     Args:
-        copies: times that every document is written; each copy in an order of its own if above 1.
+        copies: how often all documents are written; if more than once, each time in a new order.
+        seed: of these orders.
     Raises:
         CheckpointError: they cannot be written; a pair of that name stays as it was.
-        DataError: what was read again differs.
+        DataError: what was read again is not what was written.
     """
     tokens_file, index_file = (path.with_name(path.name + ending) for ending in (".bin", ".idx"))
     sizes = np.diff(documents.starts)

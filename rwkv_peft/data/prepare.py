@@ -1,4 +1,4 @@
-"""From files to token arrays: what is read, what is left out, and what is kept for later runs."""
+"""From files to documents: reads, tokenises, counts what is left out, and keeps the result."""
 
 import hashlib
 import json
@@ -21,13 +21,13 @@ from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import DataError
 from rwkv_peft.writing import atomic_folder, cache_folder
 
-# less than this is read anew each time, in memory
+# bytes of files; fewer are read anew in each run, into memory
 CACHED_FROM = 16 << 20
 # part of the cache's key: raised when what is written for the same data changes
 CACHE_VERSION = 2
-# documents of a token file that are looked at for their end
+# documents of a token file whose last token is looked at
 NUM_LOOKED_AT = 10_000
-# settings that decide what is prepared
+# settings that change what is prepared
 _KEYS = ("data_type", "sft_field", "sft_split", "loss_mask", "mask_id", "train_role_words")
 
 Progress = Callable[[int], None]
@@ -49,17 +49,17 @@ def read_documents(
         progress: called with the bytes of text that were tokenised since the last call.
         is_checked: whether each document is decoded again and compared with its text.
     Raises:
-        ConfigError: a file is missing, or template and mask cannot be had.
+        ConfigError: a file, the template or the mask does not exist.
         DataError: a row is broken, or there is nothing, or too little, that could be trained.
     """
     sources = find_sources(config.data_file, config.data_type)
     encoder = Encoder(config, tokenizer, is_checked=is_checked)
     if len(sources) == 1 and sources[0].kind in TOKEN_TYPES and encoder.trains_all_text:
-        return _mapped(sources[0], tokenizer)
+        return _map_tokens(sources[0], tokenizer)
     if sum(source.num_bytes for source in sources) < CACHED_FROM:
         store = Store(encoder.dtype)
         _fill(store, sources, encoder, progress)
-        return _documents(sources, store.arrays(), store.finish(), config)
+        return _make_documents(sources, store.arrays(), store.finish(), config)
     folder = Path(config.data_cache or cache_folder("data")) / _fingerprint(sources, encoder)
     if not (folder / "facts.json").exists():
         # of runs that prepare the same data at once the first to finish gives it to all
@@ -72,10 +72,10 @@ def read_documents(
                 store.finish()
             finally:
                 store.close()
-    return _documents(sources, *open_store(folder), config)
+    return _make_documents(sources, *open_store(folder), config)
 
 
-def _mapped(source: Source, tokenizer: Tokenizer) -> Documents:
+def _map_tokens(source: Source, tokenizer: Tokenizer) -> Documents:
     tokens, starts = open_tokens(source, tokenizer.vocab_size)
     if len(starts) < 2:
         raise DataError(f"{source.path}: no trainable token: the file holds no document")
@@ -98,7 +98,7 @@ def _mapped(source: Source, tokenizer: Tokenizer) -> Documents:
 def _fill(store: Store, sources: list[Source], encoder: Encoder, progress: Progress | None) -> None:
     stops = encoder.config.on_bad_row == "stop"
     for number, source in enumerate(sources):
-        for chunk in _chunks(source, encoder):
+        for chunk in _encode(source, encoder):
             if chunk.bad and stops:
                 line, reason = chunk.bad[0]
                 raise DataError(f"{source.path}:{line}: {reason}")
@@ -107,16 +107,16 @@ def _fill(store: Store, sources: list[Source], encoder: Encoder, progress: Progr
                 progress(chunk.num_bytes)
 
 
-def _chunks(source: Source, encoder: Encoder) -> Iterator[Chunk]:
+def _encode(source: Source, encoder: Encoder) -> Iterator[Chunk]:
     if source.kind in TOKEN_TYPES:
         found = open_tokens(source, encoder.tokenizer.vocab_size)
         yield from encoder.encode_tokens(found)
     elif source.kind in TEXT_TYPES:
-        pieces = _text_of(source)
+        blocks = _read_text(source)
         if encoder.trains_all_text:
-            yield from encoder.encode_text(pieces)
+            yield from encoder.encode_text(blocks)
         else:
-            text = {"text": "".join(pieces)}
+            text = {"text": "".join(blocks)}
             yield encoder.encode_rows([FileRow(1, text)])
     else:
         rows = read_rows(source.path, encoder.config.sft_split)
@@ -124,7 +124,7 @@ def _chunks(source: Source, encoder: Encoder) -> Iterator[Chunk]:
         yield from encode_all(encoder, lists, encoder.config.prepare_workers)
 
 
-def _text_of(source: Source) -> Iterator[str]:
+def _read_text(source: Source) -> Iterator[str]:
     encoding = {"utf-8": "utf-8-sig", "utf-16le": "utf-16-le"}[source.kind]
     try:
         with open(source.path, encoding=encoding, newline="") as file:
@@ -153,7 +153,7 @@ def _fingerprint(sources: list[Source], encoder: Encoder) -> str:
     return digest.hexdigest()[:32]
 
 
-def _documents(
+def _make_documents(
     sources: list[Source],
     arrays: dict[str, NDArray[Any]],
     facts: dict[str, Any],
@@ -167,7 +167,7 @@ def _documents(
         bad=tuple(facts["bad"]),
         empty=Places(arrays["empty"].reshape(-1, 2)),
         untrained=Places(arrays["untrained"].reshape(-1, 2)),
-        duplicates=_duplicates(arrays),
+        duplicates=_find_duplicates(arrays),
     )
     _require_enough(report, paths, len(arrays["sizes"]), config)
     names = np.array(facts["states"])
@@ -184,7 +184,7 @@ def _documents(
     )
 
 
-def _duplicates(arrays: dict[str, NDArray[Any]]) -> Places:
+def _find_duplicates(arrays: dict[str, NDArray[Any]]) -> Places:
     digests = arrays["digests"]
     order = np.argsort(digests, kind="stable")
     repeats = np.sort(order[1:][digests[order[1:]] == digests[order[:-1]]])
@@ -200,7 +200,7 @@ def _require_enough(
         raise DataError(
             f"{where}: --loss_mask {config.loss_mask} leaves nothing to train in "
             f"{len(report.untrained):,} of {num_documents + len(report.untrained):,} documents, "
-            f"the first at {report.untrained.names(paths, 1)[0]}: look at them "
+            f"the first at {report.untrained.describe(paths, 1)[0]}: look at them "
             "with rwkv-peft data, choose another mask or template, or raise --max_untrained"
         )
     if num_documents:

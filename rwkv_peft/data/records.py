@@ -7,11 +7,11 @@ from typing import Literal, NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side of a dialogue says.
+    """What one role says in one turn of a dialogue.
 
     Attributes:
         role: system, user, assistant, tool, or input (a text that the user's turn is about).
-        weight: with which its tokens are trained, if the mask chooses them.
+        weight: loss weight of its tokens, if the mask chooses them.
     """
 
     role: str
@@ -25,8 +25,8 @@ class Record:
 
     Attributes:
         form: the form of its row, such as text or messages.
-        is_verbatim: its turns are laid end to end without a template.
-        weight: with which all of its tokens are trained.
+        is_verbatim: whether its turns are laid end to end without a template.
+        weight: loss weight of all of its tokens.
         state: name of the state that it trains, "" for none.
     """
 
@@ -39,12 +39,17 @@ class Record:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no text in it."""
+        """Whether it has no text."""
         return not self.text and not any(turn.text for turn in self.turns)
 
 
 class Piece(NamedTuple):
-    """A stretch of a document: the words that open a turn, what is said, or its end."""
+    """A part of a document's text: a turn's heading, its words, or its end.
+
+    Attributes:
+        role: role of the turn, "" for text outside of turns.
+        weight: loss weight of its tokens, if the mask chooses them.
+    """
 
     text: str
     role: str
@@ -53,7 +58,7 @@ class Piece(NamedTuple):
 
 
 def join_inputs(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns, each input joined to the turn before it, for templates that have no such role."""
+    """The turns with each input joined to the turn before it, for templates without that role."""
     joined: list[Turn] = []
     for turn in turns:
         if turn.role == "input" and joined:

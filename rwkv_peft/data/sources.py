@@ -1,4 +1,4 @@
-"""Which files a run reads, and what kind each is."""
+"""Which files a run reads, and of what kind each is."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +50,7 @@ def find_sources(data_file: str, data_type: str = "auto") -> list[Source]:
     """
     if not data_file:
         raise ConfigError("no data given: rwkv-peft train model.pth data.jsonl")
-    sources = list(_each(data_file, data_type))
+    sources = list(_find_each(data_file, data_type))
     given = [source.share for source in sources if source.share is not None]
     if given and len(given) < len(sources):
         raise ConfigError(
@@ -64,7 +64,7 @@ def find_sources(data_file: str, data_type: str = "auto") -> list[Source]:
     return sources
 
 
-def _each(data_file: str, data_type: str) -> Iterator[Source]:
+def _find_each(data_file: str, data_type: str) -> Iterator[Source]:
     if whole := _find(data_file, data_type):
         yield whole
         return
@@ -92,7 +92,7 @@ def _find(name: str, data_type: str) -> Source | None:
     path = Path(name)
     kind = data_type if data_type in (*TOKEN_TYPES, *TEXT_TYPES) else ""
     stem = name.removesuffix(path.suffix) if path.suffix in (".bin", ".idx") else name
-    # a file of just that name comes before a pair, unless a pair is asked for
+    # a file of exactly this name comes before a pair, unless --data_type asks for the pair
     if kind == "binidx" or (not kind and (stem != name or not path.exists())):
         for pair in (stem, f"{stem}_text_document"):
             if Path(f"{pair}.bin").is_file() and Path(f"{pair}.idx").is_file():

@@ -1,4 +1,4 @@
-"""From turns to text, in pieces that know whose they are; and from a text back to its turns."""
+"""Templates: from turns to the pieces of a text, and from a text back to its pieces."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,43 +16,44 @@ class Template(Protocol):
 
     @property
     def name(self) -> str:
-        """As --template takes it."""
+        """The value of --template that names it."""
 
     @property
     def opening(self) -> str:
-        """What an answer begins with, given to the model as part of the prompt."""
+        """What an answer begins with; the model gets it as the end of the prompt."""
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts at which an answer is over."""
+        """Texts that end an answer."""
 
     def render(self, turns: Sequence[Turn]) -> list[Piece]:
         """The document of these turns."""
 
     def parse(self, text: str) -> list[Piece]:
-        """The pieces of a document written in this template; joined they are the text."""
+        """The pieces of a text that was written in this template; joined, they give the text."""
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The text after which the assistant's answer to these turns comes."""
 
 
 class Frame(NamedTuple):
-    """What stands before and between the words of a role."""
+    """What stands around the words of a role: `head`, `space`, then the words."""
 
     head: str
     space: str = " "
-    # a blank line ends a turn, so there may be none inside
+    # whether blank lines are taken out of the words, since a blank line ends a turn
     has_no_blank_line: bool = False
 
 
 @dataclass(frozen=True)
 class Framed:
-    """A template whose every role has a fixed heading; a blank line ends a turn.
+    """A template with a fixed heading for each role; a blank line ends a turn.
 
     Attributes:
-        frames: heading of each role.
-        preface: stands first where there is no system turn; with an input, the second is taken.
-        adds_empty_thought: an answer without a thought is given an empty one.
+        frames: role -> its heading.
+        preface: what a dialogue without a system turn begins with: the first text, or the second if
+            it has an input.
+        adds_empty_thought: whether an answer without a thought gets an empty one.
     """
 
     name: str
@@ -63,7 +64,7 @@ class Framed:
     adds_empty_thought: bool = False
 
     def render(self, turns: Sequence[Turn]) -> list[Piece]:
-        """The document of these turns; each ends with a blank line, the last as well."""
+        """The document of these turns; each, the last one too, ends with a blank line."""
         pieces = []
         if self.preface[0] and (not turns or turns[0].role != "system"):
             preface = self.preface[any(turn.role == "input" for turn in turns)]
@@ -74,7 +75,7 @@ class Framed:
                     f"the template {self.name} has no role '{turn.role}', only "
                     + ", ".join(self.frames)
                 )
-            frame, text = self.frames[turn.role], self._cleaned(turn)
+            frame, text = self.frames[turn.role], self._clean(turn)
             pieces.append(Piece(frame.head, turn.role, "head", turn.weight))
             if text:
                 pieces.append(Piece(frame.space + text, turn.role, "body", turn.weight))
@@ -82,7 +83,7 @@ class Framed:
         return [piece for piece in pieces if piece.text]
 
     def parse(self, text: str) -> list[Piece]:
-        """The pieces of a text; headings count at its start and after a blank line only."""
+        """The pieces of a text; a heading counts only at its start or after a blank line."""
         pieces = []
         heads = list(self._heading.finditer(text))
         borders = [*(match.start("head") for match in heads), len(text)]
@@ -97,10 +98,10 @@ class Framed:
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The text after which the assistant's answer to these turns comes."""
         text = "".join(piece.text for piece in self.render(turns))
-        # without a space at the end, which would not become part of the answer's first token
+        # no space at the end: the tokenizer would not join it to the answer's first word
         return text + self.frames["assistant"].head + self.opening
 
-    def _cleaned(self, turn: Turn) -> str:
+    def _clean(self, turn: Turn) -> str:
         text = turn.text.replace("\r\n", "\n").strip()
         if self.frames[turn.role].has_no_blank_line:
             text = re.sub(r"\n(?:[ \t]*\n)+", "\n", text)
@@ -131,7 +132,7 @@ _CHAT = Framed(
     stops=("\n\nUser", "\n\nSystem"),
 )
 # chat, think, function and document: RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt
-# alpaca: the prompt of Stanford Alpaca, which RWKV-PEFT's sft data has always had
+# alpaca: the prompt of Stanford Alpaca, which RWKV-PEFT has always used for sft data
 TEMPLATES: dict[str, Template] = {
     "chat": _CHAT,
     "think": replace(_CHAT, name="think", opening=" <think", adds_empty_thought=True),
@@ -185,5 +186,5 @@ def find_template(name: str) -> Template:
 
 
 def lay_verbatim(turns: Sequence[Turn]) -> list[Piece]:
-    """Turns end to end as they are, each all body."""
+    """The turns end to end without any heading; each is one body."""
     return [Piece(turn.text, turn.role, "body", turn.weight) for turn in turns if turn.text]

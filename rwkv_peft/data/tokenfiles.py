@@ -32,7 +32,7 @@ class TokenFile(NamedTuple):
 
 
 def open_tokens(source: Source, vocab_size: int) -> TokenFile:
-    """The tokens of a file, not copied, with empty documents passed over.
+    """The tokens of a file, not copied; empty documents are left out.
 
     Raises:
         DataError: the file is not of its kind, or an id is outside the vocabulary.
@@ -91,7 +91,7 @@ def _open_binidx(path: str) -> TokenFile:
 
 def _open_numpy(path: str) -> TokenFile:
     with warnings.catch_warnings():
-        # of Python 2, whose headers are read all the same
+        # numpy warns of headers that Python 2 wrote, and reads them
         warnings.simplefilter("ignore", UserWarning)
         try:
             tokens = np.lib.format.open_memmap(path, mode="r")
@@ -104,12 +104,12 @@ def _open_numpy(path: str) -> TokenFile:
         )
     if tokens.ndim == 2:
         return TokenFile(tokens.reshape(-1), np.arange(len(tokens) + 1) * tokens.shape[1])
-    return TokenFile(tokens, _ends_of_documents(tokens))
+    return TokenFile(tokens, _find_starts(tokens))
 
 
 def _open_uint16(path: str) -> TokenFile:
     tokens = _map(path, np.dtype("<u2"))
-    return TokenFile(tokens, _ends_of_documents(tokens))
+    return TokenFile(tokens, _find_starts(tokens))
 
 
 _OPENERS = {"binidx": _open_binidx, "numpy": _open_numpy, "uint16": _open_uint16}
@@ -118,11 +118,11 @@ _OPENERS = {"binidx": _open_binidx, "numpy": _open_numpy, "uint16": _open_uint16
 def _map(path: str, dtype: np.dtype[Any]) -> Tokens:
     size = Path(path).stat().st_size
     if size % dtype.itemsize:
-        raise DataError(f"{path}: {size} bytes are no whole number of {dtype} tokens")
+        raise DataError(f"{path}: {size} bytes do not hold a whole number of {dtype} tokens")
     return np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype=dtype)
 
 
-def _ends_of_documents(tokens: Tokens) -> NDArray[np.int64]:
+def _find_starts(tokens: Tokens) -> NDArray[np.int64]:
     """Starts of documents that each end with token 0."""
     ends = [
         start + 1 + np.flatnonzero(tokens[start : start + BLOCK] == 0)
@@ -132,7 +132,11 @@ def _ends_of_documents(tokens: Tokens) -> NDArray[np.int64]:
 
 
 def write_index(file: IO[bytes], sizes: NDArray[np.int64], dtype: np.dtype[Any]) -> None:
-    """The .idx of a pair whose documents have `sizes` tokens of `dtype`."""
+    """Writes the .idx of a pair whose documents have `sizes` tokens of `dtype`.
+
+    Args:
+        sizes: (documents,) tokens of each.
+    """
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]) if len(sizes) else sizes
     file.write(_HEADER.pack(MAGIC, 1, _CODES[dtype], len(sizes), len(sizes) + 1))
     file.write(sizes.astype("<i4").tobytes())

@@ -65,7 +65,7 @@ class Tokenizer:
 
     @property
     def num_tokens(self) -> int:
-        """One more than the largest id that has text; a model's vocabulary may go on beyond it."""
+        """One more than the largest id that has text; a model's vocabulary may be larger."""
         return max(self._tables.pieces) + 1
 
     @property
@@ -73,7 +73,7 @@ class Tokenizer:
         """Bytes of every id."""
         return self._tables.pieces
 
-    # rebuilt where it is unpickled: the tables are large, and the default path may differ there
+    # built again where it is unpickled: the tables are large, and the package's path may differ
     def __reduce__(self) -> tuple[partial["Tokenizer"], tuple[()]]:
         return partial(type(self), self.vocab_size, vocab_file=self._vocab_file), ()
 
@@ -110,7 +110,7 @@ class Tokenizer:
         return ids, list(pairwise(ends))
 
     def decode(self, tokens: Iterable[int], errors: str = "replace") -> str:
-        """Text of the tokens; ids 0 (end of document) add nothing.
+        """The text of tokens; id 0 (end of document) adds nothing.
 
         Args:
             tokens: ids, which may start or stop inside a character.
@@ -122,7 +122,7 @@ class Tokenizer:
         return self.decode_bytes(tokens).decode("utf-8", errors)
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """Bytes of the tokens, the exact inverse of `encode`; ids 0 add nothing.
+        """The bytes of tokens, the exact inverse of `encode`; id 0 adds nothing.
 
         Raises:
             DataError: an id is outside the vocabulary.
@@ -130,7 +130,7 @@ class Tokenizer:
         return b"".join(map(self.token_bytes, tokens))
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Text of the tokens, piece by piece, each as soon as its characters are complete.
+        """The text of tokens in pieces, each given as soon as its characters are complete.
 
         Args:
             tokens: ids, taken one at a time, so a running generation can be passed.
@@ -153,7 +153,7 @@ class Tokenizer:
             DataError: the id is outside the vocabulary.
         """
         pieces = self._tables.pieces
-        # index() lets the integers of numpy and torch in and keeps floats out
+        # index() accepts the integers of numpy and torch, and refuses floats
         piece = pieces.get(index(token))
         if piece is None:
             raise DataError(
@@ -178,8 +178,8 @@ def _encode_bytes(data: bytes, tables: _Tables) -> list[int]:
     ids: list[int] = []
     position, end = 0, len(data)
     while position < end:
-        # at the end of the data a slice is shorter than asked for: what it matches is still the
-        # longest there is, and the overshooting position ends the loop
+        # at the end of the data a slice is shorter than `length`: its match is still the longest,
+        # and the position, then beyond the end, ends the loop
         for length in lengths_of(data[position : position + _PREFIX], _SHORT_LENGTHS):
             token = id_of(data[position : position + length])
             if token is not None:
@@ -243,8 +243,8 @@ def _parse_line(line: bytes) -> tuple[int, bytes]:
     token, rest = line.split(b" ", 1)
     literal, length = rest.rsplit(b" ", 1)
     piece = literal[1:-1]
-    # most lines are plain 'text', whose bytes stand between the quotes: literal_eval for these
-    # too would take four times as long; the length shows whether the short way was right
+    # the bytes of most lines simply stand between the quotes: to pass these to literal_eval too
+    # takes four times as long; the length shows whether the short way was right
     if b"\\" in literal or literal[:1] not in (b"'", b'"'):
         value = ast.literal_eval(literal.decode("utf-8"))
         piece = value.encode("utf-8") if isinstance(value, str) else value

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from rwkv_peft.data.records import Turn
 from rwkv_peft.data.templates import TEMPLATES, Template
 from rwkv_peft.data.tokenizer import Tokenizer
-from rwkv_peft.generation.engine import Session, num_known_tokens, until_stop
+from rwkv_peft.generation.engine import Session, count_known_tokens, cut_at_stop
 from rwkv_peft.generation.sampling import Sampler, Sampling
 from rwkv_peft.models.base import RWKV
 
@@ -28,17 +28,17 @@ class Chat:
         self._template = template or TEMPLATES["chat"]
         self._tokenizer = Tokenizer(model.model_config.vocab_size)
         self._session = Session(model, self._tokenizer)
-        num_tokens = num_known_tokens(model, self._tokenizer)
+        num_tokens = count_known_tokens(model, self._tokenizer)
         self._sampler = Sampler(sampling, num_tokens, seed)
         self._turns: list[Turn] = []
         self._start, self._read = self._session.snapshot(), ""
 
     def reply(self, text: str, max_tokens: int = 1024) -> Iterator[str]:
-        """The answer to one turn of the user, piece by piece, with the template's opening."""
+        """The answer to a turn of the user, in pieces; it begins with the template's opening."""
         turns = [*self._turns, Turn("user", text)]
         prompt = self._template.prompt(turns)
         if not prompt.startswith(self._read):
-            # a template may write earlier turns anew
+            # the template has rewritten earlier turns
             self._session.restore(self._start)
             self._read = ""
         before = self._session.snapshot()
@@ -47,11 +47,11 @@ class Chat:
         if self._template.opening:
             yield self._template.opening
         answer = ""
-        tokens = self._session.say(self._sampler, max_tokens)
-        for piece in until_stop(self._tokenizer.decode_stream(tokens), self._template.stops):
+        tokens = self._session.generate(self._sampler, max_tokens)
+        for piece in cut_at_stop(self._tokenizer.decode_stream(tokens), self._template.stops):
             answer += piece
             yield piece
-        # what was drawn past the stop is unsaid: the dialogue goes on from its clean text
+        # tokens past the stop were read too: go back, and on from the text of the answer alone
         self._session.restore(before)
         self._session.read(self._tokenizer.encode(new + answer.rstrip()))
         self._read = prompt + answer.rstrip()

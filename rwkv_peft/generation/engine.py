@@ -1,4 +1,4 @@
-"""Generation with carried state: one token costs the same however long the text before it."""
+"""Generation with carried state: a token costs the same however long the text before it is."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,15 +10,16 @@ from rwkv_peft.generation.sampling import Sampler, Sampling
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.state import RWKVState
 
-# a prompt is read in stretches, so that its length costs no memory
+# tokens of a prompt that are read at a time, so that memory does not grow with its length
 PREFILL = 1024
 
 
 class Session:
-    """A text under way: a model, the state after what was read and said, and the next logits.
+    """A text that goes on: a model, its state after the text so far, and the next logits.
 
     Attributes:
-        state: after the last token that was read.
+        state: the state after the last token, and before the first the one to begin with; None:
+            zeros.
     """
 
     def __init__(self, model: RWKV, tokenizer: Tokenizer) -> None:
@@ -28,27 +29,27 @@ class Session:
 
     @torch.inference_mode()
     def read(self, tokens: Sequence[int]) -> None:
-        """Takes tokens in as text that is given."""
+        """Moves the state over given tokens."""
         device = self._model.emb.weight.device
         for start in range(0, len(tokens), PREFILL):
-            stretch = torch.tensor([list(tokens[start : start + PREFILL])], device=device)
-            hidden, layers = self._model.hidden(stretch, self.state)
+            chunk = torch.tensor([list(tokens[start : start + PREFILL])], device=device)
+            hidden, layers = self._model.hidden(chunk, self.state)
             self.state = RWKVState.from_layers(layers)
         if len(tokens):
             self._logits = self._model.head(hidden[:, -1])[0]
 
     def snapshot(self) -> tuple[RWKVState | None, torch.Tensor | None]:
-        """All that changes as the text goes on; states are never written in place."""
+        """The state and the next logits, for `restore`; neither is ever written in place."""
         return self.state, self._logits
 
     def restore(self, snapshot: tuple[RWKVState | None, torch.Tensor | None]) -> None:
-        """Goes back to a snapshot of this session."""
+        """Goes back to an earlier snapshot of this session."""
         self.state, self._logits = snapshot
 
-    def say(self, sampler: Sampler, max_tokens: int) -> Iterator[int]:
-        """Draws up to `max_tokens` tokens and takes each in; ends after the end of document.
+    def generate(self, sampler: Sampler, max_tokens: int) -> Iterator[int]:
+        """Draws and reads up to `max_tokens` tokens; the end-of-document token ends the text.
 
-        A caller that stops early leaves the session after the last token it was given.
+        A caller that stops early leaves the session after the last token that it was given.
         """
         if self._logits is None:
             raise DataError("there is no prompt to go on from: give at least one character")
@@ -60,8 +61,8 @@ class Session:
             yield token
 
 
-def num_known_tokens(model: RWKV, tokenizer: Tokenizer) -> int:
-    """Ids that may be drawn: in the model's vocabulary and with text in the tokenizer's."""
+def count_known_tokens(model: RWKV, tokenizer: Tokenizer) -> int:
+    """Number of ids, from 0, that are in the vocabularies of both model and tokenizer."""
     return min(model.model_config.vocab_size, tokenizer.num_tokens)
 
 
@@ -74,12 +75,12 @@ def generate(
     stop: Sequence[str] = (),
     seed: int | None = None,
 ) -> str:
-    """The text that a model gives after a prompt.
+    """The text that a model generates after a prompt.
 
     Args:
         max_tokens: most tokens to draw.
-        stop: texts before which the answer ends; they are not part of it.
-        seed: makes the draws repeatable.
+        stop: texts that end the answer and are left out of it.
+        seed: of the draws; None: another in every call.
     Raises:
         DataError: the prompt is empty.
     """
@@ -97,16 +98,16 @@ def stream(
     stop: Sequence[str] = (),
     seed: int | None = None,
 ) -> Iterator[str]:
-    """Like `generate`, piece by piece as the text comes."""
+    """The text that `generate` returns, in pieces as it is generated."""
     tokenizer = Tokenizer(model.model_config.vocab_size)
     session = Session(model, tokenizer)
     session.read(tokenizer.encode(prompt))
-    sampler = Sampler(sampling or Sampling(), num_known_tokens(model, tokenizer), seed)
-    yield from until_stop(tokenizer.decode_stream(session.say(sampler, max_tokens)), stop)
+    sampler = Sampler(sampling or Sampling(), count_known_tokens(model, tokenizer), seed)
+    yield from cut_at_stop(tokenizer.decode_stream(session.generate(sampler, max_tokens)), stop)
 
 
-def until_stop(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """Passes pieces of text on up to the first of the stop texts, which may span pieces."""
+def cut_at_stop(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
+    """The pieces of a text up to the first stop text, which may lie across pieces."""
     held = ""
     for piece in pieces:
         held += piece
@@ -114,15 +115,15 @@ def until_stop(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
         if found:
             yield held[: min(found)]
             return
-        keep = max((_overlap(held, text) for text in stop), default=0)
+        keep = max((_count_overlap(held, text) for text in stop), default=0)
         if len(held) > keep:
             yield held[: len(held) - keep]
             held = held[len(held) - keep :]
     yield held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+def _count_overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` with which `stop` begins."""
     return max(
         (n for n in range(1, min(len(text), len(stop)) + 1) if text.endswith(stop[:n])), default=0
     )

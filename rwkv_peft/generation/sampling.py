@@ -10,14 +10,14 @@ from rwkv_peft.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a token is drawn.
+    """How the next token is drawn.
 
     Attributes:
         temperature: divides the logits; 0 takes the most likely token.
         top_p: draws from the smallest set of tokens with at least this probability.
-        presence, frequency: subtracted from the logits of tokens already drawn, once, and once a
-            time drawn.
-        decay: by which the count of a drawn token falls with each further one.
+        presence: subtracted from the logits of tokens that were drawn already.
+        frequency: subtracted from a token's logit for each time that it was drawn.
+        decay: factor on all these counts with each further token.
     """
 
     temperature: float = 1.0
@@ -34,7 +34,12 @@ class Sampling:
 
 
 class Sampler:
-    """Draws tokens one after the other, remembering those it drew for the penalties."""
+    """Draws tokens one after the other and counts them for the penalties.
+
+    Args:
+        num_tokens: ids from this on are never drawn.
+        seed: of the draws; None: a random one.
+    """
 
     def __init__(self, sampling: Sampling, num_tokens: int, seed: int | None = None) -> None:
         self._sampling = sampling
@@ -46,7 +51,7 @@ class Sampler:
             self._generator.manual_seed(seed)
 
     def draw(self, logits_V: Tensor) -> int:
-        """The next token from logits (V,); ids from `num_tokens` on are never drawn."""
+        """The next token, drawn from its logits (V,)."""
         s = self._sampling
         logits = logits_V.float().cpu()[: len(self._counts)]
         logits = logits - (self._counts > 0) * s.presence - self._counts * s.frequency

@@ -183,8 +183,8 @@ def test_bad_rows_are_skipped_and_listed_on_demand(tmp_path: Path) -> None:
     report = documents.report
     assert report.num_rows == 6
     assert [bad.split(": ")[0] for bad in report.bad] == [f"{path}:2", f"{path}:5"]
-    assert report.empty.rows.tolist() == [[0, 3]]
-    assert report.duplicates.rows.tolist() == [[0, 7]]
+    assert report.empty.table.tolist() == [[0, 3]]
+    assert report.duplicates.table.tolist() == [[0, 7]]
     assert report.num_bytes == 3
 
 
@@ -276,7 +276,7 @@ def test_a_mask_of_a_binidx_pair_is_that_of_its_text(tmp_path: Path) -> None:
     assert documents.tokens.tolist() == plain.tokens.tolist()
     assert documents.weights.tolist() == plain.weights.tolist()
     assert documents.lines.tolist() == [1, 3, 4]
-    assert documents.report.untrained.rows.tolist() == [[0, 2]]
+    assert documents.report.untrained.table.tolist() == [[0, 2]]
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ def test_weights_and_states_of_rows_reach_the_documents(tmp_path: Path) -> None:
     assert documents.weights.tolist() == [1, 1, 0.5, 0.5, 1, 1]
     assert documents.weights.dtype == np.float32
     assert documents.states.tolist() == ["", "cat", "dog"]
-    assert documents.report.untrained.rows.tolist() == [[0, 4]]
+    assert documents.report.untrained.table.tolist() == [[0, 4]]
     assert documents.num_trained == 3
 
 
@@ -485,7 +485,7 @@ def test_several_processes_give_what_one_gives(tmp_path: Path) -> None:
     one, two = read(path), read(path, prepare_workers=2)
     assert one.tokens.tolist() == two.tokens.tolist()
     assert one.lines.tolist() == two.lines.tolist()
-    assert one.report.empty.rows.tolist() == two.report.empty.rows.tolist()
+    assert one.report.empty.table.tolist() == two.report.empty.table.tolist()
 
 
 def test_files_are_read_without_datasets_where_it_is_not_needed(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from rwkv_peft.data.records import Turn
 from rwkv_peft.data.templates import TEMPLATES
 from rwkv_peft.errors import ConfigError, DataError
 from rwkv_peft.generation.chat import Chat
-from rwkv_peft.generation.engine import Session, num_known_tokens, stream, until_stop
+from rwkv_peft.generation.engine import Session, count_known_tokens, cut_at_stop, stream
 from rwkv_peft.generation.sampling import Sampler, Sampling
 
 
@@ -60,7 +60,7 @@ def test_one_token_costs_the_same_after_any_text(model_file: Path) -> None:
 def test_ids_without_text_are_never_drawn(make_model_file: Callable[..., Path]) -> None:
     model = rwkv_peft.load_model(make_model_file(vocab_size=65536, n_embd=64, dim_att=64))
     tokenizer = rwkv_peft.Tokenizer(65536)
-    assert num_known_tokens(model, tokenizer) == 65530
+    assert count_known_tokens(model, tokenizer) == 65530
     logits = torch.zeros(65536)
     logits[65533] = 100.0
     logits[7] = 1.0
@@ -102,10 +102,10 @@ def test_impossible_sampling_is_refused(settings: dict[str, float]) -> None:
 def test_text_ends_before_a_stop_that_spans_pieces(width: int) -> None:
     text = "An answer.\n\nUse it.\n\nUser: more"
     pieces = [text[i : i + width] for i in range(0, len(text), width)]
-    got = "".join(until_stop(iter(pieces), ["\n\nUser", "\n\nSystem"]))
+    got = "".join(cut_at_stop(iter(pieces), ["\n\nUser", "\n\nSystem"]))
     assert got == "An answer.\n\nUse it."
-    assert "".join(until_stop(iter(pieces), [])) == text
-    assert "".join(until_stop(iter(["ends in \n\nUs"]), ["\n\nUser"])) == "ends in \n\nUs"
+    assert "".join(cut_at_stop(iter(pieces), [])) == text
+    assert "".join(cut_at_stop(iter(["ends in \n\nUs"]), ["\n\nUser"])) == "ends in \n\nUs"
 
 
 def test_an_empty_prompt_is_refused(model_file: Path) -> None:
