@@ -148,3 +148,11 @@ def test_only_the_kernels_of_nvidia_know_the_word_cuda() -> None:
             if is_use or (is_type and not is_list_of_flags):
                 found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
     assert not found
+
+
+def test_an_optimizer_step_is_read_in_few_files_which_the_page_lists() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.split("### One optimizer step")[1].split("\n## ")[0]
+    paths = [PACKAGE / line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert 8 <= len(paths) <= 12
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in paths) <= 1600

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rwkv_peft.checkpoint.older import Unsaved
+from rwkv_peft.checkpoint.older import LegacyAdapterHints
 from rwkv_peft.cli.legacy.methods import OPTIONS
 from rwkv_peft.cli.legacy.train import DEAD, FIXED, MODEL_FLAGS, UNBUILT, translate_train
 from rwkv_peft.cli.parse import parse
@@ -342,4 +342,4 @@ def test_a_dead_key_of_a_yaml_file_is_noted_and_an_unbuilt_one_refused(tmp_path:
 
 
 def test_what_an_old_adapter_file_lacks_has_one_list_of_names() -> None:
-    assert Unsaved._fields == UNSAVED
+    assert LegacyAdapterHints._fields == UNSAVED

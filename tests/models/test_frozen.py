@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rwkv_peft
-from rwkv_peft.checkpoint.mapped import mapped
+from rwkv_peft.checkpoint.mapped import upcast_on_use
 from rwkv_peft.methods.attach import Attachment, attach
 from rwkv_peft.methods.merge import Addition, MergedWeights
 from rwkv_peft.models.base import RWKV
@@ -121,7 +121,9 @@ def test_merging_into_a_quantised_base_is_merging_into_its_dense_weights(
         for name, layer in projections(model).items():
             assert torch.equal(layer.weight, stored[name.replace(".base_layer", "")])
         with torch.inference_mode():
-            answers.append([answer(model), *([answer(mapped(model))] if method in FUSED else [])])
+            answers.append(
+                [answer(model), *([answer(upcast_on_use(model))] if method in FUSED else [])]
+            )
     assert merged[0].keys() == merged[1].keys() and merged[0]
     for name, value in merged[0].items():
         assert value.dtype == torch.float32 and not torch.equal(value, weights[name])
