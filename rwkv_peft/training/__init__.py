@@ -24,6 +24,6 @@ has a gradient a tensor without one counts as zeros.
 **A run's folder** (`proj_dir`) holds `config.yaml` (all settings), `train_log.txt`,
 `loss_data.jsonl` (a `metrics.StepRecord` a line; the names that users plot stay), after epoch k
 `rwkv-{k}.pth` (the merged model, the full model or the state) and `rwkv-{k}-adapter/` in peft's
-format, `merge_report.json` of the last merge, and in `checkpoints/step-NNN/` what an interrupted run
-had learned.
+format, `merge_report.json` of the last merge, and in `checkpoints/step-NNN/` what a run that was
+interrupted had learned.
 """
