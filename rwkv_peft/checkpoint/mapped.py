@@ -58,7 +58,8 @@ def upcast_on_use(model: RWKV, merged: MergedWeights | None = None) -> RWKV:
             parameter: pieces(f"{path}.{name}", parameter)
             for name, parameter in module.named_parameters(recurse=is_whole)
         }
-        if isinstance(module, nn.Linear):
+        # some layers of peft are linear layers too
+        if isinstance(module, nn.Linear) and not isinstance(module, BaseTunerLayer):
             _compute_by(module, _linear(module, tensors[module.weight]))
         elif type(module) is nn.Embedding:
             _compute_by(module, _embedding(module))
