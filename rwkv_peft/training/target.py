@@ -170,8 +170,12 @@ class States:
     def __init__(self, settings: Settings, model: RWKV, names: list[str]) -> None:
         is_full = settings.train_type == "fullstate"
         self.parameters = LearnedStates(model, names, is_full=is_full)
-        # several states are to be what each is alone
-        self.clip_groups = {name: name.partition("/")[0] for name in self.parameters}
+        # each state is clipped as a whole, so that several are what each is alone
+        self.clip_groups = {
+            self.parameters.key(name, tensor): name
+            for name in self.parameters.names
+            for tensor in self.parameters.tensors(name)
+        }
         self.initial_values: dict[str, Tensor] = {}
         if settings.load_adapter:
             saved = read_state(settings.load_adapter, model.model_config)
