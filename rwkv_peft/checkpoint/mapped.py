@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rwkv_peft.checkpoint.pth import infer_model_config, load_weights
 from rwkv_peft.methods import fast
-from rwkv_peft.methods.merge import MergedWeights, row_slices, split
+from rwkv_peft.methods.merge import MergedWeights, row_slices, split_rows
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.frozen import FrozenLinear
@@ -44,7 +44,7 @@ def upcast_on_use(model: RWKV, merged: MergedWeights | None = None) -> RWKV:
         if isinstance(layer, FrozenLinear):
             slices = row_slices((layer.out_features, layer.in_features))
             return lambda: (layer.dense(torch.float32, rows) for rows in slices)
-        return lambda: (piece.float() for piece in split(x.detach()))
+        return lambda: (piece.float() for piece in split_rows(x.detach()))
 
     whole: list[str] = []
     for path, module in model.named_modules():
@@ -60,11 +60,11 @@ def upcast_on_use(model: RWKV, merged: MergedWeights | None = None) -> RWKV:
         }
         # some layers of peft are linear layers too
         if isinstance(module, nn.Linear) and not isinstance(module, BaseTunerLayer):
-            _compute_by(module, _linear(module, tensors[module.weight]))
+            _compute_by(module, _make_linear(module, tensors[module.weight]))
         elif type(module) is nn.Embedding:
-            _compute_by(module, _embedding(module))
+            _compute_by(module, _make_embedding(module))
         elif tensors:
-            _bring_in(module, tensors)
+            _upcast_around(module, tensors)
     for block in model.blocks:
         # states that nobody goes on from, kept over all layers, would be the largest part
         block.register_forward_hook(lambda block, given, made: (*made[:2], None))
@@ -75,7 +75,7 @@ def _compute_by(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
     vars(module)["forward"] = forward
 
 
-def _linear(module: nn.Linear, rows: Pieces) -> Callable[[Tensor], Tensor]:
+def _make_linear(module: nn.Linear, rows: Pieces) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         columns = x.flatten(0, -2).t()
         y, start = x.new_empty(module.out_features, columns.shape[1]), 0
@@ -88,14 +88,14 @@ def _linear(module: nn.Linear, rows: Pieces) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _embedding(module: nn.Embedding) -> Callable[[Tensor], Tensor]:
+def _make_embedding(module: nn.Embedding) -> Callable[[Tensor], Tensor]:
     def forward(tokens: Tensor) -> Tensor:
         return F.embedding(tokens, module.weight).float()
 
     return forward
 
 
-def _bring_in(module: nn.Module, tensors: dict[nn.Parameter, Pieces]) -> None:
+def _upcast_around(module: nn.Module, tensors: dict[nn.Parameter, Pieces]) -> None:
     stored: dict[nn.Parameter, Tensor] = {}
 
     def before(*_: Any) -> None:

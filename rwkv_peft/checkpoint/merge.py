@@ -21,7 +21,7 @@ from rwkv_peft.checkpoint.state import is_state_file, read_state
 from rwkv_peft.checkpoint.stream import Spec, StoredDtype, write_tensors
 from rwkv_peft.device import dtype_of
 from rwkv_peft.errors import CheckpointError, ConfigError
-from rwkv_peft.methods.merge import Addition, MergedWeights, split
+from rwkv_peft.methods.merge import Addition, MergedWeights, split_rows
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.writing import atomic_file
 
@@ -193,11 +193,11 @@ def _write(
         if name in states:
             yield states[name]
         elif name not in names:
-            for x in split(base[name]):
+            for x in split_rows(base[name]):
                 yield _round(name, x, stored[name])
         else:
             own = torch.zeros_like(total)
-            for x, value in zip(split(base[name]), merged.pieces(name), strict=True):
+            for x, value in zip(split_rows(base[name]), merged.pieces(name), strict=True):
                 result = _round(name, value, stored[name])
                 own += _measure_losses(x, value, result)
                 yield result
@@ -273,7 +273,7 @@ def _require_change(
         return
     # the first tensor is enough: a trained adapter changes every tensor that it covers
     for name in (n for n in base if n in merged.names):
-        for x, value in zip(split(base[name]), merged.pieces(name), strict=True):
+        for x, value in zip(split_rows(base[name]), merged.pieces(name), strict=True):
             if not torch.equal(value, x.float()):
                 return
     names = ", ".join(map(str, sources))

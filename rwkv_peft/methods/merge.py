@@ -52,7 +52,7 @@ class MergedWeights:
         if weights == [1]:
             yield from values[0]
             return
-        for base, *parts in zip(split(self._base[name]), *values, strict=True):
+        for base, *parts in zip(split_rows(self._base[name]), *values, strict=True):
             base = base.float()
             total = base.clone()
             for weight, part in zip(weights, parts, strict=True):
@@ -65,16 +65,16 @@ class MergedWeights:
         owner = self._owners[index][name]
         leaf = name.rpartition(".")[2]
         if isinstance(owner, Tensor):
-            return (x.float().clone() for x in split(owner.detach()))
+            return (x.float().clone() for x in split_rows(owner.detach()))
         if not hasattr(owner, "merge"):
             saved: Tensor = getattr(owner.modules_to_save[ADAPTER], leaf).detach()
-            return (x.float().clone() for x in split(saved))
+            return (x.float().clone() for x in split_rows(saved))
         if form := fast.form_of(owner):
             return _added(owner, form)
-        return iter(split(_merged_by_peft(owner, leaf)))
+        return iter(split_rows(_merged_by_peft(owner, leaf)))
 
 
-def split(x: Tensor) -> tuple[Tensor, ...]:
+def split_rows(x: Tensor) -> tuple[Tensor, ...]:
     """A tensor as views of about `PIECE` elements along its first dimension."""
     if x.ndim == 0:
         return (x,)
