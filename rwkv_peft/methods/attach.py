@@ -167,7 +167,7 @@ def _check_targets(model: nn.Module, config: "PeftConfig") -> None:
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 leaves = {n.rpartition(".")[2] for n, m in model.named_modules() if _is_leaf(m)}
                 raise ConfigError(
-                    f"{field}: '{target}' is no module of this model; there are "
+                    f"{field}: '{target}' is not a module of this model; there are "
                     + ", ".join(sorted(leaves))
                 )
 

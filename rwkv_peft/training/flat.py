@@ -25,7 +25,7 @@ def join(high: Tensor, low: Tensor) -> Tensor:
 
 
 def split(wide: Tensor, high: Tensor, low: Tensor) -> None:
-    """Writes float32 numbers as nearest bf16 numbers and what their bits lack; `wide` is lost.
+    """Writes float32 numbers as nearest bf16 numbers and the bits they lack; overwrites `wide`.
 
     Ties go away from zero: rounded half up, the bits of a number are at most 0x7fff above and
     0x8000 below the multiple of 0x10000 that becomes `high`, which an int16 holds. Rounded to
@@ -57,13 +57,13 @@ def pack(parameters: Collection[Tensor]) -> Iterator[list[Tensor]]:
 
 
 class Flat:
-    """Trained tensors of one 16-bit type, made views of one buffer and numbered from 0.
+    """Trained tensors of one 16-bit dtype, made views of one buffer and numbered from 0.
 
-    Beside a bf16 buffer lies only the lower half of each float32 value. The range of float16 is
-    another than that of float32, so beside it lie the values whole.
+    Master weights are float32. Of those beside a bf16 buffer only the lower 16 bits are kept, as
+    the buffer has the others. float16 has another exponent, so whole float32 values lie beside it.
 
     Attributes:
-        wide: what AdamW steps, one dimension, float32. Its values have memory within `step` alone;
+        master: what AdamW steps, one dimension, float32. Its values have memory within `step` alone;
             its gradient, the sum over micro-batches, from the first backward until it is cleared.
     """
 
@@ -76,56 +76,56 @@ class Flat:
             self._places.append((parameter.shape, strides, end))
             end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
         size = -(-end // _ROW) * _ROW
-        self._narrow = parameters[0].new_zeros(size)
+        self._param = parameters[0].new_zeros(size)
         places = range(len(parameters))
-        self._addresses = [self.part(self._narrow, i).data_ptr() for i in places]
+        self._addresses = [self.part(self._param, i).data_ptr() for i in places]
         for i, parameter in enumerate(parameters):
             self.hold(i, parameter)
-        self._has_halves = self._narrow.dtype == torch.bfloat16
-        self._rest = (
-            torch.zeros_like(self._narrow, dtype=torch.int16)
-            if self._has_halves
-            else self._narrow.float()
+        self._is_bf16 = self._param.dtype == torch.bfloat16
+        self._bits = (
+            torch.zeros_like(self._param, dtype=torch.int16)
+            if self._is_bf16
+            else self._param.float()
         )
         # of the shape of the values, and without their memory
-        self._nothing = self._narrow.new_zeros(1, dtype=torch.float32).expand(size)
-        self.wide = nn.Parameter(self._nothing)
+        self._no_memory = self._param.new_zeros(1, dtype=torch.float32).expand(size)
+        self.master = nn.Parameter(self._no_memory)
         self._added: set[int] = set()
 
     def hold(self, i: int, parameter: Tensor) -> None:
-        """Makes tensor `i` a view of the buffer if it is none.
+        """Makes tensor `i` a view of the buffer if it is not one.
 
-        It may be none again: the forward of peft's MiSS in its mode 'bat' replaces the data by a
-        copy on a CPU.
+        It may have ceased to be one: the forward of peft's MiSS in its mode 'bat' replaces the
+        data by a copy on a CPU.
         """
         if parameter.data_ptr() != self._addresses[i]:
-            view = self.part(self._narrow, i)
+            view = self.part(self._param, i)
             view.copy_(parameter)
             parameter.data = view
 
     def value(self, i: int) -> Tensor:
         """The float32 value of tensor `i`, in its shape."""
-        narrow, rest = self.part(self._narrow, i), self.part(self._rest, i)
-        return join(narrow, rest) if self._has_halves else rest
+        param, bits = self.part(self._param, i), self.part(self._bits, i)
+        return join(param, bits) if self._is_bf16 else bits
 
     def set(self, i: int, value: Tensor) -> None:
         """Gives tensor `i` a value of any type, on any device."""
-        narrow, rest = self.part(self._narrow, i), self.part(self._rest, i)
-        self._write(torch.empty_like(narrow, dtype=torch.float32).copy_(value), narrow, rest)
+        param, bits = self.part(self._param, i), self.part(self._bits, i)
+        self._write(torch.empty_like(param, dtype=torch.float32).copy_(value), param, bits)
 
     def gradient(self, i: int) -> Tensor | None:
-        """The part of `wide.grad` that is tensor `i`'s, None if no backward reached it."""
-        if self.wide.grad is None or i not in self._added:
+        """The part of `master.grad` that is tensor `i`'s, None if no backward reached it."""
+        if self.master.grad is None or i not in self._added:
             return None
-        return self.part(self.wide.grad, i)
+        return self.part(self.master.grad, i)
 
     @torch.no_grad()
     def add_gradients(self, gradients: Mapping[int, Tensor]) -> None:
-        """Adds gradients of tensors by their numbers to `wide.grad`, in a few launches for all."""
-        if self.wide.grad is None:
+        """Adds gradients of tensors by their numbers to `master.grad`, in a few launches for all."""
+        if self.master.grad is None:
             self._added.clear()
-            self.wide.grad = torch.zeros_like(self.wide, memory_format=torch.contiguous_format)
-        sums = {i: self.part(self.wide.grad, i) for i in gradients}
+            self.master.grad = torch.zeros_like(self.master, memory_format=torch.contiguous_format)
+        sums = {i: self.part(self.master.grad, i) for i in gradients}
         first = gradients.keys() - self._added
         later = [i for i in gradients if i not in first]
         self._added |= first
@@ -140,25 +140,25 @@ class Flat:
             torch._foreach_add_([sums[i] for i in later], wide)
 
     def row_norms(self) -> Tensor:
-        """A few numbers whose norm is that of `wide.grad`."""
-        assert self.wide.grad is not None
-        norms: Tensor = torch.linalg.vector_norm(self.wide.grad.view(-1, _ROW), dim=1)
+        """A few numbers whose norm is that of `master.grad`."""
+        assert self.master.grad is not None
+        norms: Tensor = torch.linalg.vector_norm(self.master.grad.view(-1, _ROW), dim=1)
         return norms
 
     @torch.no_grad()
     def step(self, adamw: torch.optim.AdamW) -> None:
         """Has AdamW step the values, which exist in float32 meanwhile."""
-        self.wide.data = join(self._narrow, self._rest) if self._has_halves else self._rest
+        self.master.data = join(self._param, self._bits) if self._is_bf16 else self._bits
         adamw.step()
-        self._write(self.wide.data, self._narrow, self._rest)
-        self.wide.data = self._nothing
+        self._write(self.master.data, self._param, self._bits)
+        self.master.data = self._no_memory
 
-    def _write(self, wide: Tensor, narrow: Tensor, rest: Tensor) -> None:
-        if self._has_halves:
-            split(wide, narrow, rest)
+    def _write(self, master: Tensor, param: Tensor, bits: Tensor) -> None:
+        if self._is_bf16:
+            split(master, param, bits)
         else:
-            rest.copy_(wide)
-            narrow.copy_(wide)
+            bits.copy_(master)
+            param.copy_(master)
 
     def part(self, flat: Tensor, i: int) -> Tensor:
         """The view of tensor `i` in a tensor that lies as the buffer does, such as a moment."""
@@ -183,7 +183,7 @@ class Gradients:
     def _take(self, flat: Flat, i: int, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        # a second gradient in one backward, as of a checkpoint in it, is no second first one
+        # one backward may give a tensor two gradients, as with checkpointing: they must be added
         is_here = i in self._waiting.get(flat, ())
         if is_here or self._waiting_bytes + gradient.nbytes > MAX_WAITING:
             self.move()

@@ -72,7 +72,7 @@ class Optimizer:
             for together in pack(parameters) if is_flat else [list(parameters)]:
                 flat = self._flatten(together) if is_flat else None
                 adamw = torch.optim.AdamW(
-                    [flat.wide] if flat else together,
+                    [flat.master] if flat else together,
                     lr=0.0,
                     betas=betas,
                     eps=eps,
@@ -182,7 +182,7 @@ class Optimizer:
         for name, parameter in self._parameters.items():
             if parameter in self._places:
                 flat, i = self._places[parameter]
-                found = self._adamw_of[flat.wide].state[flat.wide]
+                found = self._adamw_of[flat.master].state[flat.master]
                 moments[name] = {
                     key: x if x.ndim == 0 else flat.part(x, i) for key, x in found.items()
                 }
@@ -202,7 +202,7 @@ class Optimizer:
         for name, moments in state["moments"].items():
             parameter = self._parameters[name]
             flat, i = self._places.get(parameter, (None, 0))
-            stepped: Tensor = flat.wide if flat else parameter
+            stepped: Tensor = flat.master if flat else parameter
             held = self._adamw_of[stepped].state[stepped]
             for key, x in moments.items():
                 if x.ndim and key not in held:
@@ -242,7 +242,7 @@ class _Part:
     def measured(self) -> list[Tensor]:
         """Tensors whose norm is that of the gradients."""
         if self.flat:
-            return [] if self.flat.wide.grad is None else [self.flat.row_norms()]
+            return [] if self.flat.master.grad is None else [self.flat.row_norms()]
         return [x.grad for x in self.tensors if x.grad is not None]
 
     def step(self, lr: float, weight_decay: float) -> None:
@@ -251,7 +251,7 @@ class _Part:
         group["weight_decay"] = weight_decay if self.decays else 0.0
         if not self.flat:
             self.adamw.step()
-        elif self.flat.wide.grad is not None:
+        elif self.flat.master.grad is not None:
             self.flat.step(self.adamw)
 
 

@@ -86,7 +86,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = 
     ),
     "target that is none": (
         lambda m, d, t: [m, d, "--peft", "lora", "--peft_config", '{"target_modules":["q"]}'],
-        "'q' is no module of this model",
+        "'q' is not a module of this model",
     ),
 }
 

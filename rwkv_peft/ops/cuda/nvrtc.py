@@ -110,7 +110,9 @@ def _target(arch: str, supported: Sequence[int]) -> tuple[str, bool]:
     """
     found = re.fullmatch(r"sm_(\d+)([af]?)", arch)
     if found is None:
-        raise BackendUnavailableError(f"'{arch}' is no architecture of a GPU: write it as sm_90")
+        raise BackendUnavailableError(
+            f"'{arch}' is not an architecture of a GPU: write it as sm_90"
+        )
     number = int(found[1])
     if number in supported:
         return arch, False
