@@ -63,8 +63,8 @@ class Flat:
     the buffer has the others. float16 has another exponent, so whole float32 values lie beside it.
 
     Attributes:
-        master: what AdamW steps, one dimension, float32. Its values have memory within `step` alone;
-            its gradient, the sum over micro-batches, from the first backward until it is cleared.
+        master: what AdamW steps, one dimension, float32. Its values have memory within `step`
+            alone; its gradient, the sum over micro-batches, from the first backward until it is cleared.
     """
 
     @torch.no_grad()
@@ -121,7 +121,7 @@ class Flat:
 
     @torch.no_grad()
     def add_gradients(self, gradients: Mapping[int, Tensor]) -> None:
-        """Adds gradients of tensors by their numbers to `master.grad`, in a few launches for all."""
+        """Adds gradients of tensors by their numbers to `master.grad`, in a few launches."""
         if self.master.grad is None:
             self._added.clear()
             self.master.grad = torch.zeros_like(self.master, memory_format=torch.contiguous_format)
