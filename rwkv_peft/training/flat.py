@@ -64,7 +64,8 @@ class Flat:
 
     Attributes:
         master: what AdamW steps, one dimension, float32. Its values have memory within `step`
-            alone; its gradient, the sum over micro-batches, from the first backward until it is cleared.
+            alone; its gradient, the sum over micro-batches, from the first backward until it is
+            cleared.
     """
 
     @torch.no_grad()
