@@ -4,7 +4,9 @@ A field that is None (or 'auto') is chosen when the model and the data are known
 `training.plan`; the choice is printed with its reason and saved with the run.
 """
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +37,35 @@ DataType = Literal[
     "utf-8",
     "utf-16le",
 ]
+
+
+def require_finite(options: Any) -> None:
+    """Raises ConfigError if a dataclass of options holds NaN or infinity, however deep.
+
+    Nor does anything here count with whole numbers of more than 64 bits.
+    """
+    for item in fields(options):
+        for where, value in _iterate_values(f"--{item.name}", getattr(options, item.name)):
+            if isinstance(value, int):
+                if abs(value) >= 2**63:
+                    bits = value.bit_length()
+                    raise ConfigError(f"{where}: got a number of {bits} bits, allowed are 63")
+            elif not math.isfinite(value):
+                raise ConfigError(f"{where}: got {value}, allowed is a finite number")
+
+
+def _iterate_values(where: str, value: Any) -> Iterator[tuple[str, int | float]]:
+    """The numbers in a value, each with its place."""
+    if isinstance(value, (int, float)):
+        yield where, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            # as JSON spells them, which YAML reads as texts
+            inner = float(inner) if inner in ("NaN", "Infinity", "-Infinity") else inner
+            yield from _iterate_values(f"{where}: {key}", inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _iterate_values(where, inner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +107,7 @@ class DataConfig:
     """Processes that tokenise."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         if len(self.sft_field) > 3:
             raise ConfigError(
                 f"--sft_field names {len(self.sft_field)} columns: give question and answer, "
@@ -104,6 +136,9 @@ class TrainConfig(DataConfig):
     """The official weights to start from (.pth or .safetensors)."""
     proj_dir: str = ""
     """Folder of the run's results; 'out', or the first free of out-2, out-3 …, if empty."""
+    overwrite: Switch = 0
+    """1 removes the files of the run that proj_dir holds, and no others, once the first step is
+    done; 0 refuses such a folder."""
 
     peft: str = "auto"
     """Method: none for full tuning, state, or one of Hugging Face peft's by its name there, such as

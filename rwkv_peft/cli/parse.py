@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from rwkv_peft.config import require_finite
 from rwkv_peft.errors import ConfigError
 
 T = TypeVar("T")
@@ -38,7 +39,9 @@ def parse(
         values = parser.parse_args(_complete_switches(named, options))
     except (jsonargparse.ArgumentError, TypeError) as error:
         raise ConfigError(_one_line(str(error), options)) from error
-    return options(**{f.name: values[f.name] for f in fields(options)})  # type: ignore[arg-type]
+    given = options(**{f.name: values[f.name] for f in fields(options)})  # type: ignore[arg-type]
+    require_finite(given)
+    return given
 
 
 def _underscored(argument: str) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rwkv_peft.config import require_finite
 from rwkv_peft.errors import ConfigError
 
 
@@ -27,6 +28,7 @@ class Sampling:
     decay: float = 0.996
 
     def __post_init__(self) -> None:
+        require_finite(self)
         if self.temperature < 0:
             raise ConfigError(f"--temperature must not be below 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
