@@ -27,3 +27,15 @@ class BackendUnavailableError(RwkvPeftError, RuntimeError):
 
 class TrainingError(RwkvPeftError, RuntimeError):
     """Training cannot go on, for example because the loss is not a number."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the work at once, with nothing to save.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal

@@ -1,7 +1,9 @@
 """`rwkv-peft demo`: the whole path on a small model, in minutes on a CPU."""
 
 import json
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -9,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from rwkv_peft.assets import BASE_MODEL, DIALOGUES, HELD_OUT_DIALOGUES
 from rwkv_peft.cli.parse import parse
-from rwkv_peft.config import DataConfig, TrainConfig
+from rwkv_peft.config import DataConfig, Switch, TrainConfig
+from rwkv_peft.terminal import drop_unwritten, keep_going
 
 if TYPE_CHECKING:
     from rwkv_peft.models.base import RWKV
@@ -24,6 +27,8 @@ class DemoOptions:
 
     proj_dir: str = ""
     """Folder of the results; the first free of demo, demo-2, demo-3 … if empty."""
+    overwrite: Switch = 0
+    """1 removes the files of the run that proj_dir holds, and no others."""
     accelerator: str = "cpu"
     """Device: cpu, auto, gpu, cuda, mps, xpu, musa, npu, or one of several as in cuda:1."""
     epoch_count: int = 3
@@ -33,10 +38,16 @@ class DemoOptions:
 def run(args: Sequence[str]) -> int:
     """Fine-tunes the bundled model on bundled dialogues; shows losses and answers of both."""
     options = parse(DemoOptions, args, command="demo")
+    with keep_going():
+        code = _run(options)
+    drop_unwritten(sys.stdout)
+    return code
 
+
+def _run(options: DemoOptions) -> int:
     from rwkv_peft.api import load_model, train
     from rwkv_peft.device import resolve_device
-    from rwkv_peft.training.metrics import free_folder
+    from rwkv_peft.training.folder import new_folder
 
     device = resolve_device(options.accelerator)
     print(
@@ -47,21 +58,9 @@ def run(args: Sequence[str]) -> int:
     )
     before = load_model(BASE_MODEL, device=device)
     loss_before = held_out_loss(before)
-    config = TrainConfig(
-        load_model=str(BASE_MODEL),
-        data_file=str(DIALOGUES),
-        proj_dir=options.proj_dir or free_folder("demo"),
-        peft="lora",
-        peft_config={"r": 32, "lora_alpha": 64},
-        epoch_count=options.epoch_count,
-        ctx_len=512,
-        lr_init=3e-3,
-        lr_final=3e-4,
-        accelerator=options.accelerator,
-        precision="fp32",
-        random_seed=0,
-    )
-    result = train(config)
+    folder = nullcontext(options.proj_dir) if options.proj_dir else new_folder("demo")
+    with folder as proj_dir:
+        result = train(_train_config(options, str(proj_dir)))
     if result.signal or result.weights is None:
         return 128 + result.signal
     after = load_model(result.weights, device=device)
@@ -78,6 +77,24 @@ def run(args: Sequence[str]) -> int:
         f"  rwkv-peft chat {result.weights} --temperature 0.5"
     )
     return 0
+
+
+def _train_config(options: DemoOptions, proj_dir: str) -> TrainConfig:
+    return TrainConfig(
+        load_model=str(BASE_MODEL),
+        data_file=str(DIALOGUES),
+        proj_dir=proj_dir,
+        overwrite=options.overwrite,
+        peft="lora",
+        peft_config={"r": 32, "lora_alpha": 64},
+        epoch_count=options.epoch_count,
+        ctx_len=512,
+        lr_init=3e-3,
+        lr_final=3e-4,
+        accelerator=options.accelerator,
+        precision="fp32",
+        random_seed=0,
+    )
 
 
 def held_out_loss(model: "RWKV") -> float:

@@ -1,5 +1,6 @@
 """`rwkv-peft COMMAND …`: finds the command, prints errors as one line."""
 
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -7,7 +8,9 @@ from importlib import import_module
 from typing import Any
 
 from rwkv_peft import __version__
-from rwkv_peft.errors import RwkvPeftError
+from rwkv_peft.errors import RwkvPeftError, Stopped
+from rwkv_peft.terminal import whole_process
+from rwkv_peft.training.interrupt import Interrupt
 
 # command -> what it does; its code is in the module of the same name
 COMMANDS = {
@@ -31,6 +34,11 @@ def main(args: Sequence[str] | None = None) -> int:
     0 is success and 2 an error told in one line; a run ended by a signal exits with 128 plus the
     signal's number, as shells do, after it has saved.
     """
+    with whole_process():
+        return _main(args)
+
+
+def _main(args: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
@@ -41,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> int:
     shows_trace = "--debug" in arguments
     command, *rest = [a for a in arguments if a != "--debug"]
     try:
-        with warnings.catch_warnings():
+        with Interrupt(), warnings.catch_warnings():
             warnings.showwarning = _as_note
             return run(command, rest)
     except RwkvPeftError as error:
@@ -56,9 +64,9 @@ def main(args: Sequence[str] | None = None) -> int:
         where = f" {error.filename}" if error.filename else ""
         print(f"error: {error.strerror or error}:{where}", file=sys.stderr)
         return ERROR_CODE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("stopped", file=sys.stderr)
-        return 130
+        return 128 + (error.signal if isinstance(error, Stopped) else signal.SIGINT)
 
 
 def run(command: str, args: Sequence[str]) -> int:

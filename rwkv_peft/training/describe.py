@@ -1,6 +1,8 @@
 """Saying before a run what it will do."""
 
+import shutil
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
@@ -73,6 +75,27 @@ def _describe_shares(batches: Batches) -> Iterable[str]:
             f"mixture: {path} gives {count:,} rows of a pass ({100 * count / batches.num_rows:.1f} "
             f"%), {count / layout.num_rows:.2f} times what it holds"
         )
+
+
+def describe_space(settings: Settings, folder: Path, num_trained: int) -> Iterable[str]:
+    """A warning if what a run will save has no room on the disk of its folder."""
+    count = -(-settings.epoch_count // settings.epoch_save)
+    is_whole = settings.peft == "none" or (settings.peft != "state" and settings.merge)
+    size = Path(settings.load_model).stat().st_size if is_whole else 0
+    if settings.peft != "none":
+        # adapters and states are float32
+        size += num_trained * 4
+    needed, free = count * size, shutil.disk_usage(folder).free
+    if needed > free:
+        yield (
+            f"warning: {count:,} saves will take about {_gibibytes(needed)}, and {folder} has "
+            f"{_gibibytes(free)} free: make room, or save less often (--epoch_save)"
+            + (", or the adapter alone (--merge 0)" if is_whole and settings.peft != "none" else "")
+        )
+
+
+def _gibibytes(size: int) -> str:
+    return f"{size / 2**30:,.3g} GiB"
 
 
 def guess_memory(

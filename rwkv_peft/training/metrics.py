@@ -1,5 +1,6 @@
 """What a run writes and shows: its folder's logs, and progress on a terminal or in plain lines."""
 
+import io
 import json
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from rwkv_peft.config import TEMPLATE_FILE
+from rwkv_peft.terminal import Unbreakable
 from rwkv_peft.training.settings import Settings
 from rwkv_peft.writing import atomic_file
 
@@ -44,20 +46,18 @@ class StepRecord:
 
 
 class RunFolder:
-    """The logs of a run in `proj_dir`.
+    """The logs of a run in `proj_dir`, which are not made before the first step is recorded.
 
     Losses of an earlier run are renamed, not overwritten; a run that goes on appends to its own.
     """
 
     def __init__(self, folder: str | Path, *, appends: bool = False) -> None:
         self.path = Path(folder)
-        self.path.mkdir(parents=True, exist_ok=True)
-        losses = self.path / "loss_data.jsonl"
-        if losses.exists() and not appends:
-            losses.rename(_free_name(losses))
-        self._losses = open(losses, "a", encoding="utf-8")  # noqa: SIM115 closed in __exit__
-        self._log = open(self.path / "train_log.txt", "a", encoding="utf-8")  # noqa: SIM115
-        self.log(f"run begins {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        self._appends = appends
+        self._losses, self._log = (
+            _GrowingFile(self.path / name) for name in ("loss_data.jsonl", "train_log.txt")
+        )
+        self._waiting: list[str] | None = [f"run begins {time.strftime('%Y-%m-%d %H:%M:%S')}"]
 
     def write_config(self, settings: Settings) -> None:
         """Saves all settings as config.yaml, which `--config` reads again.
@@ -66,6 +66,8 @@ class RunFolder:
         """
         import yaml
 
+        # who repeats the run has not said that its results may go
+        settings = replace(settings, overwrite=0)
         copy = self.path / TEMPLATE_FILE
         if (template := Path(settings.template)).is_file():
             source = template.read_bytes()
@@ -75,15 +77,27 @@ class RunFolder:
         with atomic_file(self.path / "config.yaml", "w") as file:
             yaml.safe_dump(asdict(settings), file, sort_keys=False, allow_unicode=True)
 
+    @property
+    def problem(self) -> str:
+        """Why lines wait to be written, such as a full disk; "" if none does."""
+        return self._losses.problem or self._log.problem
+
     def log(self, line: str) -> None:
         """Appends a line to train_log.txt."""
-        self._log.write(line + "\n")
-        self._log.flush()
+        if self._waiting is None:
+            self._log.append(line)
+        else:
+            self._waiting.append(line)
 
     def record(self, record: StepRecord) -> None:
         """Appends a step to loss_data.jsonl."""
-        self._losses.write(json.dumps(asdict(record)) + "\n")
-        self._losses.flush()
+        if self._waiting is not None:
+            if self._losses.path.exists() and not self._appends:
+                self._losses.path.rename(_free_name(self._losses.path))
+            for line in self._waiting:
+                self._log.append(line)
+            self._waiting = None
+        self._losses.append(json.dumps(asdict(record)))
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -93,20 +107,41 @@ class RunFolder:
         self._log.close()
 
 
+class _GrowingFile:
+    """A file of lines that keeps what a full disk does not take until there is room again.
+
+    Attributes:
+        problem: why lines wait, "" if none does.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.problem = path, ""
+        self._file: io.FileIO | None = None
+        self._unwritten = b""
+
+    def append(self, line: str) -> None:
+        """Writes a line at the end."""
+        self._unwritten += line.encode(errors="backslashreplace") + b"\n"
+        try:
+            if self._file is None:
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 closed by `close`
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self.problem = ""
+        except OSError as error:
+            self.problem = f"cannot write {self.path}: {error.strerror}"
+
+    def close(self) -> None:
+        """Closes it; what the disk did not take is lost."""
+        if self._file is not None:
+            self._file.close()
+
+
 def _free_name(path: Path) -> Path:
     number = 1
     while (free := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
         number += 1
     return free
-
-
-def free_folder(stem: str) -> str:
-    """The first of stem, stem-2, stem-3 … that does not exist."""
-    number, folder = 1, stem
-    while Path(folder).exists():
-        number += 1
-        folder = f"{stem}-{number}"
-    return folder
 
 
 class Display:
@@ -115,14 +150,15 @@ class Display:
     def __init__(self, total: int) -> None:
         self._total, self._last_line = total, 0.0
         self._start = time.monotonic()
-        self._bar = _rich_bar(total) if sys.stderr.isatty() else None
+        self._stream = Unbreakable(sys.stderr)
+        self._bar = _rich_bar(total, self._stream) if self._stream.isatty() else None
 
     def line(self, text: str) -> None:
         """Prints a line above the progress."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            print(text, file=self._stream, flush=True)
 
     def update(self, record: StepRecord) -> None:
         """Shows a finished step."""
@@ -159,7 +195,7 @@ def _summary(record: StepRecord) -> str:
     )
 
 
-def _rich_bar(total: int) -> Any:
+def _rich_bar(total: int, stream: Unbreakable) -> Any:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -177,7 +213,7 @@ def _rich_bar(total: int) -> Any:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=Console(file=stream),  # type: ignore[arg-type]
     )
     bar.add_task("", total=total, text="")
     return bar

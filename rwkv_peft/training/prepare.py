@@ -1,6 +1,7 @@
 """From a config to a run that is ready for its first step."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,27 +20,34 @@ from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.ops.dispatch import Request
 from rwkv_peft.ops.selfcheck import require_right
 from rwkv_peft.training.choose import Plan, choose
-from rwkv_peft.training.describe import describe_model, describe_plan
+from rwkv_peft.training.describe import describe_model, describe_plan, describe_space
+from rwkv_peft.training.folder import DEFAULT_FOLDER, Claim
 from rwkv_peft.training.loop import Run
-from rwkv_peft.training.metrics import free_folder
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.settings import Facts, Settings
 from rwkv_peft.training.step import Step, full_step
-from rwkv_peft.training.target import TrainTarget, make_target
+from rwkv_peft.training.target import TrainTarget, make_target, saved_endings
 
 
-def prepare_run(config: TrainConfig, *, step: Step = full_step) -> tuple[Run, list[str]]:
+def prepare_run(
+    config: TrainConfig, *, step: Step = full_step, claim: Claim | None = None
+) -> tuple[Run, list[str]]:
     """A run that is ready for its first step, and what a person should read before it.
 
+    Args:
+        claim: of its folder; None if nothing is to be saved.
     Raises:
         RwkvPeftError: a file, a setting or the data cannot be used.
     """
     config.require_files()
     find_sources(config.data_file, config.data_type)
     base = read_weights(config.load_model)
-    facts = find_facts(config, base)
+    facts = find_facts(config, base, str(claim.path) if claim else DEFAULT_FOLDER)
     plan = choose(config, facts)
     settings, states = plan.settings, facts.documents.states
+    names = set() if states is None else set(states.tolist())
+    if claim:
+        claim.try_names(settings, saved_endings(settings, names))
     torch.manual_seed(settings.random_seed)
     model = load_base(settings, facts, base)
     checked = require_right(
@@ -48,24 +56,38 @@ def prepare_run(config: TrainConfig, *, step: Step = full_step) -> tuple[Run, li
         packed=settings.dataload == "pack",
         heads=settings.micro_bsz * facts.model_config.n_head,
     )
-    names = set() if states is None else set(states.tolist())
     target = make_target(settings, model, base, names, plan.steps)
     optimizer = make_optimizer(settings, target)
     optimizer.load(target.initial_values)
-    lines = _describe(plan, facts.model_config, model, checked, _count(base), target)
-    return Run(plan, model, target, optimizer, step), list(lines)
+    lines = list(_describe(plan, facts.model_config, model, checked, _count(base), target))
+    if claim:
+        lines += describe_space(settings, claim.path, _count(target.parameters))
+    return Run(plan, model, target, optimizer, step), lines
 
 
-def find_facts(config: TrainConfig, base: Mapping[str, Tensor]) -> Facts:
-    """What the choice of settings depends on; reads and tokenises the data."""
+def list_inputs(config: TrainConfig) -> list[Path]:
+    """The files and folders that a run reads."""
+    files = (config.load_model, config.load_adapter, config.peft_config.get("pissa_init"))
+    named = [Path(str(f)) for f in (*files, config.template, config.data_cache) if f]
+    sources = find_sources(config.data_file, config.data_type)
+    return [*named, *(file for source in sources for file in source.files)]
+
+
+def find_facts(
+    config: TrainConfig, base: Mapping[str, Tensor], free_folder: str = DEFAULT_FOLDER
+) -> Facts:
+    """What the choice of settings depends on; reads and tokenises the data.
+
+    Args:
+        free_folder: the folder of a run for which none was named.
+    """
     model_config = infer_model_config(base)
     device = resolve_device(config.accelerator)
-    folder = config.proj_dir or free_folder("out")
     method = saved_method(config.load_adapter) if config.load_adapter else ""
     documents = read_documents(config, Tokenizer(model_config.vocab_size))
     if config.epoch_unit == "samples":
         documents = first_documents(documents, config.epoch_steps)
-    return Facts(model_config, device, documents, folder, method)
+    return Facts(model_config, device, documents, free_folder, method)
 
 
 def load_base(settings: Settings, facts: Facts, base: Mapping[str, Tensor]) -> RWKV:

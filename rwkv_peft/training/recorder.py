@@ -1,15 +1,24 @@
 """What happens after a step: logging, showing, saving."""
 
+from rwkv_peft.training.folder import Claim
 from rwkv_peft.training.interrupt import Interrupt
 from rwkv_peft.training.loop import Run
 from rwkv_peft.training.metrics import Display, RunFolder, StepRecord
 
 
 class Recorder:
-    """Logs, shows and saves after a step; the functions that `run_steps` calls are its methods."""
+    """Logs, shows and saves after a step; the functions that `run_steps` calls are its methods.
 
-    def __init__(self, folder: RunFolder, display: Display, interrupt: Interrupt) -> None:
-        self._folder, self._display, self._interrupt = folder, display, interrupt
+    Nothing is written before the first step is done: a run that cannot take it leaves no trace, and
+    an earlier one in its place.
+    """
+
+    def __init__(
+        self, claim: Claim, folder: RunFolder, display: Display, interrupt: Interrupt
+    ) -> None:
+        self._claim, self._folder = claim, folder
+        self._display, self._interrupt = display, interrupt
+        self._has_begun = self._has_problem = False
 
     def say(self, line: str) -> None:
         """Shows a line to the user and keeps it in the log."""
@@ -18,7 +27,14 @@ class Recorder:
 
     def log(self, run: Run, record: StepRecord) -> None:
         """Notes every step."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._claim.clear()
+            self._folder.write_config(run.settings)
         self._folder.record(record)
+        if self._folder.problem and not self._has_problem:
+            self._has_problem = True
+            self._display.line(f"{self._folder.problem}: training goes on, the log waits for room")
         self._display.update(record)
 
     def save_stopped(self, run: Run, record: StepRecord) -> None:

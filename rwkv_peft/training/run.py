@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_peft.config import TrainConfig
+from rwkv_peft.terminal import keep_going
+from rwkv_peft.training.folder import take_folder
 from rwkv_peft.training.interrupt import Interrupt
 from rwkv_peft.training.loop import run_steps
 from rwkv_peft.training.metrics import Display, RunFolder
-from rwkv_peft.training.prepare import prepare_run
+from rwkv_peft.training.prepare import list_inputs, prepare_run
 from rwkv_peft.training.recorder import Recorder
 from rwkv_peft.training.step import Step, full_step
 
@@ -36,25 +38,33 @@ class Result:
 def train(config: TrainConfig, *, step: Step = full_step) -> Result:
     """Trains as configured and writes the run folder.
 
-    Ctrl-C or SIGTERM finish the optimizer step, save what was learned to
-    `checkpoints/step-NNN` and return with `Result.signal` set.
+    Ctrl-C, SIGTERM or SIGHUP finish the optimizer step, save what was learned to
+    `checkpoints/step-NNN` and return with `Result.signal` set. Before the first step there is
+    nothing to save, and they raise. A stdout or stderr that breaks changes nothing.
 
     Args:
         step: forward, loss and backward of a micro-batch; a researcher's own may take its place.
     Raises:
-        RwkvPeftError: a file, a setting or the data cannot be used, or the loss is not a number.
+        RwkvPeftError: a file, a setting, the folder or the data cannot be used, or the loss is not
+            a number.
+        Stopped: a signal came before the first step; it is a KeyboardInterrupt.
     """
-    run, lines = prepare_run(config, step=step)
-    settings, goes_on = run.settings, run.progress.step > 0
+    config.require_files()
+    inputs = list_inputs(config) if config.overwrite else ()
     with (
-        RunFolder(settings.proj_dir, appends=goes_on) as folder,
-        Display(run.plan.steps) as display,
+        keep_going(),
         Interrupt() as interrupt,
+        take_folder(config.proj_dir, overwrite=bool(config.overwrite), inputs=inputs) as claim,
     ):
-        recorder = Recorder(folder, display, interrupt)
-        folder.write_config(settings)
-        for line in lines:
-            recorder.say(line)
-        run_steps(run, (recorder.log, recorder.save_stopped, recorder.end_epoch))
+        run, lines = prepare_run(config, step=step, claim=claim)
+        with (
+            RunFolder(claim.path, appends=run.progress.step > 0) as folder,
+            Display(run.plan.steps) as display,
+        ):
+            recorder = Recorder(claim, folder, display, interrupt)
+            for line in lines:
+                recorder.say(line)
+            interrupt.defer()
+            run_steps(run, (recorder.log, recorder.save_stopped, recorder.end_epoch))
     weights, adapter = (run.saved.weights, run.saved.adapter) if run.saved else (None, None)
     return Result(folder.path, weights, adapter, run.saved_loss, run.progress.step, run.stopped_by)

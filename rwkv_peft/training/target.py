@@ -87,6 +87,19 @@ def make_target(
     return Weights(settings, model, fingerprint(base), steps)
 
 
+def saved_endings(settings: Settings, names: Collection[str]) -> list[str]:
+    """What the names of the files of one save have behind the stem.
+
+    Args:
+        names: of the states in the data; empty if it names none.
+    """
+    if settings.peft == "state":
+        return [f"{'-' * bool(name)}{name}.pth" for name in sorted(names) or [""]]
+    if settings.peft == "none":
+        return [".pth"]
+    return ["-adapter", ".pth"] if settings.merge else ["-adapter"]
+
+
 class Weights:
     """Weights of the model, or an adapter beside them, or both."""
 

@@ -271,15 +271,6 @@ def test_running_out_of_memory_says_what_to_lower(run: Run) -> None:
         run(failing)
 
 
-def test_a_second_run_in_a_folder_keeps_the_first_ones_losses(run: Run, tmp_path: Path) -> None:
-    run(epoch_count=1)
-    first = (tmp_path / "out" / "loss_data.jsonl").read_text()
-    run(epoch_count=1, random_seed=2)
-    assert (tmp_path / "out" / "loss_data-1.jsonl").read_text() == first
-    log = (tmp_path / "out" / "train_log.txt").read_text()
-    assert log.count("run begins") == 2
-
-
 def test_a_saved_config_repeats_the_run(run: Run, tmp_path: Path, cli: Callable[..., Any]) -> None:
     first = run()
     config = tmp_path / "out" / "config.yaml"

@@ -1,0 +1,142 @@
+"""Signals end a run with what it learned, or before it began with nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rwkv_peft.checkpoint.pth import read_weights
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.errors import Stopped
+from rwkv_peft.training import run as training
+from rwkv_peft.training.interrupt import SIGNALS, Interrupt
+from rwkv_peft.training.run import train
+from rwkv_peft.training.step import full_step
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+
+
+@pytest.fixture
+def config(model_file: Path, data_file: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        load_model=str(model_file),
+        data_file=str(data_file),
+        proj_dir=str(tmp_path / "out"),
+        peft_config={"r": 2},
+        peft="lora",
+        epoch_count=2,
+        micro_bsz=2,
+        ctx_len=16,
+        precision="fp32",
+        accelerator="cpu",
+        random_seed=0,
+    )
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_in_a_step_saves_what_it_learned(number: int, config: TrainConfig) -> None:
+    before = {n: signal.getsignal(n) for n in SIGNALS}
+
+    def stepping(*args: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.Signals(number))
+        # a terminal that closes may send a second one
+        if number != signal.SIGINT:
+            signal.raise_signal(signal.Signals(number))
+        return full_step(*args, **options)
+
+    result = train(config, step=stepping)
+    assert (result.signal, result.steps) == (number, 1)
+    assert result.weights == result.proj_dir / "checkpoints" / "step-000001" / "rwkv.pth"
+    assert list(read_weights(result.weights)) == list(read_weights(config.load_model))
+    assert {n: signal.getsignal(n) for n in SIGNALS} == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_before_the_first_step_raises_and_leaves_nothing(
+    number: int, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prepare = training.prepare_run
+
+    def prepare_slowly(*args: Any, **options: Any) -> Any:
+        found = prepare(*args, **options)
+        signal.raise_signal(signal.Signals(number))
+        return found
+
+    monkeypatch.setattr(training, "prepare_run", prepare_slowly)
+    with pytest.raises(Stopped) as caught:
+        train(config)
+    assert caught.value.signal == number
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_in_a_save_lets_it_end(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rwkv_peft.training import target
+
+    merge = target.merge
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        return merge(*args, **options)
+
+    monkeypatch.setattr(target, "merge", interrupted)
+    result = train(config)
+    assert result.signal == signal.SIGTERM
+    assert (result.proj_dir / "rwkv-0.pth").exists()
+    assert (result.proj_dir / "rwkv-0-adapter" / "adapter_model.safetensors").exists()
+    assert not [p for p in result.proj_dir.rglob(".*")]
+
+
+def test_a_second_ctrl_c_stops_at_once_and_an_ignored_signal_stays_ignored() -> None:
+    with Interrupt() as interrupt:
+        interrupt.defer()
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.signal == signal.SIGTERM
+        with pytest.raises(Stopped):
+            signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupt.signal
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_command_that_is_still_reading_ends_with_one_line_and_its_code(
+    number: signal.Signals, model_file: Path, tmp_path: Path
+) -> None:
+    # a pipe that never ends
+    os.mkfifo(tmp_path / "data.jsonl")
+    command = [sys.executable, "-m", "rwkv_peft.cli.main", "train", str(model_file)]
+    command += [str(tmp_path / "data.jsonl"), "--proj_dir", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (128 + number, "stopped\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_first_step_is_reached_by_every_signal_of_the_shell(
+    cli: Callable[..., Any], config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopping(*_: Any, **__: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(training, "prepare_run", stopping)
+    done = cli("train", config.load_model, config.data_file, "--proj_dir", config.proj_dir)
+    assert (done.code, done.err) == (128 + signal.SIGTERM, "stopped\n")
