@@ -102,14 +102,14 @@ class Batches:
         self.documents, self.dataload, self.ctx_len = documents, dataload, ctx_len
         self.seed, self.is_shuffled = seed, is_shuffled
         self.rank, self.world_size = rank, world_size
-        groups = [np.arange(len(documents))]
-        if documents.shares is not None:
-            groups = [np.flatnonzero(documents.sources == i) for i in range(len(documents.shares))]
-        self.layouts = [self._lay_out(i, chosen) for i, chosen in enumerate(groups)]
+        self.layouts = []
+        for number, (name, chosen) in enumerate(documents.groups):
+            layout = self._lay_out(number, chosen) if len(chosen) else None
+            if layout is None or not layout.num_rows:
+                raise DataError(f"{name}: no trainable token")
+            self.layouts.append(layout)
         self.rows_of_pass = _count_rows(self.layouts, documents.shares)
         self.num_rows = sum(self.rows_of_pass)
-        if not self.num_rows:
-            raise DataError(f"{', '.join(documents.paths)}: no trainable token")
         # a batch is never wider than the data
         self.micro_bsz = min(micro_bsz, -(-self.num_rows // world_size))
         self._rows_of_step = micro_bsz * accumulate * world_size
@@ -247,8 +247,10 @@ def _count_rows(layouts: list[Layout], shares: tuple[float, ...] | None) -> list
     """Rows of each file in a pass: all, or by its share until the first file is used up."""
     if shares is None:
         return [layout.num_rows for layout in layouts]
-    total = min(layout.num_rows / share for layout, share in zip(layouts, shares, strict=True))
-    return [max(1, round(total * share)) for share in shares]
+    # of the largest, so that no share however small or large leaves the range of floats
+    parts = [share / max(shares) for share in shares]
+    total = min(layout.num_rows / part for layout, part in zip(layouts, parts, strict=True) if part)
+    return [max(1, round(total * part)) for part in parts]
 
 
 def _sort_steps(sizes: Indices, rows_of_step: int, rng: Generator) -> Indices:

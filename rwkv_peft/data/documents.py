@@ -39,6 +39,7 @@ class Report:
         untrained: rows left out because the mask leaves none of their tokens.
         duplicates: rows that repeat an earlier one; they are kept.
         num_endless: of the first documents of a token file, those without token 0 at their end.
+        notes: what else to know of the files, a line each.
     """
 
     num_rows: int = 0
@@ -49,9 +50,11 @@ class Report:
     untrained: Places = Places()
     duplicates: Places = Places()
     num_endless: int = 0
+    notes: tuple[str, ...] = ()
 
     def describe(self, paths: Sequence[str], limit: int = 5) -> Iterator[str]:
         """Lines for a person about all that may be wrong, each with the first `limit` places."""
+        yield from (f"data: {note}" for note in self.notes)
         kinds = {
             "without a text, left out": self.empty,
             "in which the mask leaves nothing, left out": self.untrained,
@@ -81,8 +84,10 @@ class Documents:
         tokens: (tokens,) all tokens end to end, of any integer dtype; may be a memory map.
         starts: (documents + 1,) int64, where each begins in `tokens`; the last entry is the end.
         lines: (documents,) int64, line or row of each in its file, from 1.
-        sources: (documents,) uint8, index of each one's file in `paths`.
-        shares: share of each file in a mixture, as in `paths`; None: every file as a whole.
+        sources: (documents,) int32, index of each one's file in `paths`.
+        entries: name and number of files of each entry of --data_file, a file or a folder; they
+            follow one another in `paths`; (): each file is an entry.
+        shares: share of each entry in a mixture; None: every file as a whole.
         weights: (tokens,) float32 or uint8, the loss weight of each token as a target, 0 if it is
             masked; None: all 1. A document's first token is never a target, whatever its weight.
         states: (documents,) name of the state that each trains, "" for none; None: no names.
@@ -93,7 +98,8 @@ class Documents:
     tokens: NDArray[np.integer[Any]]
     starts: NDArray[np.int64]
     lines: NDArray[np.int64]
-    sources: NDArray[np.uint8]
+    sources: NDArray[np.integer[Any]]
+    entries: tuple[tuple[str, int], ...] = ()
     shares: tuple[float, ...] | None = None
     weights: NDArray[np.float32] | NDArray[np.uint8] | None = None
     states: NDArray[np.str_] | None = None
@@ -119,6 +125,19 @@ class Documents:
     def longest(self) -> int:
         """Most targets in one document."""
         return int(np.diff(self.starts).max()) - 1
+
+    @property
+    def groups(self) -> list[tuple[str, NDArray[np.int64]]]:
+        """Name and documents of each part of a mixture; without shares all documents are one."""
+        entries = self.entries or tuple((path, 1) for path in self.paths)
+        if self.shares is None:
+            return [(", ".join(name for name, _ in entries), np.arange(len(self)))]
+        found, start = [], 0
+        for name, count in entries:
+            is_in = (self.sources >= start) & (self.sources < start + count)
+            found.append((name, np.flatnonzero(is_in)))
+            start += count
+        return found
 
     def where(self, document: int) -> str:
         """File and line of a document."""

@@ -1,5 +1,6 @@
 """From rows to tokens and loss weights, a chunk at a time, in this process or in several."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -286,12 +287,20 @@ def group_rows(rows: Iterable[FileRow]) -> Iterator[list[FileRow]]:
 def encode_all(
     encoder: Encoder, lists: Iterable[list[FileRow]], num_workers: int
 ) -> Iterator[Chunk]:
-    """The chunks of lists of rows in their order, encoded by so many processes."""
+    """The chunks of lists of rows in their order, encoded by so many processes.
+
+    There is at most one process a core, since more would only take memory.
+
+    Raises:
+        DataError: a process died.
+    """
+    num_workers = min(num_workers, os.cpu_count() or 1)
     if num_workers <= 1:
         yield from map(encoder.encode_rows, lists)
         return
     from collections import deque
     from concurrent.futures import Future, ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
     waiting: deque[Future[Chunk]] = deque()
@@ -307,6 +316,12 @@ def encode_all(
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"one of {num_workers} processes that tokenise has died, killed or out of memory: "
+                "use a smaller --prepare_workers; a Python script that calls this needs "
+                "if __name__ == '__main__'"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -4,11 +4,11 @@ import codecs
 import csv
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rwkv_peft.errors import ConfigError, DataError
+from rwkv_peft.errors import ConfigError, DataError, RwkvPeftError
 
 
 class FileRow(NamedTuple):
@@ -24,7 +24,7 @@ class FileRow(NamedTuple):
 
 
 def read_rows(path: str | Path, split: str = "train") -> Iterator[FileRow]:
-    """The rows of a file, or of a folder that Hugging Face datasets can open.
+    """The rows of a file, or of a folder that Hugging Face datasets saved.
 
     A row that is broken comes as the error that says why; what makes the rest unreadable is raised.
 
@@ -38,7 +38,39 @@ def read_rows(path: str | Path, split: str = "train") -> Iterator[FileRow]:
     read = _read_datasets if path.is_dir() else READERS.get(path.suffix.lower(), read_jsonl)
     if read is _read_datasets:
         return _read_datasets(path, split)
-    return read(path) if split == "train" else _take_split(read, path, split)
+    if split == "train":
+        return read(path)
+    return (row for _, rows in read_split([path], ["train"], split) for row in rows)
+
+
+def read_split(
+    paths: Sequence[str | Path], splits: Sequence[str], wanted: str
+) -> Iterator[tuple[int, Iterator[FileRow]]]:
+    """The rows that a split names in files that are one data set: index of a file, and its rows.
+
+    Args:
+        splits: the split that each file belongs to.
+        wanted: such as train[10%:20%].
+    Raises:
+        ConfigError: the split names no rows.
+    """
+    counts = [sum(1 for _ in read_rows(path)) for path in paths]
+    sizes = dict.fromkeys(splits, 0)
+    for own, count in zip(splits, counts, strict=True):
+        sizes[own] += count
+    for name, first, last in _parse_split(wanted, sizes):
+        before = 0
+        for i, count in enumerate(counts):
+            if splits[i] == name:
+                start, end = max(first - before, 0), min(last - before, count)
+                if start < end:
+                    yield i, itertools.islice(read_rows(paths[i]), start, end)
+                before += count
+
+
+def is_saved_by_datasets(folder: Path) -> bool:
+    """Whether a folder is what save_to_disk of Hugging Face datasets wrote."""
+    return any((folder / name).exists() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
 def read_jsonl(path: str | Path) -> Iterator[FileRow]:
@@ -130,23 +162,19 @@ def _read_datasets(path: Path, split: str = "train") -> Iterator[FileRow]:
     """The rows of what Hugging Face datasets opens; its cache keeps memory flat."""
     datasets = import_datasets()
     try:
-        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        if path.is_dir():
             found = datasets.load_from_disk(str(path))
-            held = found if isinstance(found, dict) else {"train": found}
-            parts = _parse_split(split, {name: len(rows) for name, rows in held.items()})
-            found = datasets.concatenate_datasets(
-                [held[name].select(range(first, last)) for name, first, last in parts]
-            )
-        elif path.is_dir():
-            found = datasets.load_dataset(str(path), split=split)
         else:
             kind = path.suffix.lower().removeprefix(".")
-            found = datasets.load_dataset(kind, data_files={"train": str(path)}, split=split)
-        number = 0
-        for batch in found.iter(batch_size=256):
-            for values in zip(*batch.values(), strict=True):
-                number += 1
-                yield FileRow(number, dict(zip(batch, values, strict=True)))
+            found = datasets.load_dataset(kind, data_files={"train": str(path)})
+        held = found if isinstance(found, dict) else {"train": found}
+        parts = _parse_split(split, {name: len(rows) for name, rows in held.items()})
+        for name, first, last in parts:
+            number = itertools.count(first + 1)
+            for batch in held[name].select(range(first, last)).iter(batch_size=256):
+                for values in zip(*batch.values(), strict=True):
+                    row = dict(zip(batch, map(_drop_absent, values), strict=True))
+                    yield FileRow(next(number), row)
     except (
         OSError,
         ValueError,
@@ -154,7 +182,7 @@ def _read_datasets(path: Path, split: str = "train") -> Iterator[FileRow]:
         RuntimeError,
         datasets.exceptions.DatasetsError,
     ) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, RwkvPeftError):
             raise
         cause = " ".join(str(error.__cause__ or error).split())
         raise DataError(f"{path}: datasets cannot read it as split {split}: {cause}") from error
@@ -179,12 +207,15 @@ def import_datasets() -> Any:
     return datasets
 
 
-def _take_split(
-    read: Callable[[Path], Iterable[FileRow]], path: Path, split: str
-) -> Iterator[FileRow]:
-    """The rows of a file that `split` names, such as train[10%:20%]."""
-    for _, first, last in _parse_split(split, {"train": sum(1 for _ in read(path))}):
-        yield from (row for i, row in enumerate(read(path)) if first <= i < last)
+def _drop_absent(value: object) -> object:
+    """A value without the keys that its row did not have.
+
+    Arrow gives every object of a column the keys of all of them, with null for those that one
+    lacks, so that absent and null cannot be told apart there.
+    """
+    if isinstance(value, dict):
+        return {key: _drop_absent(x) for key, x in value.items() if x is not None}
+    return [_drop_absent(x) for x in value] if isinstance(value, list) else value
 
 
 def _parse_split(split: str, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
@@ -197,8 +228,12 @@ def _parse_split(split: str, sizes: dict[str, int]) -> list[tuple[str, int, int]
             f"--sft_split {split}: there is {', '.join(sizes)}, and parts of it such as "
             f"train[:1000] or train[10%:20%]: {error}"
         ) from error
-    sides = ((p.splitname, p.from_ or 0, p.to) for p in parts)
-    return [(n, first, sizes[n] if last is None else last) for n, first, last in sides]
+    sides = [(p.splitname, p.from_ or 0, p.to) for p in parts]
+    found = [(n, first, sizes[n] if last is None else last) for n, first, last in sides]
+    if any(sizes.values()) and not any(first < last for _, first, last in found):
+        held = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ConfigError(f"--sft_split {split} names no rows; there are, by split: {held}")
+    return [(n, first, max(first, last)) for n, first, last in found]
 
 
 # how a file of rows is read, by its ending; a file with another ending is read as jsonl

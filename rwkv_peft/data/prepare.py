@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,19 @@ from numpy.typing import NDArray
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.documents import Documents, Places, Report
 from rwkv_peft.data.encode import TEXT_BLOCK, Chunk, Encoder, encode_all, group_rows
-from rwkv_peft.data.files import FileRow, read_rows
+from rwkv_peft.data.files import FileRow, read_rows, read_split
 from rwkv_peft.data.forms import FORMS
 from rwkv_peft.data.sources import TEXT_TYPES, TOKEN_TYPES, Source, find_sources
 from rwkv_peft.data.store import Store, open_store
 from rwkv_peft.data.tokenfiles import open_tokens
 from rwkv_peft.data.tokenizer import Tokenizer
-from rwkv_peft.errors import DataError
+from rwkv_peft.errors import ConfigError, DataError
 from rwkv_peft.writing import atomic_folder, cache_folder
 
 # bytes of files; fewer are read anew in each run, into memory
 CACHED_FROM = 16 << 20
 # part of the cache's key: raised when what is written for the same data changes
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 # documents of a token file whose last token is looked at
 NUM_LOOKED_AT = 10_000
 # settings that change what is prepared
@@ -52,9 +53,18 @@ def read_documents(
         ConfigError: a file, the template or the mask does not exist.
         DataError: a row is broken, or there is nothing, or too little, that could be trained.
     """
-    sources = find_sources(config.data_file, config.data_type)
+    found = find_sources(config.data_file, config.data_type)
+    sources = [source for source in found if source.share != 0]
     encoder = Encoder(config, tokenizer, is_checked=is_checked)
+    documents = _read(sources, encoder, progress)
+    notes = (*documents.report.notes, *_note_left_out(found, config))
+    return replace(documents, report=replace(documents.report, notes=notes))
+
+
+def _read(sources: list[Source], encoder: Encoder, progress: Progress | None) -> Documents:
+    config, tokenizer = encoder.config, encoder.tokenizer
     if len(sources) == 1 and sources[0].kind in TOKEN_TYPES and encoder.trains_all_text:
+        _choose_rows(sources[0], config.sft_split)
         return _map_tokens(sources[0], tokenizer)
     if sum(source.num_bytes for source in sources) < CACHED_FROM:
         store = Store(encoder.dtype)
@@ -86,7 +96,7 @@ def _map_tokens(source: Source, tokenizer: Tokenizer) -> Documents:
         tokens=tokens,
         starts=starts,
         lines=np.arange(1, count + 1),
-        sources=np.zeros(count, dtype=np.uint8),
+        sources=np.zeros(count, dtype=np.int32),
         report=Report(
             num_rows=count,
             forms={source.kind: count},
@@ -97,17 +107,60 @@ def _map_tokens(source: Source, tokenizer: Tokenizer) -> Documents:
 
 def _fill(store: Store, sources: list[Source], encoder: Encoder, progress: Progress | None) -> None:
     stops = encoder.config.on_bad_row == "stop"
-    for number, source in enumerate(sources):
-        for chunk in _encode(source, encoder):
-            if chunk.bad and stops:
-                line, reason = chunk.bad[0]
-                raise DataError(f"{source.path}:{line}: {reason}")
-            store.add(chunk, number, source.path)
-            if progress is not None:
-                progress(chunk.num_bytes)
+    num_before = 0
+    for source in sources:
+        for i, rows in _choose_rows(source, encoder.config.sft_split):
+            part = source.parts[i]
+            for chunk in _encode(part, rows, encoder):
+                if chunk.bad and stops:
+                    line, reason = chunk.bad[0]
+                    raise DataError(f"{part.path}:{line}: {reason}")
+                store.add(chunk, num_before + i, part.path)
+                if progress is not None:
+                    progress(chunk.num_bytes)
+        num_before += len(source.parts)
 
 
-def _encode(source: Source, encoder: Encoder) -> Iterator[Chunk]:
+def _choose_rows(source: Source, split: str) -> Iterable[tuple[int, Iterator[FileRow]]]:
+    """The parts of a source that a split names: index of each, and its rows if it has rows.
+
+    Raises:
+        ConfigError: the split names nothing, or parts of files that have no rows.
+    """
+    parts = source.parts
+    splits = [part.split for part in parts]
+    is_whole = split in splits if source.kind == "folder" else split == "train"
+    if not is_whole:
+        lacking = next((part for part in parts if part.kind != "rows"), None)
+        if lacking is not None:
+            raise ConfigError(
+                f"--sft_split {split} takes a part of rows, and {lacking.path} has none: leave it "
+                "out, or give a smaller file"
+            )
+        if source.kind == "folder":
+            return read_split([part.path for part in parts], splits, split)
+        return [(0, read_rows(source.path, split))]
+    chosen = [i for i, part in enumerate(parts) if splits[i] == split]
+    return ((i, read_rows(parts[i].path) if parts[i].kind == "rows" else iter(())) for i in chosen)
+
+
+def _note_left_out(sources: list[Source], config: DataConfig) -> Iterator[str]:
+    """Lines about what --data_file names and nothing is read of."""
+    for source in sources:
+        if source.share == 0:
+            yield f"{source.path} has share 0, left out"
+            continue
+        others = [p.path for p in source.parts if p.split not in config.sft_split]
+        for what, names in (
+            ("files that are no data", source.strangers),
+            (f"files that --sft_split {config.sft_split} does not name", others),
+        ):
+            if names:
+                shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+                yield f"{source.path}: {len(names):,} {what}, left out: {shown}"
+
+
+def _encode(source: Source, rows: Iterator[FileRow], encoder: Encoder) -> Iterator[Chunk]:
     if source.kind in TOKEN_TYPES:
         found = open_tokens(source, encoder.tokenizer.vocab_size)
         yield from encoder.encode_tokens(found)
@@ -119,7 +172,6 @@ def _encode(source: Source, encoder: Encoder) -> Iterator[Chunk]:
             text = {"text": "".join(blocks)}
             yield encoder.encode_rows([FileRow(1, text)])
     else:
-        rows = read_rows(source.path, encoder.config.sft_split)
         lists = group_rows(rows)
         yield from encode_all(encoder, lists, encoder.config.prepare_workers)
 
@@ -139,7 +191,8 @@ def _read_text(source: Source) -> Iterator[str]:
 def _fingerprint(sources: list[Source], encoder: Encoder) -> str:
     """A name that changes with the content of the files and with whatever changes the result."""
     config = encoder.config
-    what: list[Any] = [CACHE_VERSION, [(s.kind, s.share is None) for s in sources]]
+    parts = [[(part.kind, part.split) for part in source.parts] for source in sources]
+    what: list[Any] = [CACHE_VERSION, parts]
     what += [getattr(config, key) for key in (*_KEYS, "append_eod", "on_bad_row")]
     what += [encoder.template.name, getattr(encoder.template, "source", "")]
     what += [encoder.tokenizer.vocab_size, encoder.is_checked]
@@ -159,7 +212,7 @@ def _make_documents(
     facts: dict[str, Any],
     config: DataConfig,
 ) -> Documents:
-    paths = tuple(source.path for source in sources)
+    paths = tuple(part.path for source in sources for part in source.parts)
     report = Report(
         num_rows=facts["num_rows"],
         num_bytes=facts["num_bytes"],
@@ -177,6 +230,7 @@ def _make_documents(
         starts=np.concatenate([[0], np.cumsum(arrays["sizes"], dtype=np.int64)]),
         lines=arrays["lines"],
         sources=arrays["sources"],
+        entries=tuple((source.path, len(source.parts)) for source in sources),
         shares=tuple(s.share for s in sources if s.share is not None) or None,
         weights=arrays.get("weights", arrays.get("mask")),
         states=names[arrays["states"]] if len(names) > 1 else None,
@@ -195,7 +249,7 @@ def _find_duplicates(arrays: dict[str, NDArray[Any]]) -> Places:
 def _require_enough(
     report: Report, paths: tuple[str, ...], num_documents: int, config: DataConfig
 ) -> None:
-    where = ", ".join(paths)
+    where = config.data_file
     if len(report.untrained) > config.max_untrained * (num_documents + len(report.untrained)):
         raise DataError(
             f"{where}: --loss_mask {config.loss_mask} leaves nothing to train in "

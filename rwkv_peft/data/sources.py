@@ -1,16 +1,26 @@
 """Which files a run reads, and of what kind each is."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from rwkv_peft.data.files import READERS, is_saved_by_datasets
 from rwkv_peft.errors import ConfigError
 
 # what --data_type may name that is not a form of rows: files of tokens, and plain text
 TOKEN_TYPES = ("binidx", "numpy", "uint16")
 TEXT_TYPES = ("utf-8", "utf-16le")
 _TYPE_OF = {".npy": "numpy", ".txt": "utf-8"}
-MAX_SOURCES = 256
+# what is read of a folder; dataset_infos.json describes a data set and holds no row of it
+_ENDINGS = (*READERS, *_TYPE_OF, ".bin", ".idx")
+_NOT_DATA = ("dataset_infos.json",)
+# words in the names of files that name a split, as Hugging Face datasets knows them
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 
 
 class Source(NamedTuple):
@@ -18,17 +28,30 @@ class Source(NamedTuple):
 
     Attributes:
         path: as it can be opened; of a binidx pair without the ending.
-        kind: binidx, numpy, uint16, utf-8, utf-16le, or rows.
-        share: its part in a mixture, None if none is given.
+        kind: binidx, numpy, uint16, utf-8, utf-16le, rows, or folder.
+        share: its part in a mixture, None if none is given; what has share 0 is not read.
+        split: the split that a file in a folder belongs to.
+        members: of a folder, the files that are read, in the order of their names.
+        strangers: of a folder, the names of the files that are of no kind of data.
     """
 
     path: str
     kind: str
     share: float | None = None
+    split: str = "train"
+    members: tuple["Source", ...] = ()
+    strangers: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple["Source", ...]:
+        """The files that are read one after the other: those of a folder, or this one."""
+        return self.members if self.kind == "folder" else (self,)
 
     @property
     def files(self) -> list[Path]:
         """The files that hold its bytes."""
+        if self.kind == "folder":
+            return [file for part in self.parts for file in part.files]
         path = Path(self.path)
         if self.kind == "binidx":
             return [Path(f"{self.path}.bin"), Path(f"{self.path}.idx")]
@@ -43,10 +66,12 @@ class Source(NamedTuple):
 def find_sources(data_file: str, data_type: str = "auto") -> list[Source]:
     """The files of --data_file: one, or several as a.jsonl,b.jsonl or a.jsonl:0.7,b.jsonl:0.3.
 
-    An ending may be left out: of the pair of binidx, with _text_document too, and .jsonl.
+    An ending may be left out: of the pair of binidx, with _text_document too, and .jsonl. A folder
+    stands for its files, each of the kind that its ending tells.
 
     Raises:
-        ConfigError: a file is missing, or some files have shares and others none.
+        ConfigError: a file is missing, a folder holds none, or some files have shares and others
+            none.
     """
     if not data_file:
         raise ConfigError("no data given: rwkv-peft train model.pth data.jsonl")
@@ -59,8 +84,6 @@ def find_sources(data_file: str, data_type: str = "auto") -> list[Source]:
         )
     if given and not sum(given) > 0:
         raise ConfigError(f"--data_file {data_file}: the shares add up to nothing")
-    if len(sources) > MAX_SOURCES:
-        raise ConfigError(f"--data_file names {len(sources)} files, at most {MAX_SOURCES} may be")
     return sources
 
 
@@ -69,6 +92,8 @@ def _find_each(data_file: str, data_type: str) -> Iterator[Source]:
         yield whole
         return
     for part in data_file.split(","):
+        if not part.strip():
+            raise ConfigError(f"--data_file {data_file}: there is no name beside a comma")
         name, colon, number = part.strip().rpartition(":")
         found, share = _find(part.strip(), data_type), None
         if not found and colon:
@@ -105,9 +130,51 @@ def _find(name: str, data_type: str) -> Source | None:
     if kind == "binidx":
         return None
     for found in (path, path.with_name(path.name + ".jsonl") if path.name else path):
+        if found.is_dir() and not is_saved_by_datasets(found):
+            return _list_folder(found, data_type, takes_all=bool(kind))
         if found.exists():
             by_ending = (
                 _TYPE_OF.get(found.suffix.lower(), "rows") if data_type == "auto" else "rows"
             )
             return Source(str(found), kind or by_ending)
     return None
+
+
+def _list_folder(folder: Path, data_type: str, *, takes_all: bool) -> Source:
+    """A folder as its files: those of known endings, or all if --data_type says what they are."""
+    members, strangers = {}, []
+    for path in _walk(folder):
+        name = path.relative_to(folder).as_posix()
+        is_data = path.suffix.lower() in _ENDINGS and path.name not in _NOT_DATA
+        found = _find(str(path), data_type) if is_data or takes_all or path.is_dir() else None
+        if found is None:
+            strangers.append(name)
+        else:
+            # both files of a pair give the same source
+            members[found.path] = found._replace(split=_find_split(name))
+    if not members:
+        shown = ", ".join(strangers[:5]) or "nothing"
+        raise ConfigError(
+            f"--data_file: the folder {folder} holds no file of data, only {shown}: endings are "
+            + ", ".join(_ENDINGS)
+        )
+    return Source(
+        str(folder), "folder", members=tuple(members.values()), strangers=tuple(strangers)
+    )
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files at any depth by their names, and folders that datasets saved; nothing hidden."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not is_saved_by_datasets(path):
+            yield from _walk(path)
+        else:
+            yield path
+
+
+def _find_split(name: str) -> str:
+    """The split that a word in the name of a file, or of a folder around it, tells."""
+    words = re.split(r"[-._ 0-9/]+", name)
+    return next((_SPLITS[word] for word in words if word in _SPLITS), "train")

@@ -17,7 +17,7 @@ BLOCK = 1 << 20
 _COLUMNS = {
     "sizes": np.int32,
     "lines": np.int64,
-    "sources": np.uint8,
+    "sources": np.int32,
     "digests": np.uint64,
     "states": np.int32,
     # (rows, 2): source and line of each row that was left out
@@ -50,7 +50,7 @@ class Store:
         self.num_tokens += len(chunk.tokens)
         for name in ("sizes", "lines", "digests"):
             self._write(name, np.array(getattr(chunk, name), dtype=self._dtypes[name]))
-        self._write("sources", np.full(len(chunk.sizes), source, dtype=np.uint8))
+        self._write("sources", np.full(len(chunk.sizes), source))
         numbers = [self._names.setdefault(name, len(self._names)) for name in chunk.states]
         self._write("states", np.array(numbers, dtype=np.int32))
         for name in ("empty", "untrained"):

@@ -69,10 +69,10 @@ def _describe_shares(batches: Batches) -> Iterable[str]:
     """How much of each file of a mixture a pass takes."""
     if batches.documents.shares is None:
         return
-    names, counts = batches.documents.paths, batches.rows_of_pass
-    for path, layout, count in zip(names, batches.layouts, counts, strict=True):
+    groups, counts = batches.documents.groups, batches.rows_of_pass
+    for (name, _), layout, count in zip(groups, batches.layouts, counts, strict=True):
         yield (
-            f"mixture: {path} gives {count:,} rows of a pass ({100 * count / batches.num_rows:.1f} "
+            f"mixture: {name} gives {count:,} rows of a pass ({100 * count / batches.num_rows:.1f} "
             f"%), {count / layout.num_rows:.2f} times what it holds"
         )
 
