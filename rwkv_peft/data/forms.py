@@ -12,7 +12,10 @@ Row = Mapping[str, Any]
 
 
 class Form(NamedTuple):
-    """A form: keys that each of its rows has, how a row is read, and an example."""
+    """A form: keys that each of its rows has, how a row is read, and an example.
+
+    A key with a null is there: it has no text.
+    """
 
     keys: tuple[str, ...]
     read: Callable[[Row], dict[str, Any]]
@@ -30,6 +33,20 @@ ROLES = {
 CALL_ROLES = ("function_call", "tool_call")
 # keys under which programs keep the thoughts before an answer
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+# keys of a message that may hold its text, and those that it may have besides
+CONTENTS = ("content", "value", "text")
+BESIDES = frozenset(
+    "role from name id weight train loss tool_calls function_call tool_call_id".split()
+)
+# keys of a question and its answer in rows of no other form; a third one beside them is what the
+# question is about
+PAIRS = tuple((asked, "answer") for asked in ("question", "query", "prompt"))
+PAIRS += tuple(
+    (asked, "response") for asked in ("question", "query", "prompt", "instruction", "input")
+)
+PAIRS += (("input", "output"), ("question", "output"), ("query", "output"), ("prompt", "output"))
+PAIRS += (("user", "assistant"),)
+ABOUT = ("input", "context")
 
 
 def read_row(row: object, data_type: str, sft_field: Sequence[str] = ()) -> Record:
@@ -38,6 +55,8 @@ def read_row(row: object, data_type: str, sft_field: Sequence[str] = ()) -> Reco
     Raises:
         DataError: the row has no such form; the message lacks file and line.
     """
+    if isinstance(row, list) and row and all(_is_message(member) for member in row):
+        row = {"messages": row}
     if not isinstance(row, dict):
         raise DataError(
             f'a row must be an object such as {{"text": "..."}}, found {_name_type(row)}'
@@ -46,17 +65,57 @@ def read_row(row: object, data_type: str, sft_field: Sequence[str] = ()) -> Reco
         name, fields = "sft", _read_fields(row, sft_field)
     else:
         name = data_type if data_type in FORMS else _find_form(row)
-        fields = FORMS[name].read(row)
+        fields = _read_pair(row) if name == "pair" else FORMS[name].read(row)
     return Record(form=name, weight=_get_weight(row), state=_get_state(row), **fields)
 
 
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role", value.get("from")), str)
+
+
 def _find_form(row: Row) -> str:
-    for name, form in FORMS.items():
-        if all(row.get(key) is not None for key in form.keys):
-            return name
+    """The first form whose keys all have values, or the one of which most keys have."""
+    found = [name for name, form in FORMS.items() if all(key in row for key in form.keys)]
+    values = {name: [row[key] is not None for key in FORMS[name].keys] for name in found}
+    best = max(found, key=lambda name: (all(values[name]), sum(values[name])), default="")
+    if best and any(values[best]):
+        return best
+    pairs = _find_pairs(row)
+    if len(pairs) == 1:
+        return "pair" if any(row[key] is not None for key in pairs[0]) else best or "pair"
+    given = ", ".join(map(str, row)) or "none"
+    if pairs:
+        raise DataError(
+            f"several keys of this row may be question and answer ({given}): name them, as in "
+            f"--sft_field {' '.join(pairs[0])}"
+        )
+    if {"chosen", "rejected"} <= row.keys():
+        raise DataError(
+            f"this row prefers one answer to another (its keys are {given}), and one is trained: "
+            f"name the columns, as in --sft_field {'prompt ' if 'prompt' in row else ''}chosen"
+        )
+    if _is_message(row):
+        raise DataError(
+            "this row is one message of a dialogue: a row holds all of them, as in "
+            + FORMS["messages"].example
+        )
+    if best:
+        return best
     examples = ", ".join(form.example for form in FORMS.values())
-    found = ", ".join(map(str, row)) or "none"
-    raise DataError(f"no known form has the keys of this row ({found}); there are {examples}")
+    texts = [str(key) for key, value in row.items() if isinstance(value, str)][:2]
+    cure = f"name the columns to learn, as in --sft_field {' '.join(texts)}; or " if texts else ""
+    raise DataError(
+        f"no known form has the keys of this row ({given}): {cure}give it one of these: {examples}"
+    )
+
+
+def _find_pairs(row: Row) -> list[tuple[str, str]]:
+    """The keys of a row that are question and answer, with a value if any pair has one."""
+    found = [pair for pair in PAIRS if all(key in row for key in pair)]
+    # beside another question an input is what that is about
+    answers = [answer for asked, answer in found if asked not in ABOUT]
+    found = [pair for pair in found if pair[0] not in ABOUT or pair[1] not in answers]
+    return [pair for pair in found if all(row[key] is not None for key in pair)] or found[:1]
 
 
 def _get_text(row: Row, key: str, *, may_lack: bool = False) -> str:
@@ -71,6 +130,8 @@ def _get_text(row: Row, key: str, *, may_lack: bool = False) -> str:
 
 
 def _name_type(value: object) -> str:
+    if isinstance(value, float) and math.isnan(value):
+        return 'NaN, which pandas writes for nothing: use null or ""'
     names = {dict: "an object", list: "a list", bool: "a truth value", type(None): "null"}
     return names.get(type(value), f"a {type(value).__name__}")
 
@@ -115,7 +176,9 @@ def _read_sharegpt(row: Row) -> dict[str, Any]:
 
 
 def _read_turns(row: Row, key: str) -> tuple[Turn, ...]:
-    messages = row.get(key)
+    if key not in row:
+        raise DataError(f'no "{key}" (found keys {", ".join(map(str, row)) or "none"})')
+    messages = [] if row[key] is None else row[key]
     if isinstance(messages, Sequence) and not isinstance(messages, str):
         turns = [_read_turn(message, f"{key}[{i}]") for i, message in enumerate(messages)]
     else:
@@ -131,12 +194,18 @@ def _read_turns(row: Row, key: str) -> tuple[Turn, ...]:
 def _read_turn(message: object, where: str) -> Turn:
     if not isinstance(message, dict):
         raise DataError(f"{where} must be an object, found {_name_type(message)}")
-    role = message.get("role", message.get("from"))
+    role = message.get("role") or message.get("from")
     if not isinstance(role, str):
         raise DataError(f'{where} has no "role"')
     role = role.strip().lower()
-    text = _read_content(message.get("content", message.get("value")), where)
+    said = [message[key] for key in CONTENTS if message.get(key) is not None]
+    others = [key for key in message if key not in (*CONTENTS, *BESIDES, *THOUGHTS)]
+    if not message.keys() & CONTENTS and any(message[key] for key in others):
+        raise DataError(f'{where} has no "content" (found keys {", ".join(map(str, message))})')
+    text = _read_content(said[0] if said else None, where)
     calls = message.get("tool_calls") or ([text] if role in CALL_ROLES else [])
+    if function := message.get("function_call"):
+        calls = calls or [function]
     if role in CALL_ROLES:
         role, text = "assistant", ""
     if calls:
@@ -159,12 +228,21 @@ def _read_content(value: object, where: str) -> str:
         raise DataError(f"the content of {where} must be a string, found {_name_type(value)}")
     parts = []
     for part in value:
-        text = part.get("text") if isinstance(part, dict) else part
+        text = _read_part(part) if isinstance(part, dict) else part
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, dict) else _name_type(part)
-            raise DataError(f"{where} has a part of type {kind}: only text can be trained")
+            raise DataError(
+                f"{where} has a part of type {kind}: only text can be trained; leave such rows out "
+                "with --on_bad_row skip"
+            )
         parts.append(text)
     return "".join(parts)
+
+
+def _read_part(part: Row) -> object:
+    """The text of a part of a message, whose key differs between programs."""
+    keys = CONTENTS if str(part.get("type") or "text").endswith("text") else ("text",)
+    return next((part[key] for key in keys if part.get(key) is not None), None)
 
 
 def _write_calls(calls: object, where: str) -> str:
@@ -177,7 +255,7 @@ def _write_calls(calls: object, where: str) -> str:
         if isinstance(value, dict):
             value = {key: value[key] for key in ("name", "arguments") if key in value} or value
             value = {key: _parse(x) for key, x in value.items()}
-        blocks.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        blocks.append(value if isinstance(value, str) else _write_json(value))
     return "\n".join(f"```json\n{block.strip()}\n```" for block in blocks)
 
 
@@ -192,31 +270,49 @@ def _parse(value: object) -> object:
     return found if isinstance(found, (dict, list)) else value
 
 
+def _write_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
 def _write_tools(tools: object) -> str:
-    """The system text that offers functions, a line each: `- name(argument, …): what it does`."""
+    """The system text that offers functions: `- name(argument, …): what it does` for each.
+
+    Below it stands the schema of its arguments, where that says more than their names.
+    """
     tools = _parse(tools)
     if not tools:
         return ""
+    tools = [tools] if isinstance(tools, dict) else tools
     if not isinstance(tools, list):
         raise DataError(f'"tools" must be a list of functions, found {_name_type(tools)}')
-    lines = []
-    for tool in tools:
-        if not isinstance(tool, dict):
-            lines.append(f"- {tool}")
-            continue
-        function = tool.get("function", tool)
-        parameters = function.get("parameters") if isinstance(function, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError('a function in "tools" has no name')
-        properties = parameters.get("properties") if isinstance(parameters, dict) else None
-        arguments = ", ".join(map(str, properties or ()))
-        about = function.get("description")
-        lines.append(f"- {function['name']}({arguments})" + (f": {about}" if about else ""))
+    lines = [line for tool in tools for line in _write_tool(_parse(tool))]
     return "\n".join(["Tools:", *lines, "Return only a JSON function call."])
+
+
+def _write_tool(tool: object) -> list[str]:
+    if not isinstance(tool, dict):
+        return [f"- {tool}"]
+    function = _parse(tool.get("function", tool))
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError('a function in "tools" has no name')
+    schema = _parse(function.get("parameters") or function.get("input_schema") or {})
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    if properties is None and isinstance(schema, dict):
+        # some programs give the arguments without a schema around them
+        is_bare = all(isinstance(value, dict) for value in schema.values())
+        properties = schema if is_bare else {}
+    if not isinstance(schema, dict) or not isinstance(properties, dict):
+        raise DataError(f'the parameters of {function["name"]} in "tools" are no JSON schema')
+    about = function.get("description")
+    lines = [f"- {function['name']}({', '.join(properties)})" + (f": {about}" if about else "")]
+    says_more = schema.keys() - {"type", "properties"} or any(properties.values())
+    return [*lines, f"  {_write_json(schema)}"] if says_more else lines
 
 
 def _read_completion(row: Row) -> dict[str, Any]:
     prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, list) or isinstance(completion, list):
+        prompt, completion = prompt or [], completion or []
     if isinstance(prompt, list) and isinstance(completion, list):
         return {"turns": _read_turns({**row, "messages": prompt + completion}, "messages")}
     turns = (
@@ -227,6 +323,17 @@ def _read_completion(row: Row) -> dict[str, Any]:
 
 
 def _read_alpaca(row: Row) -> dict[str, Any]:
+    return _read_answer(row, "instruction", "input", "output")
+
+
+def _read_pair(row: Row) -> dict[str, Any]:
+    asked, answer = _find_pairs(row)[0]
+    about = next((key for key in ABOUT if key != asked and row.get(key) is not None), None)
+    return _read_answer(row, asked, about, answer)
+
+
+def _read_answer(row: Row, asked: str, about: str | None, answer: str) -> dict[str, Any]:
+    """A question, what it is about, and its answer, after what was said before."""
     turns = [Turn("system", _get_text(row, "system", may_lack=True))]
     history = row.get("history") or []
     for pair in history if isinstance(history, list) else [history]:
@@ -234,9 +341,9 @@ def _read_alpaca(row: Row) -> dict[str, Any]:
             raise DataError('"history" must be a list of [instruction, output] pairs')
         turns += [Turn("user", _read_content(pair[0], "history"))]
         turns += [Turn("assistant", _read_content(pair[1], "history"))]
-    turns += [Turn("user", _get_text(row, "instruction"))]
-    turns += [Turn("input", _get_text(row, "input", may_lack=True))]
-    turns += [Turn("assistant", _get_text(row, "output"))]
+    turns += [Turn("user", _get_text(row, asked))]
+    turns += [Turn("input", _get_text(row, about, may_lack=True) if about else "")]
+    turns += [Turn("assistant", _get_text(row, answer))]
     is_said = [turn.role not in ("system", "input") or turn.text for turn in turns]
     return {"turns": tuple(turn for turn, said in zip(turns, is_said, strict=True) if said)}
 
