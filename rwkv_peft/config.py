@@ -113,6 +113,11 @@ class DataConfig:
                 f"--sft_field names {len(self.sft_field)} columns: give question and answer, "
                 "question, input and answer, or one of text"
             )
+        if not all(self.sft_field) or len(set(self.sft_field)) < len(self.sft_field):
+            raise ConfigError(
+                f"--sft_field {' '.join(map(repr, self.sft_field))}: give the name of a column, "
+                "and each once"
+            )
         if self.sft_field and self.data_type not in ("auto", "jsonl", "sft"):
             raise ConfigError(f"--sft_field is for --data_type sft, not {self.data_type}")
         if not 0 <= self.max_untrained <= 1:

@@ -25,8 +25,10 @@ class DataOptions(DataConfig):
     """Documents to show, trained tokens in colour, or between « and » where there are none."""
     json: bool = False
     """Print one JSON object; its `rows` hold tokens, text and trained, one boolean a token."""
-    vocab_size: int = 65536
-    """Vocabulary of the model."""
+    load_model: str = ""
+    """The model to train, whose vocabulary is used."""
+    vocab_size: int = 0
+    """Vocabulary of the model; 0: that of load_model, or 65536 without one."""
 
 
 def run(args: Sequence[str]) -> int:
@@ -46,22 +48,40 @@ def run(args: Sequence[str]) -> int:
     from rwkv_peft.data.prepare import read_documents
     from rwkv_peft.data.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(options.vocab_size)
+    tokenizer = Tokenizer(_find_vocab_size(options))
     documents = read_documents(options, tokenizer)
     shown = list(_rows(documents, tokenizer, options.show))
     if options.json:
-        print(json.dumps({**_facts(documents, options), "rows": shown}, ensure_ascii=False))
+        facts = _facts(documents, options, tokenizer.vocab_size)
+        print(json.dumps({**facts, "rows": shown}, ensure_ascii=False))
         return 0
-    for name, value in _facts(documents, options).items():
-        if name not in ("bad", "empty", "untrained", "duplicates"):
+    for name, value in _facts(documents, options, tokenizer.vocab_size).items():
+        if name not in ("bad", "empty", "untrained", "duplicates", "remarks", "notes"):
             print(f"{name:<16} {_plain(value)}")
+    if not options.load_model and not options.vocab_size:
+        print("data: counted with the vocabulary of RWKV World; --load_model takes a model's own")
     for line in documents.report.describe(documents.paths):
         print(line)
     _show(shown, tokenizer)
     return 0
 
 
-def _facts(documents: "Documents", options: DataOptions) -> dict[str, Any]:
+def _find_vocab_size(options: DataOptions) -> int:
+    """The vocabulary named, or the model's, or that of RWKV World."""
+    if not options.load_model:
+        return options.vocab_size or 65536
+    from rwkv_peft.checkpoint.pth import infer_model_config, read_weights
+
+    own = infer_model_config(read_weights(options.load_model)).vocab_size
+    if options.vocab_size not in (0, own):
+        raise ConfigError(
+            f"--vocab_size {options.vocab_size}: {options.load_model} has a vocabulary of {own}; "
+            "give one of the two"
+        )
+    return own
+
+
+def _facts(documents: "Documents", options: DataOptions, vocab_size: int) -> dict[str, Any]:
     import numpy as np
 
     report, paths = documents.report, documents.paths
@@ -73,6 +93,7 @@ def _facts(documents: "Documents", options: DataOptions) -> dict[str, Any]:
         "format": report.forms,
         "template": options.template_name,
         "loss_mask": options.loss_mask,
+        "vocab_size": vocab_size,
         "num_rows": report.num_rows,
         "documents": len(documents),
         "tokens": len(documents.tokens),
@@ -88,6 +109,8 @@ def _facts(documents: "Documents", options: DataOptions) -> dict[str, Any]:
         "empty": report.empty.describe(paths),
         "untrained": report.untrained.describe(paths),
         "duplicates": report.duplicates.describe(paths),
+        "remarks": {name: places.describe(paths) for name, places in report.remarks.items()},
+        "notes": list(report.notes),
     }
 
 
@@ -95,7 +118,7 @@ def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {count:,}" for key, count in value.items())
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        return ", ".join(map(str, value[:5])) + (f", ... ({len(value):,})" if value[5:] else "")
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -112,7 +135,8 @@ def _rows(documents: "Documents", tokenizer: "Tokenizer", count: int) -> Iterato
         yield {
             "where": where,
             "tokens": tokens,
-            "text": tokenizer.decode(tokens),
+            # ids of another tokenizer have no text here
+            "text": "" if tokenizer.is_foreign else tokenizer.decode(tokens),
             "trained": trained,
         }
 
@@ -139,5 +163,6 @@ def _stretches(row: dict[str, Any], tokenizer: "Tokenizer") -> Iterator[tuple[bo
         if held and is_trained != is_held_trained:
             yield is_held_trained, held.decode("utf-8", "replace")
             held = b""
-        held, is_held_trained = held + (tokenizer.token_bytes(token) or "∎".encode()), is_trained
+        text = f"{token} ".encode() if tokenizer.is_foreign else tokenizer.token_bytes(token)
+        held, is_held_trained = held + (text or "∎".encode()), is_trained
     yield is_held_trained, held.decode("utf-8", "replace")

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_peft.data.remarks import REMARKS
+
 
 @dataclass(frozen=True, slots=True)
 class Places:
@@ -38,6 +40,7 @@ class Report:
         empty: rows left out because they have no text.
         untrained: rows left out because the mask leaves none of their tokens.
         duplicates: rows that repeat an earlier one; they are kept.
+        remarks: rows that are kept and call for a remark, by its name in `remarks`.
         num_endless: of the first documents of a token file, those without token 0 at their end.
         notes: what else to know of the files, a line each.
     """
@@ -49,6 +52,7 @@ class Report:
     empty: Places = Places()
     untrained: Places = Places()
     duplicates: Places = Places()
+    remarks: dict[str, Places] = field(default_factory=dict)
     num_endless: int = 0
     notes: tuple[str, ...] = ()
 
@@ -59,6 +63,7 @@ class Report:
             "without a text, left out": self.empty,
             "in which the mask leaves nothing, left out": self.untrained,
             "that repeat an earlier one, kept": self.duplicates,
+            **{REMARKS[name]: places for name, places in self.remarks.items()},
         }
         for what, places in kinds.items():
             if places:

@@ -16,6 +16,7 @@ from rwkv_peft.data.files import FileRow, parse_json
 from rwkv_peft.data.forms import read_row
 from rwkv_peft.data.masks import Mask, find_mask, weigh_tokens
 from rwkv_peft.data.records import Piece, Record
+from rwkv_peft.data.remarks import find_remarks, look_at_text
 from rwkv_peft.data.templates import find_template, lay_verbatim
 from rwkv_peft.data.tokenfiles import TokenFile, Tokens, cut_blocks
 from rwkv_peft.data.tokenizer import Tokenizer
@@ -40,6 +41,7 @@ class EncodedDocument(NamedTuple):
         weights: (T,) loss weight of each token as a target; None: all 1.
         form: form of its row, such as messages.
         state: name of the state that it trains, "" for none.
+        remarks: names of what a person should know of it, see `remarks`.
     """
 
     text: bytes
@@ -47,6 +49,7 @@ class EncodedDocument(NamedTuple):
     weights: NDArray[np.float32] | None
     form: str
     state: str = ""
+    remarks: tuple[str, ...] = ()
 
     @property
     def digest(self) -> int:
@@ -66,6 +69,7 @@ class Chunk:
         lines, digests, states, forms: one entry for each of these documents.
         empty: lines of rows without a text.
         untrained: lines of rows in which the mask leaves no token to train.
+        remarks: names of remarks, each with the lines of the documents that call for it.
         bad: lines that cannot be read, with the reason.
     """
 
@@ -78,6 +82,7 @@ class Chunk:
     forms: list[str] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
     untrained: list[int] = field(default_factory=list)
+    remarks: dict[str, list[int]] = field(default_factory=dict)
     bad: list[tuple[int, str]] = field(default_factory=list)
     num_rows: int = 0
     num_bytes: int = 0
@@ -112,6 +117,11 @@ class Encoder:
         """Whether every token of a document without turns is trained."""
         return self.mask.is_all or self.mask.skips_plain_text
 
+    @property
+    def trains_unasked(self) -> bool:
+        """Whether all of a plain text is trained because nothing else was asked for."""
+        return self.mask.skips_plain_text
+
     def encode_rows(self, rows: Iterable[FileRow]) -> Chunk:
         """The documents of rows, and what is wrong with the other rows."""
         return self._collect(rows, self._encode_content)
@@ -127,8 +137,12 @@ class Encoder:
     def encode_text(self, blocks: Iterable[str]) -> Iterator[Chunk]:
         """The one document that blocks of text are together, tokenised as if read at once."""
         held, size, digest = "", 0, _hash()
+        remarks: dict[str, list[int]] = {}
         for block in blocks:
             held += block
+            # its first block shows whether a text is a dialogue
+            is_start = self.trains_unasked and not size
+            remarks |= {name: [1] for name in look_at_text(block, trains_all_text=is_start)}
             ids, rest = self._encode_settled(held)
             data = held[: len(held) - len(rest)].encode()
             held = rest
@@ -148,6 +162,7 @@ class Encoder:
             digests=[_number(digest)],
             states=[""],
             forms=["text"],
+            remarks=remarks,
             num_rows=1,
             num_bytes=len(held.encode()),
         )
@@ -201,6 +216,8 @@ class Encoder:
             else:
                 chunk.lines.append(line)
                 kept.append(document)
+                for remark in document.remarks:
+                    chunk.remarks.setdefault(remark, []).append(line)
         chunk.tokens = np.concatenate([chunk.tokens, *(document.tokens for document in kept)])
         chunk.weights = _join_weights(kept)
         chunk.sizes = [len(document.tokens) for document in kept]
@@ -215,7 +232,10 @@ class Encoder:
             raise content
         row = parse_json(content) if isinstance(content, bytes) else content
         record = read_row(row, self.config.data_type, self.config.sft_field)
-        return None if record.is_empty else self.encode_record(record)
+        if record.is_empty:
+            return None
+        remarks = find_remarks(row, record, trains_all_text=self.trains_unasked)
+        return self.encode_record(record)._replace(remarks=tuple(remarks))
 
     def _encode_ids(self, ids: Tokens) -> EncodedDocument:
         data = self.tokenizer.decode_bytes(ids.tolist())

@@ -35,17 +35,25 @@ CALL_ROLES = ("function_call", "tool_call")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # keys of a message that may hold its text, and those that it may have besides
 CONTENTS = ("content", "value", "text")
-BESIDES = frozenset(
-    "role from name id weight train loss tool_calls function_call tool_call_id".split()
-)
+BESIDES = ("role", "from", "name", "id", "weight", "train", "loss")
+BESIDES_CALLS = ("tool_calls", "function_call", "tool_call_id")
 # keys of a question and its answer in rows of no other form; a third one beside them is what the
 # question is about
-PAIRS = tuple((asked, "answer") for asked in ("question", "query", "prompt"))
-PAIRS += tuple(
-    (asked, "response") for asked in ("question", "query", "prompt", "instruction", "input")
+PAIRS = (
+    ("question", "answer"),
+    ("query", "answer"),
+    ("prompt", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("prompt", "response"),
+    ("instruction", "response"),
+    ("input", "response"),
+    ("input", "output"),
+    ("question", "output"),
+    ("query", "output"),
+    ("prompt", "output"),
+    ("user", "assistant"),
 )
-PAIRS += (("input", "output"), ("question", "output"), ("query", "output"), ("prompt", "output"))
-PAIRS += (("user", "assistant"),)
 ABOUT = ("input", "context")
 
 
@@ -199,7 +207,7 @@ def _read_turn(message: object, where: str) -> Turn:
         raise DataError(f'{where} has no "role"')
     role = role.strip().lower()
     said = [message[key] for key in CONTENTS if message.get(key) is not None]
-    others = [key for key in message if key not in (*CONTENTS, *BESIDES, *THOUGHTS)]
+    others = [key for key in message if key not in (*CONTENTS, *BESIDES, *BESIDES_CALLS, *THOUGHTS)]
     if not message.keys() & CONTENTS and any(message[key] for key in others):
         raise DataError(f'{where} has no "content" (found keys {", ".join(map(str, message))})')
     text = _read_content(said[0] if said else None, where)

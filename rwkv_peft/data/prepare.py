@@ -15,6 +15,7 @@ from rwkv_peft.data.documents import Documents, Places, Report
 from rwkv_peft.data.encode import TEXT_BLOCK, Chunk, Encoder, encode_all, group_rows
 from rwkv_peft.data.files import FileRow, read_rows, read_split
 from rwkv_peft.data.forms import FORMS
+from rwkv_peft.data.remarks import REMARKS
 from rwkv_peft.data.sources import TEXT_TYPES, TOKEN_TYPES, Source, find_sources
 from rwkv_peft.data.store import Store, open_store
 from rwkv_peft.data.tokenfiles import open_tokens
@@ -57,8 +58,10 @@ def read_documents(
     sources = [source for source in found if source.share != 0]
     encoder = Encoder(config, tokenizer, is_checked=is_checked)
     documents = _read(sources, encoder, progress)
-    notes = (*documents.report.notes, *_note_left_out(found, config))
-    return replace(documents, report=replace(documents.report, notes=notes))
+    notes = [*documents.report.notes, *_note_left_out(found, config)]
+    if any(part.kind not in TOKEN_TYPES for source in sources for part in source.parts):
+        notes += filter(None, [tokenizer.describe_mismatch()])
+    return replace(documents, report=replace(documents.report, notes=tuple(notes)))
 
 
 def _read(sources: list[Source], encoder: Encoder, progress: Progress | None) -> Documents:
@@ -150,7 +153,7 @@ def _note_left_out(sources: list[Source], config: DataConfig) -> Iterator[str]:
         if source.share == 0:
             yield f"{source.path} has share 0, left out"
             continue
-        others = [p.path for p in source.parts if p.split not in config.sft_split]
+        others = [p.path for p in source.members if p.split not in config.sft_split]
         for what, names in (
             ("files that are no data", source.strangers),
             (f"files that --sft_split {config.sft_split} does not name", others),
@@ -221,6 +224,7 @@ def _make_documents(
         empty=Places(arrays["empty"].reshape(-1, 2)),
         untrained=Places(arrays["untrained"].reshape(-1, 2)),
         duplicates=_find_duplicates(arrays),
+        remarks=_group_remarks(arrays["remarks"].reshape(-1, 3)),
     )
     _require_enough(report, paths, len(arrays["sizes"]), config)
     names = np.array(facts["states"])
@@ -244,6 +248,11 @@ def _find_duplicates(arrays: dict[str, NDArray[Any]]) -> Places:
     repeats = np.sort(order[1:][digests[order[1:]] == digests[order[:-1]]])
     sources = arrays["sources"][repeats].astype(np.int64)
     return Places(np.stack([sources, arrays["lines"][repeats]], axis=1))
+
+
+def _group_remarks(table: NDArray[np.int64]) -> dict[str, Places]:
+    places = ((name, table[table[:, 0] == i, 1:]) for i, name in enumerate(REMARKS))
+    return {name: Places(found) for name, found in places if len(found)}
 
 
 def _require_enough(

@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_peft.data.encode import Chunk
+from rwkv_peft.data.remarks import REMARKS
 from rwkv_peft.errors import DataError
 
+_REMARKS = list(REMARKS)
 # weights written at a time
 BLOCK = 1 << 20
 # arrays beside the tokens, whose dtype is an argument, and the loss weights (see _add_weights)
@@ -23,6 +25,8 @@ _COLUMNS = {
     # (rows, 2): source and line of each row that was left out
     "empty": np.int64,
     "untrained": np.int64,
+    # (remarks, 3): number of the remark, source and line of each row that calls for it
+    "remarks": np.int64,
 }
 
 
@@ -56,6 +60,9 @@ class Store:
         for name in ("empty", "untrained"):
             lines = np.array(getattr(chunk, name), dtype=np.int64)
             self._write(name, np.stack([np.full_like(lines, source), lines], axis=1))
+        for name, places in chunk.remarks.items():
+            number = _REMARKS.index(name)
+            self._write("remarks", np.array([(number, source, line) for line in places]))
         self.facts["num_rows"] += chunk.num_rows
         self.facts["num_bytes"] += chunk.num_bytes
         self.facts["bad"] += [f"{path}:{line}: {reason}" for line, reason in chunk.bad]

@@ -20,6 +20,10 @@ EOD = 0
 _MIN_VOCAB_SIZE = 257
 # the bundled file ends at id 65529
 _FULL_VOCAB_SIZE = 65530
+# vocabularies of models that speak its tokens: official ones, and the cut of the bundled model
+_WORLD_SIZES = (*range(65525, 65537), 5120)
+# vocabularies of GPT-2's and GPT-NeoX's tokenizers, plain and padded, as models of the Pile have
+_FOREIGN_SIZES = (50257, 50277, 50280, 50288, 50304, 50432)
 # measured: four bytes leave few candidates in English as well as in Chinese (3 bytes a character)
 _PREFIX = 4
 _SHORT_LENGTHS = tuple(range(_PREFIX - 1, 0, -1))
@@ -64,6 +68,30 @@ class Tokenizer:
         self._tables = _build_tables(self._vocab_file or BUNDLED_VOCAB_FILE, vocab_size)
 
     @property
+    def is_foreign(self) -> bool:
+        """Whether models of this vocabulary have another tokenizer, whose ids mean other texts."""
+        return self._vocab_file is None and self.vocab_size in _FOREIGN_SIZES
+
+    def describe_mismatch(self) -> str:
+        """What to know of a model whose vocabulary is not known to be that of RWKV World, or ""."""
+        if self._vocab_file is not None or self.vocab_size in _WORLD_SIZES:
+            return ""
+        return (
+            f"the model's vocabulary of {self.vocab_size} is neither that of RWKV World (65536) "
+            f"nor a known cut of it; texts become World tokens below {self.num_tokens}, and a "
+            "model with another tokenizer needs binidx, .npy or uint16 files made with that"
+        )
+
+    def _require_own(self) -> None:
+        if self.is_foreign:
+            raise ConfigError(
+                f"a vocabulary of {self.vocab_size} is that of the GPT-NeoX tokenizer, as models "
+                "of the Pile have it, and this program reads and writes texts by RWKV World's: "
+                "train such a model on tokens made with its own tokenizer, as a binidx pair, a "
+                ".npy file or --data_type uint16, without a mask"
+            )
+
+    @property
     def num_tokens(self) -> int:
         """One more than the largest id that has text; a model's vocabulary may be larger."""
         return max(self._tables.pieces) + 1
@@ -84,7 +112,9 @@ class Tokenizer:
             text: a str, or bytes that need not be valid UTF-8.
         Raises:
             DataError: a str holds a lone surrogate, which UTF-8 cannot express.
+            ConfigError: models with this vocabulary have another tokenizer.
         """
+        self._require_own()
         if isinstance(text, bytes):
             return _encode_bytes(text, self._tables)
         data = _utf8(text)
@@ -126,7 +156,9 @@ class Tokenizer:
 
         Raises:
             DataError: an id is outside the vocabulary.
+            ConfigError: models with this vocabulary have another tokenizer.
         """
+        self._require_own()
         return b"".join(map(self.token_bytes, tokens))
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:

@@ -246,6 +246,55 @@ def test_one_document_of_one_target_makes_batches(dataload: str, tmp_path: Path)
     assert sum(batches[i].num_trained for i in range(len(batches))) == 1
 
 
+@pytest.mark.parametrize("names", [[""], ["question", ""], ["a", "a"]])
+def test_fields_without_a_name_or_twice_are_refused(names: list[str]) -> None:
+    with pytest.raises(ConfigError, match="give the name of a column, and each once"):
+        DataConfig(sft_field=names)
+
+
+@pytest.mark.parametrize("max_untrained", [0.0, 1.0])
+def test_the_edges_of_how_many_may_be_left_out(max_untrained: float, tmp_path: Path) -> None:
+    asks = json.dumps({"messages": [{"role": "user", "content": "q"}]}) + "\n"
+    some, all_ = write(tmp_path / "a.jsonl", rows("a") + asks), write(tmp_path / "b.jsonl", asks)
+    if max_untrained:
+        assert len(read(some, max_untrained=max_untrained)) == 1
+    else:
+        with pytest.raises(DataError, match="in 1 of 2 documents"):
+            read(some, max_untrained=max_untrained)
+    with pytest.raises(DataError, match=r"no trainable token: 1 rows, 1 masked|in 1 of 1"):
+        read(all_, max_untrained=max_untrained)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--accumulate_grad_batches", 1000),
+        ("--epoch_steps", 1000),
+        ("--micro_bsz", 500, "--dataload", "pad"),
+        ("--ctx_len", 1),
+    ],
+)
+def test_settings_larger_than_the_data_train(
+    flags: tuple[object, ...], cli: CLI, model_file: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.jsonl", rows("ab"))
+    common = ("--proj_dir", tmp_path / "out", "--merge", 0, "--epoch_count", 1, "--ctx_len", 4)
+    # epoch_steps counts micro-batches over as many passes as that takes
+    steps = () if flags[0] != "--epoch_steps" else ("--accumulate_grad_batches", 1000)
+    done = cli("train", model_file, path, *common, *flags, *steps)
+    assert done.code == 0, done.err
+
+
+def test_a_saved_data_set_of_several_splits_is_read_by_name(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    held = {"train": Dataset.from_list([{"text": "a"}]), "test": Dataset.from_list([{"text": "b"}])}
+    DatasetDict(held).save_to_disk(str(tmp_path / "saved"))
+    assert texts(read(tmp_path / "saved")) == ["a"]
+    documents = read(tmp_path / "saved", sft_split="test")
+    assert texts(documents) == ["b"] and documents.report.notes == ()
+
+
 def test_no_name_beside_a_comma_is_said(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", rows("a"))
     with pytest.raises(ConfigError, match="there is no name beside a comma"):
