@@ -16,8 +16,8 @@ import secrets
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import IO, Any
@@ -52,6 +52,63 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 @contextmanager
+def atomic_files(*paths: Path) -> Iterator[Sequence[IO[bytes]]]:
+    """File objects whose contents become files that belong together, all of them or none.
+
+    Each complete file is renamed to `.NAME.next`, and the last of these renames decides. Then the
+    last of `paths` is removed, and all take their names, it again as the last: at no moment do an
+    old file and a new one stand together. If the writer dies after it was decided, the next writer
+    or `restore_files` finishes.
+
+    Args:
+        paths: in one folder. Of the last no reader may do without.
+    Raises:
+        CheckpointError: the folder cannot be written or the disk is full.
+    """
+    with ExitStack() as stack:
+        # the first, which is the largest, as the innermost: an error names it
+        names = {path: stack.enter_context(_temporary(path)) for path in reversed(paths)}
+        temporaries = [names[path] for path in paths]
+        with ExitStack() as opened:
+            files = [opened.enter_context(open(name, "wb")) for name in temporaries]
+            yield files
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        # of a dead writer: a mixture of its files and ours could be decided otherwise
+        restore_files(*paths)
+        try:
+            for temporary, path in zip(temporaries, paths, strict=True):
+                os.replace(temporary, _next(path))
+        except OSError:
+            for path in paths:
+                _remove(_next(path))
+            raise
+        try:
+            restore_files(*paths)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot finish {paths[-1]}: {error.strerror or error}. It takes its name when it "
+                "is next opened"
+            ) from error
+
+
+def restore_files(*paths: Path) -> None:
+    """Gives files that belong together their names, if a writer died after they were complete."""
+    *others, last = paths
+    with suppress(FileNotFoundError), _hold(_next(last)):
+        last.unlink(missing_ok=True)
+        _flush(last.parent)
+        for path in others:
+            # moved already, if a writer died here
+            with suppress(FileNotFoundError):
+                os.replace(_next(path), path)
+        _flush(last.parent)
+        os.replace(_next(last), last)
+        _flush(last.parent)
+
+
+@contextmanager
 def atomic_folder(path: str | Path, *, keeps_first: bool = False) -> Iterator[Path]:
     """A new folder to fill, which becomes `path` at the end, or not at all.
 
@@ -82,6 +139,11 @@ def restore_folder(path: Path) -> None:
                 os.rename(old, path)
 
 
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no other writer takes, for its unfinished content."""
+    return path.with_name(f".{path.name}.{_MACHINE}{secrets.token_hex(4)}.tmp")
+
+
 def cache_folder(*parts: str) -> Path:
     """The folder of this program, or one within it, where the system keeps a user's caches."""
     if sys.platform == "win32":
@@ -95,7 +157,7 @@ def cache_folder(*parts: str) -> Path:
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
     """A name for the content of `path`, which the caller moves to `path` at the end."""
-    temporary = path.with_name(f".{path.name}.{_MACHINE}{secrets.token_hex(4)}.tmp")
+    temporary = temporary_name(path)
     kept = ""
     try:
         _make_folders(path.parent)
@@ -115,6 +177,31 @@ def _temporary(path: Path) -> Iterator[Path]:
             f"cannot write {path}: {error.strerror or error}{kept}. Free space or choose another "
             "folder"
         ) from error
+
+
+def _next(path: Path) -> Path:
+    return path.with_name(f".{path.name}.next")
+
+
+@contextmanager
+def _hold(path: Path) -> Iterator[None]:
+    """Keeps others that hold a file waiting.
+
+    Raises:
+        FileNotFoundError: it is not there, or was moved meanwhile.
+    """
+    if sys.platform == "win32":
+        # which moves no open file
+        path.stat()
+        yield
+        return
+    with open(path, "rb") as file:
+        # a file system may have no locks
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        yield
 
 
 @contextmanager

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from rwkv_peft.checkpoint.adapter import attach_to_base, read_adapter
 from rwkv_peft.checkpoint.fingerprint import fingerprint
-from rwkv_peft.checkpoint.folder import SavedAdapter, write_folder
+from rwkv_peft.checkpoint.folder import FILES, SavedAdapter, write_folder
 from rwkv_peft.checkpoint.older import LegacyAdapterHints, make_start_file
 from rwkv_peft.checkpoint.pth import infer_model_config, read_weights, write_weights
 from rwkv_peft.checkpoint.state import is_state_file, read_state, write_state
-from rwkv_peft.checkpoint.stream import Spec, StoredDtype, write_tensors
+from rwkv_peft.checkpoint.stream import ENDINGS, Spec, StoredDtype, write_tensors
 from rwkv_peft.device import dtype_of
 from rwkv_peft.errors import CheckpointError, ConfigError
+from rwkv_peft.guard import require_free
 from rwkv_peft.methods import residual
 from rwkv_peft.methods.attach import PREFIX
 from rwkv_peft.methods.miss import as_lora
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 Form = Literal["peft", "pth", "residual"]
+# of the weight files of other programs, which nothing that is written here is
+FOREIGN_ENDINGS = (".pt", ".bin", ".st", ".ckpt", ".gguf", ".ggml", ".onnx")
 RESIDUAL, ADAPTER_FOLDER, START = "residual.pth", "adapter", "init_pissa.pth"
 
 
@@ -41,12 +44,13 @@ def convert(
     pissa_init: str | Path = "",
     dtype: StoredDtype = "keep",
     force: bool = False,
+    overwrite: bool = False,
 ) -> str:
     """Writes an adapter or a state in another form, and gives a line on what was written.
 
     Args:
         source: a folder in peft's format, or an adapter or state file of any RWKV-PEFT.
-        output: what to write, which must not exist; a state becomes a state file.
+        output: what to write; a state becomes a state file.
         base_model: the file that it was trained on.
         to: 'peft', a folder with the fingerprint of its base; 'pth', a file of `lora_A` and
             `lora_B`, which programs that attach LoRA to RWKV read; 'residual', for PiSSA, a folder
@@ -57,13 +61,16 @@ def convert(
             becomes one on the original base again.
         dtype: of the matrices of `residual.pth`.
         force: take an adapter that was trained on another base.
+        overwrite: replace what has the name of the output, if it is nothing that is read.
     Raises:
+        ConfigError: the output cannot have this name.
         CheckpointError: the source cannot be read, does not fit the base or has no such form.
     """
     output = Path(output)
+    _require_free(output, to, [source, base_model, pissa_init], overwrite)
     weights = read_weights(base_model)
     state = read_state(source, infer_model_config(weights)) if is_state_file(source) else None
-    _check_output(output, to, is_state=state is not None)
+    _require_form(output, to, is_state=state is not None)
     if state is not None:
         if not any(bool(x.any()) for x in state.values()):
             raise CheckpointError(f"{source} changes nothing: all of its state is zero")
@@ -81,14 +88,26 @@ def convert(
     return f"wrote {output}: {_describe(adapter)}, {len(adapter.tensors)} tensors"
 
 
-def _check_output(output: Path, to: Form, *, is_state: bool) -> None:
-    if output.exists():
-        raise ConfigError(f"--output {output} exists: choose another name")
+def _require_free(output: Path, to: Form, inputs: list[str | Path], overwrite: bool) -> None:
+    owned = {"peft": FILES, "residual": (RESIDUAL, ADAPTER_FOLDER, START), "pth": None}[to]
+    if output.suffix in ENDINGS:
+        owned = None
+    elif output.suffix in FOREIGN_ENDINGS:
+        raise ConfigError(
+            f"--output {output}: what is written is a folder, or a file named .pth or .safetensors"
+        )
+    require_free(output, inputs=inputs, overwrite=overwrite, owned=owned)
+    if to == "residual":
+        require_free(output / ADAPTER_FOLDER, inputs=inputs, overwrite=overwrite, owned=FILES)
+
+
+def _require_form(output: Path, to: Form, *, is_state: bool) -> None:
     if is_state and to != "peft":
         raise ConfigError(f"--to {to} is for adapters: a state has one form, leave it out")
-    is_file = output.suffix in (".pth", ".safetensors")
+    is_file = output.suffix in ENDINGS
     if is_file != (is_state or to == "pth"):
-        wanted = "a folder's name" if is_file else "a file's name that ends in .pth"
+        wanted = f"a file's name that ends in {' or '.join(ENDINGS)}"
+        wanted = "a folder's name" if is_file else wanted
         raise ConfigError(f"--output {output}: {wanted} is needed here")
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 CONFIG, WEIGHTS, NOTE = "adapter_config.json", "adapter_model.safetensors", "rwkv_peft.json"
+FILES = (CONFIG, WEIGHTS, NOTE)
 
 
 class SavedAdapter(NamedTuple):

@@ -18,15 +18,19 @@ from rwkv_peft.checkpoint.mapped import build_mapped, upcast_on_use
 from rwkv_peft.checkpoint.older import LegacyAdapterHints
 from rwkv_peft.checkpoint.pth import STATE_SUFFIX, infer_model_config, read_weights
 from rwkv_peft.checkpoint.state import is_state_file, read_state
-from rwkv_peft.checkpoint.stream import Spec, StoredDtype, write_tensors
+from rwkv_peft.checkpoint.stream import Spec, StoredDtype, require_ending, write_tensors
+from rwkv_peft.data.sources import find_sources
 from rwkv_peft.device import dtype_of
 from rwkv_peft.errors import CheckpointError, ConfigError
+from rwkv_peft.guard import require_free
 from rwkv_peft.methods.merge import Addition, MergedWeights, split_rows
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.writing import atomic_file
 
 # a change of which rounding takes more than this is worth another type
 TOLERABLE = 0.05
+# name of what a merge writes beside its output
+REPORT = "merge_report.json"
 # tokens on which a merged file is compared with the adapter model
 COMPARED = 64
 
@@ -95,7 +99,7 @@ class MergeReport:
 
     def write(self) -> Path:
         """Writes merge_report.json beside the output."""
-        path = Path(self.output).with_name("merge_report.json")
+        path = Path(self.output).with_name(REPORT)
         with atomic_file(path, "w") as file:
             json.dump({**asdict(self), "recommendation": self.recommendation()}, file, indent=2)
         return path
@@ -124,6 +128,7 @@ def merge(
     force: bool = False,
     compare: int = COMPARED,
     data_file: str = "",
+    overwrite: bool = False,
 ) -> MergeReport:
     """Writes `output`: the official file `base_model` with adapters or learned states added.
 
@@ -143,23 +148,22 @@ def merge(
             for no comparison.
         data_file: held-out rows to compare on, in any form that training reads; a built-in text
             if empty.
+        overwrite: replace what has the name of the output, if it is nothing that is read.
     Raises:
+        ConfigError: the output cannot have this name.
         CheckpointError: a file cannot be read or written, an adapter does not fit the base or
             changes nothing, or fp16 cannot hold a value.
     """
-    sources = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
-    factors = list(weights) or [1.0] * len(sources)
-    if len(factors) != len(sources):
-        raise ConfigError(f"{len(sources)} adapters came with {len(factors)} weights")
+    pairs = _pair(adapter, weights)
+    sources, factors = [source for source, _ in pairs], [factor for _, factor in pairs]
+    _require_free(output, [base_model, pissa_init, *sources], data_file, overwrite)
     base = read_weights(base_model)
     model_config = infer_model_config(base)
     text = draw_sample(model_config.vocab_size, compare, data_file)
-    pairs = list(zip(sources, factors, strict=True))
-    states = _add_up_states(base, [pair for pair in pairs if is_state_file(pair[0])])
-    adapters = [pair for pair in pairs if not is_state_file(pair[0])]
-    additions = _attach_adapters(base, adapters, LegacyAdapterHints(lora_alpha, pissa_init), force)
+    states = _add_up_states(base, pairs)
+    additions = _attach_adapters(base, pairs, LegacyAdapterHints(lora_alpha, pissa_init), force)
     merged = MergedWeights(base, additions)
-    names = [str(s) for s in sources]
+    names = [str(source) for source in sources]
     report = MergeReport(str(base_model), names, factors, str(output), "", model_config.version)
     report.states = len(states)
     # not around the lines above: attaching may decompose whole matrices, which threads speed up
@@ -172,6 +176,33 @@ def merge(
             report.comparison = compare_models(adapted, plain, text)
     report.write()
     return report
+
+
+def _pair(adapter: str | Path | Sequence[str | Path], weights: Sequence[float]) -> list[Source]:
+    sources = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
+    if weights and len(weights) != len(sources):
+        raise ConfigError(f"{len(sources)} adapters came with {len(weights)} weights")
+    return list(zip(sources, weights or [1.0] * len(sources), strict=True))
+
+
+def _require_free(
+    output: str | Path, inputs: Sequence[str | Path], data_file: str, overwrite: bool
+) -> None:
+    require_ending(output)
+    data = [file for x in find_sources(data_file) for file in x.files] if data_file else []
+    require_free(output, inputs=[*inputs, *data], overwrite=overwrite)
+    report = Path(output).with_name(REPORT)
+    is_ours = overwrite or _is_report(report)
+    require_free(report, inputs=[*inputs, *data], overwrite=is_ours, flag="the report")
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is the report of an earlier merge."""
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else None
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.keys() >= {"base_model", "adapters", "output"}
 
 
 def _write(
@@ -200,13 +231,13 @@ def _write(
             for x, value in zip(split_rows(base[name]), merged.pieces(name), strict=True):
                 result = _round(name, value, stored[name])
                 own += _measure_losses(x, value, result)
+                if not math.isfinite(own[0]):
+                    raise CheckpointError(
+                        f"{name} is not finite once it is merged: the adapter, or the base, holds "
+                        "NaN or infinity; take an earlier one"
+                    )
                 yield result
             change, lost, _ = own.tolist()
-            if not math.isfinite(change):
-                raise CheckpointError(
-                    f"{name} is not finite once it is merged: the adapter, or the base, holds NaN "
-                    "or infinity; take an earlier one"
-                )
             if change:
                 report.changed[name] = _relative(lost, change)
                 total.add_(own)
@@ -224,9 +255,10 @@ def _round(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _attach_adapters(
-    base: Mapping[str, Tensor], sources: Sequence[Source], hints: LegacyAdapterHints, force: bool
+    base: Mapping[str, Tensor], pairs: Sequence[Source], hints: LegacyAdapterHints, force: bool
 ) -> list[Addition]:
     additions, own = [], fingerprint(base)
+    sources = [pair for pair in pairs if not is_state_file(pair[0])]
     for folder, factor in sources:
         # hints for one of several adapters are for those that need some
         lacks_it = len(sources) == 1 or Path(folder).is_file()
@@ -238,7 +270,7 @@ def _attach_adapters(
 
 def _add_up_states(base: Mapping[str, Tensor], sources: Sequence[Source]) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
-    for path, factor in sources:
+    for path, factor in (source for source in sources if is_state_file(source[0])):
         for name, x in read_state(path, infer_model_config(base)).items():
             total[name] = total.get(name, torch.zeros_like(x)) + factor * x
     return total

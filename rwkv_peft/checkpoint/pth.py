@@ -64,9 +64,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
     try:
         # the library checks the header; its tensors are copies, and these are views of the file
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-        return map_safetensors(path, names)
+        with safe_open(path, framework="pt"):
+            return map_safetensors(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or no .safetensors file ({error})") from error
 

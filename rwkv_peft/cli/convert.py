@@ -6,6 +6,7 @@ from typing import Literal
 
 from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
+from rwkv_peft.config import Switch
 from rwkv_peft.errors import ConfigError
 
 
@@ -18,7 +19,9 @@ class ConvertOptions(AdapterOptions):
     base_model: str = ""
     """The official weights that it was trained on."""
     output: str = ""
-    """The folder or file to write, which must not exist."""
+    """The folder or file to write."""
+    overwrite: Switch = 0
+    """1 replaces what has this name, if it is nothing that is read."""
     to: Literal["peft", "pth", "residual"] = "peft"
     """peft: a folder in peft's format. pth: a file of lora_A and lora_B, from LoRA and MiSS.
 
@@ -49,6 +52,7 @@ def run(args: Sequence[str]) -> int:
         pissa_init=options.pissa_init,
         dtype=options.dtype,
         force=options.force,
+        overwrite=bool(options.overwrite),
     )
     print(line)
     return 0

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rwkv_peft.cli.parse import parse
+from rwkv_peft.config import Switch
 from rwkv_peft.errors import ConfigError
 
 
@@ -14,6 +15,8 @@ class InitOptions:
 
     output: str = ""
     """The file to write, .pth or .safetensors."""
+    overwrite: Switch = 0
+    """1 replaces what has this name, if it is nothing that is read."""
     n_layer: int = 12
     """Layers."""
     n_embd: int = 768
@@ -45,10 +48,14 @@ def run(args: Sequence[str]) -> int:
         )
 
     from rwkv_peft.checkpoint.pth import write_weights
+    from rwkv_peft.checkpoint.stream import require_ending
     from rwkv_peft.device import dtype_of
+    from rwkv_peft.guard import require_free
     from rwkv_peft.models import VERSIONS
     from rwkv_peft.models.config import ModelConfig
 
+    require_ending(options.output, "OUTPUT")
+    require_free(options.output, overwrite=bool(options.overwrite), flag="OUTPUT")
     # the newest whose pre-training is known
     name, fresh = next((version.name, version.fresh) for version in VERSIONS if version.fresh)
     chosen = ModelConfig(

@@ -8,6 +8,7 @@ from typing import Literal
 from rwkv_peft.cli.legacy.merge import translate_merge
 from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
+from rwkv_peft.config import Switch
 from rwkv_peft.errors import ConfigError
 
 
@@ -30,6 +31,8 @@ class MergeOptions(AdapterOptions):
     """Held-out rows to compare on, in any form that training reads; a built-in text if empty."""
     output: str = ""
     """The file to write, .pth or .safetensors."""
+    overwrite: Switch = 0
+    """1 replaces what has this name, if it is nothing that is read."""
 
 
 def run(args: Sequence[str]) -> int:
@@ -60,6 +63,7 @@ def run(args: Sequence[str]) -> int:
         force=options.force,
         compare=options.compare,
         data_file=options.data_file,
+        overwrite=bool(options.overwrite),
     )
     print(f"wrote {options.output}", *report.lines(), sep="\n")
     return 0

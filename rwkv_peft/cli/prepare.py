@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rwkv_peft.cli.legacy.data import translate_prepare
 from rwkv_peft.cli.parse import parse
-from rwkv_peft.config import DataConfig, DataType
+from rwkv_peft.config import DataConfig, DataType, Switch
 from rwkv_peft.errors import ConfigError
 
 
@@ -20,6 +20,8 @@ class PrepareOptions(DataConfig):
 
     output: str = ""
     """The pair to write, without .bin and .idx; the input's name if empty."""
+    overwrite: Switch = 0
+    """1 replaces what has this name, if it is nothing that is read."""
     data_type: DataType = "auto"
     """binidx is what is written; any other names the format of the input."""
     prepare_workers: int = 0
@@ -52,8 +54,15 @@ def run(args: Sequence[str]) -> int:
 
     from rwkv_peft.data.pairs import write_pair
     from rwkv_peft.data.prepare import read_documents
+    from rwkv_peft.data.sources import find_sources
     from rwkv_peft.data.tokenizer import Tokenizer
+    from rwkv_peft.guard import require_free
 
+    inputs = [file for source in find_sources(options.data_file) for file in source.files]
+    inputs += [Path(name) for name in (options.vocab_file, options.template) if name]
+    for ending in (".bin", ".idx"):
+        name = f"{output}{ending}"
+        require_free(name, inputs=inputs, overwrite=bool(options.overwrite))
     vocab_file = Path(options.vocab_file) if options.vocab_file else None
     tokenizer = Tokenizer(options.vocab_size, vocab_file=vocab_file)
     config = replace(

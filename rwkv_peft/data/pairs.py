@@ -6,9 +6,9 @@ import numpy as np
 
 from rwkv_peft.data.documents import Documents
 from rwkv_peft.data.sources import Source
-from rwkv_peft.data.tokenfiles import open_tokens, write_index
+from rwkv_peft.data.tokenfiles import mark_tokens, open_tokens, write_index
 from rwkv_peft.errors import DataError
-from rwkv_peft.writing import atomic_file
+from rwkv_peft.writing import atomic_files
 
 BLOCK = 1 << 20
 
@@ -31,7 +31,7 @@ def write_pair(path: Path, documents: Documents, copies: int = 1, seed: int = 0)
         orders = [generator.permutation(len(documents)) for _ in range(copies)]
     dtype = documents.tokens.dtype
     sums = []
-    with atomic_file(index_file) as index, atomic_file(tokens_file) as file:
+    with atomic_files(tokens_file, index_file) as (file, index):
         write_index(index, np.concatenate([sizes[order] for order in orders]), dtype)
         for order in orders:
             if copies == 1:
@@ -44,6 +44,8 @@ def write_pair(path: Path, documents: Documents, copies: int = 1, seed: int = 0)
                 document = documents.tokens[documents.starts[i] : documents.starts[i + 1]]
                 sums.append(int(document.sum()))
                 file.write(document.tobytes())
+        file.flush()
+        index.write(mark_tokens(file.name))
     tokens, starts = open_tokens(Source(str(path), "binidx"), 1 << 31)
     total = sum(int(tokens[i : i + BLOCK].sum()) for i in range(0, len(tokens), BLOCK))
     if len(starts) - 1 != len(documents) * copies or total != sum(sums):

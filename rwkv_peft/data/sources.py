@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from rwkv_peft.data.files import READERS, is_saved_by_datasets
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.writing import restore_files
 
 # what --data_type may name that is not a form of rows: files of tokens, and plain text
 TOKEN_TYPES = ("binidx", "numpy", "uint16")
@@ -120,7 +121,9 @@ def _find(name: str, data_type: str) -> Source | None:
     # a file of exactly this name comes before a pair, unless --data_type asks for the pair
     if kind == "binidx" or (not kind and (stem != name or not path.exists())):
         for pair in (stem, f"{stem}_text_document"):
-            if Path(f"{pair}.bin").is_file() and Path(f"{pair}.idx").is_file():
+            files = Path(f"{pair}.bin"), Path(f"{pair}.idx")
+            restore_files(*files)
+            if all(file.is_file() for file in files):
                 return Source(pair, "binidx")
     if stem != name and path.exists() and kind in ("", "binidx"):
         raise ConfigError(

@@ -1,7 +1,9 @@
 """Arrays that grow as data is read, in memory or in a folder that later runs open again."""
 
+import hashlib
 import io
 import json
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,7 +15,7 @@ from rwkv_peft.data.remarks import REMARKS
 from rwkv_peft.errors import DataError
 
 _REMARKS = list(REMARKS)
-# weights written at a time
+# elements of an array that are looked at, or loss weights that are written, at a time
 BLOCK = 1 << 20
 # arrays beside the tokens, whose dtype is an argument, and the loss weights (see _add_weights)
 _COLUMNS = {
@@ -44,6 +46,7 @@ class Store:
         self._dtypes = {"tokens": dtype, **{k: np.dtype(t) for k, t in _COLUMNS.items()}}
         self._files: dict[str, BinaryIO] = {name: self._open(name) for name in self._dtypes}
         self._names: dict[str, int] = {"": 0}
+        self._checksums: dict[str, int] = {}
         self.num_tokens = 0
         self.facts: dict[str, Any] = {"num_rows": 0, "num_bytes": 0, "forms": {}, "bad": []}
 
@@ -84,9 +87,10 @@ class Store:
         """The facts; with a folder they are written there, which makes it complete."""
         self.facts["states"] = list(self._names)
         self.facts["dtypes"] = {name: str(dtype) for name, dtype in self._dtypes.items()}
+        self.facts["checksums"] = {name: self._checksums.get(name, 0) for name in self._dtypes}
         if self._folder is not None:
             self.close()
-            text = json.dumps(self.facts, ensure_ascii=False)
+            text = json.dumps({**self.facts, "checksum": _checksum_of(self.facts)})
             (self._folder / "facts.json").write_text(text, encoding="utf-8")
         return self.facts
 
@@ -103,7 +107,10 @@ class Store:
 
     def _write(self, name: str, values: NDArray[Any]) -> None:
         if len(values):
-            self._files[name].write(values.astype(self._dtypes[name], copy=False).tobytes())
+            content = values.astype(self._dtypes[name], copy=False).tobytes()
+            self._files[name].write(content)
+            if self._folder is not None:
+                self._checksums[name] = zlib.crc32(content, self._checksums.get(name, 0))
 
     def _add_weights(self, chunk: Chunk) -> None:
         """Loss weights are kept from the first that is not 1, as a mask while all are 0 or 1."""
@@ -129,22 +136,43 @@ class Store:
         if mask is not None:
             mask.close()
             del self._dtypes["mask"]
+            self._checksums.pop("mask", None)
             if self._folder is not None:
                 (self._folder / "mask").unlink()
 
 
 def open_store(folder: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """The arrays, as memory maps, and the facts of a complete folder.
+    """The arrays, as memory maps, and the facts of a complete folder, all as they were written.
+
+    The checksums take a second for a gigabyte. The texts that the data was made of are larger, and
+    were hashed before to find the folder.
 
     Raises:
         DataError: the folder was damaged since it was written.
     """
     try:
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        if facts.pop("checksum") != _checksum_of(facts):
+            raise ValueError("facts.json is not as it was written")
         dtypes = {name: np.dtype(dtype) for name, dtype in facts["dtypes"].items()}
-        return _map_all(folder, dtypes), facts
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        arrays = _map_all(folder, dtypes)
+        for name, array in arrays.items():
+            if _checksum_of_array(array) != facts["checksums"][name]:
+                raise ValueError(f"{name} is not as it was written")
+        return arrays, facts
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"the prepared data in {folder} is damaged: delete it ({error})") from error
+
+
+def _checksum_of(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _checksum_of_array(array: NDArray[Any]) -> int:
+    checksum = 0
+    for start in range(0, len(array), BLOCK):
+        checksum = zlib.crc32(array[start : start + BLOCK].tobytes(), checksum)
+    return checksum
 
 
 def _map_all(folder: Path, dtypes: dict[str, np.dtype[Any]]) -> dict[str, NDArray[Any]]:

@@ -1,5 +1,6 @@
 """Files of token ids, opened as memory maps: binidx pairs, .npy arrays, raw uint16."""
 
+import hashlib
 import struct
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
+# what this program puts behind an index, where no reader looks: the mark of the tokens' file
+_SIGN, _DIGEST = b"RWKVPEFT", 16
+# parts of a file that its mark is made of, evenly spread, and their bytes
+NUM_PARTS, PART = 64, 4096
 # tokens looked at in one go
 BLOCK = 1 << 24
 
@@ -72,9 +77,11 @@ def _open_binidx(path: str) -> TokenFile:
             f"{path}.idx: version {version} with dtype code {code} cannot be read: tokens must "
             "be whole numbers, version 1"
         )
-    if len(raw) != _HEADER.size + 12 * count + 8 * num_marks:
+    end = _HEADER.size + 12 * count + 8 * num_marks
+    mark = raw[end:].tobytes()
+    if len(raw) < end or mark[: len(_SIGN)] not in (b"", _SIGN):
         raise DataError(f"{path}.idx: {len(raw)} bytes do not hold {count} documents; was it cut?")
-    body = raw[_HEADER.size :]
+    body = raw[_HEADER.size : end]
     sizes = body[: 4 * count].view("<i4").astype(np.int64)
     places = body[4 * count : 12 * count].copy().view("<i8")
     dtype = np.dtype(_DTYPES[code])
@@ -82,11 +89,33 @@ def _open_binidx(path: str) -> TokenFile:
     if (sizes < 0).any() or (places != starts[:-1] * dtype.itemsize).any():
         raise DataError(f"{path}.idx: its documents do not follow one another in {path}.bin")
     tokens = _map(f"{path}.bin", dtype)
-    if len(tokens) < starts[-1]:
+    if len(tokens) != starts[-1]:
         raise DataError(
-            f"{path}.bin: {len(tokens)} tokens, but {path}.idx names {starts[-1]}; was it cut?"
+            f"{path}.bin has {len(tokens)} tokens, but {path}.idx names {starts[-1]}: one of them "
+            "was cut, or they are of different data; prepare the data again"
         )
-    return TokenFile(tokens[: starts[-1]], np.unique(starts))
+    if mark and mark != mark_tokens(f"{path}.bin"):
+        raise DataError(
+            f"{path}.bin and {path}.idx are of different data: copy both again, or prepare the "
+            "data again"
+        )
+    return TokenFile(tokens, np.unique(starts))
+
+
+def mark_tokens(path: str | Path) -> bytes:
+    """What an index says of its file of tokens, so that it is not taken for that of another.
+
+    It is made of 64 parts of the file, since a file may have many gigabytes and need not be read
+    whole before training: another file has other tokens in them, while a damaged one may not.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        digest.update(size.to_bytes(8, "little"))
+        for i in range(NUM_PARTS):
+            file.seek(max(0, size - PART) * i // (NUM_PARTS - 1))
+            digest.update(file.read(PART))
+    return _SIGN + digest.digest()[:_DIGEST]
 
 
 def _open_numpy(path: str) -> TokenFile:

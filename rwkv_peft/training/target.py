@@ -161,7 +161,7 @@ class Weights:
         )
         if not settings.merge:
             return Saved(None, adapter)
-        report = merge(settings.load_model, adapter, weights, force=True, compare=0)
+        report = merge(settings.load_model, adapter, weights, overwrite=True, compare=0)
         remarks = (report.lines()[0],) if report.is_lossy else ()
         return Saved(weights, adapter, remarks)
 

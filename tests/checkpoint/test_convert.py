@@ -350,7 +350,7 @@ def test_the_command_converts_and_generates_from_old_files(
     assert done.out == f"wrote {output}: lora of rank 4, lora_alpha 24, 24 tensors\n"
     again = cli(*line, "--lora_alpha", ALPHA)
     assert again.code == 2 and "exists: choose another name" in again.err
-    strange = cli("convert", base, *line[2:-1], tmp_path / "new")
+    strange = cli("convert", base, *line[2:-1], tmp_path / "other")
     assert strange.code == 2 and "holds no learned state and no adapter" in strange.err
     wrong = cli(*line[:-1], tmp_path / "new.pth", "--lora_alpha", ALPHA)
     assert wrong.code == 2 and "a folder's name is needed here" in wrong.err

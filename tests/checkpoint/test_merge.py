@@ -122,7 +122,9 @@ def test_states_and_weighted_adapters_are_compared_with_what_they_stand_for(
     name = "blocks.1.att.key.weight"
     total = tensors[name].double()
     for adapter, weight in ((one, 0.5), (other, -0.25)):
-        rwkv_peft.merge(base, adapter, tmp_path / "alone.pth", dtype="fp32", compare=0)
+        rwkv_peft.merge(
+            base, adapter, tmp_path / "alone.pth", dtype="fp32", compare=0, overwrite=True
+        )
         total += weight * (read_weights(tmp_path / "alone.pth")[name].double() - tensors[name])
     torch.testing.assert_close(merged[name].double(), total, rtol=0, atol=1e-6)
     states = read_weights(state)
@@ -162,7 +164,8 @@ def test_the_command_prints_three_lines_and_writes_them(
     assert report["comparison"]["tokens"] == 100
     assert f"KL {report['comparison']['kl']:.2g} nats" in comparison
     assert f"same at {report['comparison']['top1_agreement']:.1%}" in comparison
-    off = cli("merge", *files, "--compare", 0)
+    assert "exists: choose another name" in cli("merge", *files, "--compare", 0).err
+    off = cli("merge", *files, "--compare", 0, "--overwrite", 1)
     assert off.out.splitlines()[2] == "comparison: not made"
     report = json.loads((tmp_path / "merge_report.json").read_text(encoding="utf-8"))
     assert report["comparison"] is None
@@ -199,9 +202,9 @@ def test_values_that_a_file_cannot_hold_leave_the_previous_file(
     adapter = make_adapter(base, tmp_path / "adapter", "lora", {"r": 4}, size=500.0)
     (tmp_path / "merged.pth").write_bytes(b"previous")
     with pytest.raises(CheckpointError, match="does not fit into fp16"):
-        rwkv_peft.merge(base, adapter, tmp_path / "merged.pth", dtype="fp16")
+        rwkv_peft.merge(base, adapter, tmp_path / "merged.pth", dtype="fp16", overwrite=True)
     broken = make_adapter(base, tmp_path / "broken", "lora", {"r": 4}, size=float("nan"))
     with pytest.raises(CheckpointError, match=r"att\.receptance\.weight .* not finite"):
-        rwkv_peft.merge(base, broken, tmp_path / "merged.pth")
+        rwkv_peft.merge(base, broken, tmp_path / "merged.pth", overwrite=True)
     assert (tmp_path / "merged.pth").read_bytes() == b"previous"
     assert not list(tmp_path.glob(".*.tmp"))

@@ -1,0 +1,106 @@
+"""What is to be written takes the place of nothing that the user may miss."""
+
+import os
+import stat
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from rwkv_peft.errors import ConfigError
+from rwkv_peft.writing import temporary_name
+
+# files and folders that are told from others by more than their paths
+_Identity = tuple[int, int]
+
+
+def require_free(
+    output: str | Path,
+    *,
+    inputs: Iterable[str | Path] = (),
+    overwrite: bool = False,
+    owned: Collection[str] | None = None,
+    flag: str = "--output",
+) -> None:
+    """Raises unless a file or a folder can be written and nothing is lost by it.
+
+    An input is never written over, by whatever path it is reached; nor is what is no regular file,
+    such as a device; nor a folder that holds anything of the user's. What is there already is
+    replaced only with `overwrite`.
+
+    Args:
+        output: a file, or a folder if `owned` is given.
+        inputs: files that are read, and folders of which any file may be; empty names are not.
+        owned: names that this program writes in the folder.
+        flag: how the user named it, for messages.
+    Raises:
+        ConfigError: with what stands in the way.
+    """
+    path, named = Path(output), f"{flag} {output}"
+    try:
+        # a file that is made first has a longer name
+        temporary_name(path).exists()
+        is_there = os.path.lexists(path)
+        mode = path.stat().st_mode if path.exists() else 0
+        foreign = set(os.listdir(path)) - set(owned or ()) if stat.S_ISDIR(mode) else set()
+        clash = find_clash([path], inputs)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{named} cannot be written: {reason}; choose another name") from error
+    if clash:
+        raise ConfigError(f"{named} is or holds {clash[1]}, which is read: choose another name")
+    _require_writable(path.parent, named)
+    if mode and not (stat.S_ISREG(mode) if owned is None else stat.S_ISDIR(mode)):
+        wanted = "regular file" if owned is None else "folder"
+        raise ConfigError(f"{named} is there and no {wanted}: choose another name")
+    if foreign:
+        raise ConfigError(
+            f"{named} holds other files too ({', '.join(sorted(foreign)[:3])}), which would be "
+            "removed: move them, or choose another name"
+        )
+    if is_there and not overwrite:
+        raise ConfigError(f"{named} exists: choose another name, or give --overwrite 1")
+
+
+def find_clash(
+    outputs: Iterable[str | Path], inputs: Iterable[str | Path]
+) -> tuple[Path, Path] | None:
+    """The first output that is there and is an input, by whatever path or link, and that input.
+
+    A folder stands for all that it holds.
+    """
+    taken = {key: Path(output) for output in outputs for key, _ in _walk(Path(output))}
+    if not taken:
+        return None
+    clashes = (
+        (taken[key], path)
+        for given in inputs
+        if str(given)
+        for key, path in _walk(Path(given))
+        if key in taken
+    )
+    return next(clashes, None)
+
+
+def _walk(path: Path) -> Iterator[tuple[_Identity, Path]]:
+    """The identities of a file, or of a folder and all in it; none of what is missing."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        yield _identify(path), path
+        for folder, folders, names in os.walk(path):
+            for name in (*folders, *names):
+                with suppress(FileNotFoundError):
+                    yield _identify(Path(folder, name)), Path(folder, name)
+
+
+def _identify(path: Path) -> _Identity:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _require_writable(folder: Path, named: str) -> None:
+    """Raises ConfigError unless a folder is there and can be written, or can be made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ConfigError(f"{named}: {folder} is no folder: choose another name")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{named}: the folder {folder} cannot be written: choose another")

@@ -1,0 +1,88 @@
+"""What may be written where, whatever the path says."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rwkv_peft.errors import ConfigError
+from rwkv_peft.guard import find_clash, require_free
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "base.pth"
+    path.write_bytes(b"weights")
+    return path
+
+
+def spellings(base: Path) -> list[Path]:
+    """Other paths of one file."""
+    top = base.parent.parent
+    (top / "link").symlink_to(base)
+    (top / "chain").symlink_to(top / "link")
+    (top / "linked").symlink_to(base.parent)
+    os.link(base, top / "hard")
+    others = [top / "link", top / "chain", top / "linked" / base.name, top / "hard"]
+    return [base, base.parent / ".." / "in" / base.name, Path(os.path.relpath(base)), *others]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_input_is_refused_by_any_path(base: Path, overwrite: bool) -> None:
+    for path in spellings(base):
+        for given in (base, base.parent):
+            with pytest.raises(ConfigError, match=r"is or holds .*, which is read"):
+                require_free(path, inputs=[given], overwrite=overwrite)
+    assert find_clash([base], [base.with_name("missing")]) is None
+
+
+def test_a_folder_that_holds_an_input_is_refused(base: Path) -> None:
+    for folder in (base.parent, base.parent.parent):
+        with pytest.raises(ConfigError, match="which is read"):
+            require_free(folder, inputs=[base], overwrite=True, owned=os.listdir(folder))
+
+
+def test_a_new_file_in_the_folder_of_an_input_is_free(base: Path) -> None:
+    require_free(base.parent / "new.pth", inputs=[base, base.parent])
+    require_free(base.parent.parent / "new" / "folder" / "new.pth", inputs=[base])
+
+
+def test_what_is_there_is_replaced_only_when_that_is_said(base: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--output .*exists: .*--overwrite 1"):
+        require_free(base)
+    require_free(base, overwrite=True)
+    (base.parent / "dangling").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="exists"):
+        require_free(base.parent / "dangling")
+
+
+def test_what_is_no_regular_file_is_never_replaced(base: Path) -> None:
+    os.mkfifo(base.parent / "fifo")
+    (base.parent / "null").symlink_to("/dev/null")
+    for path in (base.parent / "fifo", base.parent / "null", Path("/dev/null"), base.parent):
+        with pytest.raises(ConfigError, match="is there and no regular file"):
+            require_free(path, overwrite=True)
+    for path in (base, base.parent / "fifo"):
+        with pytest.raises(ConfigError, match="is there and no folder"):
+            require_free(path, overwrite=True, owned=["a"])
+
+
+def test_a_folder_with_files_of_the_user_is_never_replaced(base: Path) -> None:
+    require_free(base.parent, overwrite=True, owned=["base.pth", "more"])
+    (base.parent / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds other files too \(notes\.txt\)"):
+        require_free(base.parent, overwrite=True, owned=["base.pth", "more"])
+
+
+@pytest.mark.parametrize("name", ["base.pth/x.pth", "n" * 300, "n" * 250, "a\0b"])
+def test_a_name_that_cannot_be_is_refused(base: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="choose another"):
+        require_free(base.parent / name)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
+def test_a_folder_without_the_right_to_write_is_refused(base: Path) -> None:
+    base.parent.chmod(0o500)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        require_free(base.parent / "deep" / "new.pth")
