@@ -1,7 +1,7 @@
 """Templates: from turns to the pieces of a text, and from a text back to its pieces."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 
 from rwkv_peft.data.records import Piece, Turn, join_inputs
 from rwkv_peft.errors import ConfigError, DataError
+
+BLANK_LINE = r"\n[ \t\r]*\n"
 
 
 class Template(Protocol):
@@ -23,8 +25,8 @@ class Template(Protocol):
         """What an answer begins with; the model gets it as the end of the prompt."""
 
     @property
-    def stops(self) -> tuple[str, ...]:
-        """Texts that end an answer."""
+    def stops(self) -> "Sequence[str | Headings]":
+        """What ends an answer: texts, or a heading after a blank line."""
 
     def render(self, turns: Sequence[Turn]) -> list[Piece]:
         """The document of these turns."""
@@ -45,6 +47,43 @@ class Frame(NamedTuple):
     has_no_blank_line: bool = False
 
 
+class Headings:
+    """Where turns begin in a text, whether it is read or being generated: one rule for both.
+
+    A heading counts after a blank line alone, and at the start of a text that is read.
+
+    Args:
+        heads: whole headings, such as "User:".
+    """
+
+    def __init__(self, heads: Iterable[str]) -> None:
+        words = sorted(heads, key=len, reverse=True)
+        head = r"\s*(?P<head>" + "|".join(map(re.escape, words)) + ")"
+        beginnings = {word[:length] for word in words for length in range(1, len(word))}
+        beginning = "|".join(map(re.escape, sorted(beginnings, key=len, reverse=True)))
+        self._in_text = re.compile(r"(?:\A|" + BLANK_LINE + ")" + head)
+        self._after_text = re.compile(BLANK_LINE + head)
+        self._begun = re.compile(rf"\n[ \t\r]*(?:\n\s*(?:{beginning})?)?\Z")
+
+    def find_all(self, text: str) -> list[re.Match[str]]:
+        """The headings of a whole text, each as the group `head`."""
+        return list(self._in_text.finditer(text))
+
+    def find_end(self, text: str) -> int:
+        """Where a generated turn ends, before the blank line of a heading; -1: nowhere yet."""
+        found = None if text.isspace() else self._after_text.search(text)
+        return found.start() if found else -1
+
+    def count_settled(self, text: str) -> int:
+        """Number of characters that no text behind them can make part of a turn's end."""
+        begun = self._begun.search(text)
+        return begun.start() if begun else len(text)
+
+    def trim_last(self, text: str) -> str:
+        """The unsettled end of a turn that is over, without the white space that ends a turn."""
+        return text.rstrip()
+
+
 @dataclass(frozen=True)
 class Framed:
     """A template with a fixed heading for each role; a blank line ends a turn.
@@ -58,10 +97,14 @@ class Framed:
 
     name: str
     frames: Mapping[str, Frame]
-    stops: tuple[str, ...]
     opening: str = ""
     preface: tuple[str, str] = ("", "")
     adds_empty_thought: bool = False
+
+    @property
+    def stops(self) -> tuple[Headings]:
+        """The headings: a turn ends in generation where it ends in a text that is read."""
+        return (self._headings,)
 
     def render(self, turns: Sequence[Turn]) -> list[Piece]:
         """The document of these turns; each, the last one too, ends with a blank line."""
@@ -85,7 +128,7 @@ class Framed:
     def parse(self, text: str) -> list[Piece]:
         """The pieces of a text; a heading counts only at its start or after a blank line."""
         pieces = []
-        heads = list(self._heading.finditer(text))
+        heads = self._headings.find_all(text)
         borders = [*(match.start("head") for match in heads), len(text)]
         pieces.append(Piece(text[: borders[0]], "", "body"))
         for match, end in zip(heads, borders[1:], strict=True):
@@ -114,11 +157,8 @@ class Framed:
         return {frame.head: role for role, frame in self.frames.items() if frame.head}
 
     @cached_property
-    def _heading(self) -> re.Pattern[str]:
-        heads = sorted(self._role_of, key=len, reverse=True)
-        return re.compile(
-            r"(?:\A|\n[ \t\r]*\n)\s*(?P<head>" + "|".join(map(re.escape, heads)) + ")"
-        )
+    def _headings(self) -> Headings:
+        return Headings(self._role_of)
 
 
 _CHAT = Framed(
@@ -129,7 +169,6 @@ _CHAT = Framed(
         "assistant": Frame("Assistant:"),
         "tool": Frame("User: Function output:\n", "", has_no_blank_line=True),
     },
-    stops=("\n\nUser", "\n\nSystem"),
 )
 # chat, think, function and document: RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt
 # alpaca: the prompt of Stanford Alpaca, which RWKV-PEFT has always used for sft data
@@ -145,7 +184,6 @@ TEMPLATES: dict[str, Template] = {
             "input": Frame("Input:", has_no_blank_line=True),
             "assistant": Frame("Response:"),
         },
-        stops=("\n\nInstruction", "\n\nInput"),
     ),
     "alpaca": Framed(
         name="alpaca",
@@ -155,7 +193,6 @@ TEMPLATES: dict[str, Template] = {
             "input": Frame("### Input:\n", ""),
             "assistant": Frame("### Response:\n", ""),
         },
-        stops=("\n\n### ",),
         preface=(
             "Below is an instruction that describes a task. Write a response that appropriately "
             "completes the request.",

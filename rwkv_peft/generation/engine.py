@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from rwkv_peft.data.templates import Headings
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import DataError
 from rwkv_peft.generation.sampling import Sampler, Sampling
@@ -72,14 +73,14 @@ def generate(
     *,
     max_tokens: int = 256,
     sampling: Sampling | None = None,
-    stop: Sequence[str] = (),
+    stop: Sequence[str | Headings] = (),
     seed: int | None = None,
 ) -> str:
     """The text that a model generates after a prompt.
 
     Args:
         max_tokens: most tokens to draw.
-        stop: texts that end the answer and are left out of it.
+        stop: texts that end the answer and are left out of it, or `stops` of a template.
         seed: of the draws; None: another in every call.
     Raises:
         DataError: the prompt is empty.
@@ -95,7 +96,7 @@ def stream(
     *,
     max_tokens: int = 256,
     sampling: Sampling | None = None,
-    stop: Sequence[str] = (),
+    stop: Sequence[str | Headings] = (),
     seed: int | None = None,
 ) -> Iterator[str]:
     """The text that `generate` returns, in pieces as it is generated."""
@@ -106,24 +107,37 @@ def stream(
     yield from cut_at_stop(tokenizer.decode_stream(session.generate(sampler, max_tokens)), stop)
 
 
-def cut_at_stop(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """The pieces of a text up to the first stop text, which may lie across pieces."""
+def cut_at_stop(pieces: Iterator[str], stop: Sequence[str | Headings]) -> Iterator[str]:
+    """The pieces of a text up to its first end, which may lie across pieces.
+
+    Text that may yet become an end is held back until it is known to be none.
+    """
+    ends = [_Text(end) if isinstance(end, str) else end for end in stop]
     held = ""
     for piece in pieces:
         held += piece
-        found = [held.index(text) for text in stop if text in held]
-        if found:
+        if found := [place for end in ends if (place := end.find_end(held)) >= 0]:
             yield held[: min(found)]
             return
-        keep = max((_count_overlap(held, text) for text in stop), default=0)
-        if len(held) > keep:
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
+        settled = min((end.count_settled(held) for end in ends), default=len(held))
+        if settled:
+            yield held[:settled]
+            held = held[settled:]
+    for end in ends:
+        held = end.trim_last(held)
     yield held
 
 
-def _count_overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins."""
-    return max(
-        (n for n in range(1, min(len(text), len(stop)) + 1) if text.endswith(stop[:n])), default=0
-    )
+class _Text(str):
+    """A fixed text that ends a generated one; its methods are those of `Headings`."""
+
+    def find_end(self, text: str) -> int:
+        return text.find(self)
+
+    def count_settled(self, text: str) -> int:
+        """All but the longest end of `text` with which this one begins."""
+        lengths = range(min(len(text), len(self)), 0, -1)
+        return len(text) - next((n for n in lengths if text.endswith(self[:n])), 0)
+
+    def trim_last(self, text: str) -> str:
+        return text

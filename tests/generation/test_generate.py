@@ -108,6 +108,61 @@ def test_text_ends_before_a_stop_that_spans_pieces(width: int) -> None:
     assert "".join(cut_at_stop(iter(["ends in \n\nUs"]), ["\n\nUser"])) == "ends in \n\nUs"
 
 
+ENDED = [
+    ("chat", "An answer.\n\nUser: more", "An answer."),
+    ("chat", "An answer. \n \t\n\n  System: more", "An answer. "),
+    ("chat", "a\n\nAssistant: more", "a"),
+    ("chat", "a\n\nUser: Function output:\n3", "a"),
+    ("think", "think>\nx\n\ny\n</think>\nb\n\nUser:", "think>\nx\n\ny\n</think>\nb"),
+    ("function", "\n{}\n```\n\nUser: Function output:\n3", "\n{}\n```"),
+    ("document", "a\n\nInstruction: more", "a"),
+    ("alpaca", "a\n\n### Instruction:\nmore", "a"),
+    ("chat", "\n\nUser: more", ""),
+    # the end-of-document token came after the turn's blank line
+    ("chat", "a\n\n", "a"),
+    ("alpaca", "a\r\n\r\n", "a\r"),
+]
+GOES_ON = [
+    ("chat", "For it:\n\nUsers wait.\n\nUser wait.\n\nSystems:\n\nSystem \n\nUse"),
+    ("chat", "one\nUser: a\nSystem: b, and User: c\n"),
+    ("chat", "\n\n### Instruction:\nx\n\nInput: y\n\n### One"),
+    ("alpaca", "Steps:\n\n### One\n\nDo.\n\n### Instructions\n\n### Response: x\n\n## T\n\n###"),
+    ("document", "a\n\nInstructions: b\n\nInput b\n\nResponses\n\nResp"),
+    ("think", "think>\n\n</think>\nb\n\nUs"),
+    ("chat", "ends in \n\nUse"),
+]
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 1000])
+@pytest.mark.parametrize(
+    ("name", "text", "kept"),
+    [*ENDED, *((name, text, text.rstrip()) for name, text in GOES_ON)],
+)
+def test_a_turn_ends_at_a_whole_heading_after_a_blank_line_and_nowhere_else(
+    name: str, text: str, kept: str, width: int
+) -> None:
+    template = TEMPLATES[name]
+    pieces = [text[i : i + width] for i in range(0, len(text), width)]
+    assert "".join(cut_at_stop(iter(pieces), template.stops)) == kept
+    # the same rule when the text is read
+    prompt = template.prompt([Turn("user", "x")]).removesuffix(template.opening)
+    turns = template.parse(prompt + template.opening + text)
+    answer = next(i for i, p in enumerate(turns) if p.role == "assistant" and p.part == "head")
+    body = [p.text for p in turns[answer + 1 : answer + 2] if p.part == "body"]
+    assert "".join(body) == (template.opening + kept).rstrip()
+
+
+def test_text_that_turns_out_to_be_no_heading_is_shown_as_soon_as_that_is_known() -> None:
+    pieces, given = iter(["a\n", "\n", "U", "ser", "s b", "\n\nUser", ": c", "d"]), []
+    shown = cut_at_stop((given.append(p) or p for p in pieces), TEMPLATES["chat"].stops)
+    assert [(piece, len(given)) for piece in shown] == [("a", 1), ("\n\nUsers b", 5), ("", 7)]
+
+
+def test_a_run_of_line_breaks_costs_no_more_than_other_text() -> None:
+    text = "\n" * 3000 + "x"
+    assert "".join(cut_at_stop(iter(text), TEMPLATES["chat"].stops)) == text
+
+
 def test_an_empty_prompt_is_refused(model_file: Path) -> None:
     with pytest.raises(DataError, match="no prompt"):
         rwkv_peft.generate(rwkv_peft.load_model(model_file), "")
