@@ -219,7 +219,12 @@ def find_template(name: str) -> Template:
         )
     from rwkv_peft.data.jinja import JinjaTemplate
 
-    return JinjaTemplate(name, path.read_text(encoding="utf-8"))
+    try:
+        return JinjaTemplate(name, path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--template {name}: byte {error.start} is not UTF-8: save the file as UTF-8"
+        ) from error
 
 
 def lay_verbatim(turns: Sequence[Turn]) -> list[Piece]:
