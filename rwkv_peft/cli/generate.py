@@ -15,7 +15,7 @@ from rwkv_peft.config import TEMPLATE_FILE
 from rwkv_peft.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rwkv_peft.data.templates import Template
+    from rwkv_peft.data.templates import Headings, Template
     from rwkv_peft.generation.sampling import Sampling
     from rwkv_peft.models.base import RWKV
 
@@ -135,13 +135,15 @@ def run(args: Sequence[str]) -> int:
             if not prompt
             else "--prompt and --user exclude each other"
         )
-    stop, opening = options.stop or [], ""
+    stop: list[str | Headings] = list(options.stop or [])
+    opening = ""
     if options.user:
         from rwkv_peft.data.records import Turn
 
         template = options.run_template()
         prompt = template.prompt([Turn("user", options.user)])
-        stop, opening = [*stop, *template.stops], template.opening
+        stop += template.stops
+        opening = template.opening
     model = options.model()
 
     from rwkv_peft.generation.engine import stream
