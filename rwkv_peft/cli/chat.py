@@ -1,10 +1,13 @@
 """`rwkv-peft chat --load_model M`"""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from rwkv_peft.cli.generate import ModelOptions
+from rwkv_peft.cli.generate import ModelOptions, say_undecodable
 from rwkv_peft.cli.parse import parse
+from rwkv_peft.printing import print_answer, print_line, print_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +33,10 @@ def run(args: Sequence[str]) -> int:
         except EOFError:
             text = ""
         if not text:
-            print()
+            print_text("")
             return 0
-        print("\nAssistant:", end="", flush=True)
-        for piece in chat.reply(text, options.max_tokens):
-            print(piece, end="", flush=True)
-        print("\n")
+        if problem := say_undecodable(text):
+            print_line(f"note: {problem}; this line was not read", file=sys.stderr)
+            continue
+        for piece in chain(["\nAssistant:"], chat.reply(text, options.max_tokens), ["\n\n"]):
+            print_answer(piece)

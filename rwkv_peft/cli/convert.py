@@ -8,6 +8,7 @@ from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import Switch
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.printing import print_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,5 +55,5 @@ def run(args: Sequence[str]) -> int:
         force=options.force,
         overwrite=bool(options.overwrite),
     )
-    print(line)
+    print_line(line)
     return 0

@@ -1,6 +1,5 @@
 """`rwkv-peft data FILE…` and `rwkv-peft data prepare FILE`"""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ from rwkv_peft.cli.legacy.data import translate_data
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import DataConfig
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.printing import escape, print_json, print_line
 
 if TYPE_CHECKING:
     from rwkv_peft.data.documents import Documents
@@ -24,7 +24,7 @@ class DataOptions(DataConfig):
     show: int = 3
     """Documents to show, trained tokens in colour, or between « and » where there are none."""
     json: bool = False
-    """Print one JSON object; its `rows` hold tokens, text and trained, one boolean a token."""
+    """Print one JSON object; its `rows` hold where, tokens, text and trained, a boolean a token."""
     load_model: str = ""
     """The model to train, whose vocabulary is used."""
     vocab_size: int = 0
@@ -52,16 +52,17 @@ def run(args: Sequence[str]) -> int:
     documents = read_documents(options, tokenizer)
     shown = list(_rows(documents, tokenizer, options.show))
     if options.json:
-        facts = _facts(documents, options, tokenizer.vocab_size)
-        print(json.dumps({**facts, "rows": shown}, ensure_ascii=False))
+        print_json({**_facts(documents, options, tokenizer.vocab_size), "rows": shown})
         return 0
     for name, value in _facts(documents, options, tokenizer.vocab_size).items():
         if name not in ("bad", "empty", "untrained", "duplicates", "remarks", "notes"):
-            print(f"{name:<16} {_plain(value)}")
+            print_line(f"{name:<16} {_plain(value)}")
     if not options.load_model and not options.vocab_size:
-        print("data: counted with the vocabulary of RWKV World; --load_model takes a model's own")
+        print_line(
+            "data: counted with the vocabulary of RWKV World; --load_model takes a model's own"
+        )
     for line in documents.report.describe(documents.paths):
-        print(line)
+        print_line(line)
     _show(shown, tokenizer)
     return 0
 
@@ -148,8 +149,9 @@ def _show(rows: Sequence[dict[str, Any]], tokenizer: "Tokenizer") -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     for row in rows:
-        text = Text(f"\n--- {row['where']}\n", style="dim")
+        text = Text(f"\n--- {escape(row['where'])}\n", style="dim")
         for is_trained, part in _stretches(row, tokenizer):
+            part = escape(part, keeps="\n\t")
             if is_trained and not console.is_terminal:
                 part = f"«{part}»"
             text.append(part, style="green" if is_trained else "not dim")

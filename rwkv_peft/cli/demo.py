@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rwkv_peft.assets import BASE_MODEL, DIALOGUES, HELD_OUT_DIALOGUES
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import DataConfig, Switch, TrainConfig
+from rwkv_peft.printing import print_text
 from rwkv_peft.terminal import drop_unwritten, keep_going
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def _run(options: DemoOptions) -> int:
     from rwkv_peft.training.folder import new_folder
 
     device = resolve_device(options.accelerator)
-    print(
+    print_text(
         f"A model of 8 million weights has read a dictionary, a manual, plays and a Bible\n"
         f"({BASE_MODEL}). It now learns from {_count(DIALOGUES)} dialogues to answer as the "
         "Devil's\n"
@@ -66,11 +67,11 @@ def _run(options: DemoOptions) -> int:
     after = load_model(result.weights, device=device)
     loss_after = held_out_loss(after)
 
-    print("\nThe same questions, about words that were not in the dialogues:")
+    print_text("\nThe same questions, about words that were not in the dialogues:")
     for question in questions(NUM_SHOWN):
-        print(f"\n{question}\n  before: {answer(before, question)}")
-        print(f"  after:  {answer(after, question)}")
-    print(
+        print_text(f"\n{question}\n  before: {answer(before, question)}")
+        print_text(f"  after:  {answer(after, question)}")
+    print_text(
         f"\nLoss on {_count(HELD_OUT_DIALOGUES)} dialogues kept aside: {loss_before:.2f} before, "
         f"{loss_after:.2f} after (nats per token).\n"
         f"The tuned model is {result.weights}; talk with it:\n"

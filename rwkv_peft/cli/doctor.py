@@ -1,6 +1,5 @@
 """`rwkv-peft doctor`"""
 
-import json
 import math
 import platform
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 from rwkv_peft import __version__
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.errors import BackendUnavailableError
+from rwkv_peft.printing import print_json, print_text
 
 PACKAGES = ("torch", "peft", "triton", "fla-core")
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -33,10 +33,10 @@ def run(args: Sequence[str]) -> int:
     options = parse(DoctorOptions, args, command="doctor")
     facts = examine(options.accelerator)
     if options.json:
-        print(json.dumps(facts, ensure_ascii=False))
+        print_json(facts)
     else:
         for line in describe(facts):
-            print(line)
+            print_text(line)
     return 0 if facts["is_well"] else 2
 
 

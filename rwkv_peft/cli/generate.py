@@ -1,6 +1,5 @@
 """`rwkv-peft generate --load_model M --prompt P`"""
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import TEMPLATE_FILE
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.printing import print_answer, print_json
 
 if TYPE_CHECKING:
     from rwkv_peft.data.templates import Headings, Template
@@ -97,6 +97,16 @@ class ModelOptions(AdapterOptions):
         return None if self.random_seed < 0 else self.random_seed
 
 
+def say_undecodable(text: str) -> str:
+    """What to do about a text from stdin that is not in its encoding; "" if it is."""
+    if text.isascii() or not any("\udc80" <= character <= "\udcff" for character in text):
+        return ""
+    return (
+        f"standard input is not text in {sys.stdin.encoding}: set the environment variable "
+        "PYTHONIOENCODING to its encoding, such as utf-8 or gbk"
+    )
+
+
 def _template_of(folder: Path) -> str:
     """The template in a run's config.yaml; that of an older run is chat."""
     import yaml
@@ -121,13 +131,15 @@ class GenerateOptions(ModelOptions):
     stop: list[str] | None = None
     """Texts before which the answer ends, as a JSON list."""
     json: bool = False
-    """Print one JSON object: text, tokens, seconds."""
+    """Print one JSON object: prompt, text, seconds."""
 
 
 def run(args: Sequence[str]) -> int:
     """Prints the continuation as it is drawn."""
     options = parse(GenerateOptions, args, command="generate")
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = options.prompt
+    if prompt == "-" and (problem := say_undecodable(prompt := sys.stdin.read())):
+        raise ConfigError(problem)
     if bool(prompt) == bool(options.user):
         raise ConfigError(
             "--prompt is empty: give the text to continue, - for standard input, or a user's turn "
@@ -135,7 +147,7 @@ def run(args: Sequence[str]) -> int:
             if not prompt
             else "--prompt and --user exclude each other"
         )
-    stop: list[str | Headings] = list(options.stop or [])
+    stop: list[str | Headings] = [*(options.stop or ())]
     opening = ""
     if options.user:
         from rwkv_peft.data.records import Turn
@@ -161,9 +173,8 @@ def run(args: Sequence[str]) -> int:
         text = opening + "".join(pieces)
         seconds = time.perf_counter() - started
         answer = {"prompt": prompt, "text": text, "seconds": round(seconds, 3)}
-        print(json.dumps(answer, ensure_ascii=False))
+        print_json(answer)
         return 0
-    for piece in chain([opening], pieces):
-        print(piece, end="", flush=True)
-    print()
+    for piece in chain([opening], pieces, ["\n"]):
+        print_answer(piece)
     return 0

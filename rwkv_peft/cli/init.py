@@ -7,6 +7,7 @@ from typing import Literal
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import Switch
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.printing import print_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,5 +72,5 @@ def run(args: Sequence[str]) -> int:
     dtype = dtype_of(options.precision)
     write_weights(options.output, {name: x.to(dtype) for name, x in weights.items()})
     count = sum(x.numel() for x in weights.values())
-    print(f"wrote {options.output}: {model_config.describe()}, {count:,} weights")
+    print_line(f"wrote {options.output}: {model_config.describe()}, {count:,} weights")
     return 0

@@ -1,6 +1,5 @@
 """`rwkv-peft inspect FILE`"""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.errors import ConfigError, RwkvPeftError
+from rwkv_peft.printing import print_json, print_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ def run(args: Sequence[str]) -> int:
         raise ConfigError("no file given: rwkv-peft inspect model.pth")
     facts = describe(options.file)
     if options.json:
-        print(json.dumps(facts, ensure_ascii=False))
+        print_json(facts)
         return 0
     for name, value in facts.items():
         if isinstance(value, dict):
@@ -37,7 +37,7 @@ def run(args: Sequence[str]) -> int:
             value = "; ".join(value) or "nothing"
         elif isinstance(value, int) and not isinstance(value, bool):
             value = f"{value:,}"
-        print(f"{name:<20} {value}")
+        print_line(f"{name:<20} {value}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """`rwkv-peft COMMAND …`: finds the command, prints errors as one line."""
 
+import re
 import signal
 import sys
 import warnings
@@ -9,7 +10,8 @@ from typing import Any
 
 from rwkv_peft import __version__
 from rwkv_peft.errors import RwkvPeftError, Stopped
-from rwkv_peft.terminal import whole_process
+from rwkv_peft.printing import prepare_streams, print_line, print_text
+from rwkv_peft.terminal import drop_unwritten, whole_process
 from rwkv_peft.training.interrupt import Interrupt
 
 # command -> what it does; its code is in the module of the same name
@@ -26,51 +28,65 @@ COMMANDS = {
     "demo": "fine-tune the bundled small model on bundled dialogues",
 }
 ERROR_CODE = 2
+# of a program that was ended by SIGPIPE, as most are when the reader of their output goes
+CLOSED_PIPE_CODE = 128 + 13
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs a command line and gives its exit code.
 
     0 is success and 2 an error told in one line; a run ended by a signal exits with 128 plus the
-    signal's number, as shells do, after it has saved.
+    signal's number, as shells do, after it has saved. 141 is that of a closed pipe (`| head -1`).
     """
-    with whole_process():
-        return _main(args)
-
-
-def _main(args: Sequence[str] | None) -> int:
+    prepare_streams()
     arguments = list(sys.argv[1:] if args is None else args)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help())
-        return 0
-    if arguments[0] in ("-V", "--version"):
-        print(f"rwkv-peft {__version__}")
-        return 0
+    with whole_process():
+        try:
+            return _run_and_tell(arguments)
+        except BrokenPipeError:
+            return CLOSED_PIPE_CODE
+        finally:
+            drop_unwritten(sys.stdout)
+
+
+def _run_and_tell(arguments: list[str]) -> int:
     shows_trace = "--debug" in arguments
-    command, *rest = [a for a in arguments if a != "--debug"]
+    command, *rest = [a for a in arguments if a != "--debug"] or ["--help"]
     try:
         with Interrupt(), warnings.catch_warnings():
             warnings.showwarning = _as_note
-            return run(command, rest)
+            try:
+                return run(command, rest)
+            finally:
+                # a reader that went, or a full disk, is met here and not when the interpreter ends
+                sys.stdout.flush()
     except RwkvPeftError as error:
         if shows_trace:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         return ERROR_CODE
+    except BrokenPipeError:
+        raise
     except OSError as error:
         # a disk that is full or a folder that may not be written, wherever it was met
         if shows_trace:
             raise
-        where = f" {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror or error}:{where}", file=sys.stderr)
+        where = f": {error.filename}" if error.filename else ""
+        _tell(f"error: {error.strerror or error}{where}")
         return ERROR_CODE
     except KeyboardInterrupt as error:
-        print("stopped", file=sys.stderr)
+        _tell("stopped")
         return 128 + (error.signal if isinstance(error, Stopped) else signal.SIGINT)
 
 
 def run(command: str, args: Sequence[str]) -> int:
     """Runs one command; raises where `main` prints."""
+    if command in ("-h", "--help", "help"):
+        print_text(_help())
+        return 0
+    if command in ("-V", "--version"):
+        print_text(f"rwkv-peft {__version__}")
+        return 0
     if command not in COMMANDS:
         from difflib import get_close_matches
 
@@ -84,7 +100,11 @@ def run(command: str, args: Sequence[str]) -> int:
 
 
 def _as_note(message: Warning | str, *_: Any, **__: Any) -> None:
-    print("note:", " ".join(str(message).split()), file=sys.stderr)
+    _tell(f"note: {message}")
+
+
+def _tell(message: str) -> None:
+    print_line(re.sub(r"\s*\n\s*", " ", message.strip()), file=sys.stderr)
 
 
 def _help() -> str:

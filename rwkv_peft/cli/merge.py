@@ -10,6 +10,7 @@ from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import Switch
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.printing import print_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def run(args: Sequence[str]) -> int:
     arguments, notes, _ = translate_merge(args)
     options = parse(MergeOptions, arguments, command="merge")
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print_line(f"note: {note}", file=sys.stderr)
     for name in ("base_model", "adapter", "output"):
         if not getattr(options, name):
             raise ConfigError(
@@ -65,5 +66,6 @@ def run(args: Sequence[str]) -> int:
         data_file=options.data_file,
         overwrite=bool(options.overwrite),
     )
-    print(f"wrote {options.output}", *report.lines(), sep="\n")
+    for line in (f"wrote {options.output}", *report.lines()):
+        print_line(line)
     return 0

@@ -12,6 +12,7 @@ from rwkv_peft.cli.legacy.data import translate_prepare
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import DataConfig, DataType, Switch
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.printing import print_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +80,14 @@ def run(args: Sequence[str]) -> int:
             "the file itself"
         )
     for line in documents.report.describe(documents.paths):
-        print(line, file=sys.stderr)
+        print_line(line, file=sys.stderr)
     num_tokens = write_pair(output, documents, options.copies, options.random_seed)
-    print(
+    print_line(
         f"wrote {output}.bin and {output}.idx: {len(documents) * options.copies:,} documents, "
         f"{num_tokens:,} tokens"
     )
     if options.ctx_len:
-        print(
+        print_line(
             f"magic_prime {magic_prime(num_tokens, options.ctx_len)} (my_exit_tokens {num_tokens})"
         )
     return 0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rwkv_peft.cli.legacy.train import require_agreement, translate_train
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import TrainConfig
+from rwkv_peft.printing import print_line
 
 
 def run(args: Sequence[str]) -> int:
@@ -14,7 +15,7 @@ def run(args: Sequence[str]) -> int:
     config = parse(TrainConfig, arguments, command="train", positional=("load_model", "data_file"))
     config.require_files()
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print_line(f"note: {note}", file=sys.stderr)
     if model_flags:
         from rwkv_peft.checkpoint.pth import infer_model_config, read_weights
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rwkv_peft.config import TEMPLATE_FILE
+from rwkv_peft.printing import escape, print_text
 from rwkv_peft.terminal import Unbreakable
 from rwkv_peft.training.settings import Settings
 from rwkv_peft.writing import atomic_file
@@ -156,9 +157,9 @@ class Display:
     def line(self, text: str) -> None:
         """Prints a line above the progress."""
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.print(escape(text, keeps="\n\t"), markup=False, highlight=False)
         else:
-            print(text, file=self._stream, flush=True)
+            print_text(text, file=self._stream)
 
     def update(self, record: StepRecord) -> None:
         """Shows a finished step."""

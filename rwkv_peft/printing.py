@@ -1,0 +1,68 @@
+"""What is printed: the text of files shown harmlessly, whatever the encoding of the terminal.
+
+Everything that a command prints goes through here. Control characters, with which a file could move
+the cursor, recolour or rewrite what stands on a terminal, are shown as escapes, and so is what the
+terminal's encoding lacks. Results that another program reads keep every character: answers of a
+model in a pipe, and JSON, whose own escapes stand for the same text.
+"""
+
+import codecs
+import io
+import json
+import os
+import re
+import sys
+from typing import TextIO
+
+# C0 and C1 controls, line separators, marks that reorder text, and halves of characters
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escape(text: str, *, keeps: str = "") -> str:
+    r"""The text with each control character as an escape, such as \x1b, but for those to keep."""
+    return _UNSAFE.sub(
+        lambda found: found[0] if found[0] in keeps else found[0].encode("unicode_escape").decode(),
+        text,
+    )
+
+
+def print_line(text: str, *, file: TextIO | None = None) -> None:
+    """Prints one line, whatever characters it holds; on stdout if no file is given."""
+    print(escape(text), file=file, flush=True)
+
+
+def print_text(text: str, *, file: TextIO | None = None) -> None:
+    """Prints a text that may have line breaks and tabs, and a line break behind it."""
+    print(escape(text, keeps="\n\t"), file=file, flush=True)
+
+
+def print_answer(text: str) -> None:
+    """Prints a part of a model's answer: on a terminal with escapes, in a pipe as it is."""
+    shown = escape(text, keeps="\n\t") if sys.stdout.isatty() else text
+    print(shown, end="", flush=True)
+
+
+def print_json(value: object) -> None:
+    """Prints a value as one line of JSON, in ASCII if the encoding of stdout is not UTF-8."""
+    encoding = codecs.lookup(sys.stdout.encoding or "ascii").name
+    text = json.dumps(value, ensure_ascii=encoding != "utf-8")
+    print(_UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
+
+
+def prepare_streams() -> None:
+    """Makes stdout and stderr take every character, and stdin every byte; none of them lacks.
+
+    What an encoding lacks is printed as an escape; bytes of stdin that are not in its encoding
+    become lone surrogates, which no valid text holds.
+    """
+    for name, mode, errors in (
+        ("stdout", "w", "backslashreplace"),
+        ("stderr", "w", "backslashreplace"),
+        ("stdin", "r", "surrogateescape"),
+    ):
+        stream = getattr(sys, name)
+        if stream is None:
+            # Python's sign for a stream that was closed when the process began
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
