@@ -106,7 +106,8 @@ class Batches:
         for number, (name, chosen) in enumerate(documents.groups):
             layout = self._lay_out(number, chosen) if len(chosen) else None
             if layout is None or not layout.num_rows:
-                raise DataError(f"{name}: no trainable token")
+                part = "" if documents.shares is None else " in this part of the mixture"
+                raise DataError(f"{name}: no trainable token{part}")
             self.layouts.append(layout)
         self.rows_of_pass = _count_rows(self.layouts, documents.shares)
         self.num_rows = sum(self.rows_of_pass)

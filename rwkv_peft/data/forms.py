@@ -89,30 +89,36 @@ def _find_form(row: Row) -> str:
     if best and any(values[best]):
         return best
     pairs = _find_pairs(row)
-    if len(pairs) == 1:
-        return "pair" if any(row[key] is not None for key in pairs[0]) else best or "pair"
+    has_value = any(row[key] is not None for pair in pairs for key in pair)
+    if len(pairs) == 1 and (has_value or not best):
+        return "pair"
+    if best and len(pairs) <= 1:
+        return best
+    raise DataError(_explain_unknown(row, pairs))
+
+
+def _explain_unknown(row: Row, pairs: list[tuple[str, str]]) -> str:
+    """What to say of a row without a form, with the flag or the form that helps."""
     given = ", ".join(map(str, row)) or "none"
     if pairs:
-        raise DataError(
+        return (
             f"several keys of this row may be question and answer ({given}): name them, as in "
             f"--sft_field {' '.join(pairs[0])}"
         )
     if {"chosen", "rejected"} <= row.keys():
-        raise DataError(
+        return (
             f"this row prefers one answer to another (its keys are {given}), and one is trained: "
             f"name the columns, as in --sft_field {'prompt ' if 'prompt' in row else ''}chosen"
         )
     if _is_message(row):
-        raise DataError(
+        return (
             "this row is one message of a dialogue: a row holds all of them, as in "
             + FORMS["messages"].example
         )
-    if best:
-        return best
     examples = ", ".join(form.example for form in FORMS.values())
     texts = [str(key) for key, value in row.items() if isinstance(value, str)][:2]
     cure = f"name the columns to learn, as in --sft_field {' '.join(texts)}; or " if texts else ""
-    raise DataError(
+    return (
         f"no known form has the keys of this row ({given}): {cure}give it one of these: {examples}"
     )
 

@@ -149,7 +149,8 @@ def _list_folder(folder: Path, data_type: str, *, takes_all: bool) -> Source:
     for path in _walk(folder):
         name = path.relative_to(folder).as_posix()
         is_data = path.suffix.lower() in _ENDINGS and path.name not in _NOT_DATA
-        found = _find(str(path), data_type) if is_data or takes_all or path.is_dir() else None
+        is_read = (path.is_file() and (is_data or takes_all)) or is_saved_by_datasets(path)
+        found = _find(str(path), data_type) if is_read else None
         if found is None:
             strangers.append(name)
         else:
@@ -167,11 +168,14 @@ def _list_folder(folder: Path, data_type: str, *, takes_all: bool) -> Source:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Files at any depth by their names, and folders that datasets saved; nothing hidden."""
+    """Files at any depth by their names, and folders that datasets saved; nothing hidden.
+
+    A link to a folder is given as it is: what it leads to may hold the link itself.
+    """
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
-        if path.is_dir() and not is_saved_by_datasets(path):
+        if path.is_dir() and not path.is_symlink() and not is_saved_by_datasets(path):
             yield from _walk(path)
         else:
             yield path

@@ -121,6 +121,19 @@ def test_a_folder_of_texts_in_another_encoding_or_of_other_endings(tmp_path: Pat
         read(tmp_path / "empty")
 
 
+def test_links_in_a_folder_are_followed_to_files_and_never_round_in_circles(tmp_path: Path) -> None:
+    write(tmp_path / "blobs" / "x", rows("a"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.jsonl").symlink_to(tmp_path / "blobs" / "x")
+    (tmp_path / "set" / "round").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    documents = read(tmp_path / "set")
+    assert texts(documents) == ["a"]
+    assert documents.report.notes[0].endswith(
+        "2 files that are no data, left out: gone.jsonl, round"
+    )
+
+
 def test_splits_of_a_folder_are_told_by_the_names_of_its_files(tmp_path: Path) -> None:
     write(tmp_path / "set" / "train-1.jsonl", rows("a", "b"))
     write(tmp_path / "set" / "train-2.jsonl", rows("c", "d"))

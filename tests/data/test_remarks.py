@@ -62,7 +62,11 @@ def find(path: Path, **settings: Any) -> dict[str, list[int]]:
         ({"text": "look: <image>"}, ["image"]),
         (dialogue("user: <image>\nq", "assistant: a"), ["image"]),
         (dialogue("user: <|vision_start|>q", "assistant: a"), ["image"]),
-        ({"prompt": "q", "completion": "a", "label": False}, ["preference"]),
+        *(
+            ({"prompt": "q", "completion": "a", "label": label}, ["preference"])
+            for label in (True, False, "True", 0, "1")
+        ),
+        ({"prompt": "q", "completion": "a", "label": "sport"}, []),
         ({"prompt": "q", "completion": "a", "chosen": "a", "rejected": "b"}, ["preference"]),
         ({"text": "a review", "label": 1}, []),
         ({"text": "a", "weight": 0.5, "state": "s"}, ["weight", "state"]),
