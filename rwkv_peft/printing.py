@@ -26,12 +26,12 @@ def escape(text: str, *, keeps: str = "") -> str:
     )
 
 
-def print_line(text: str, *, file: TextIO | None = None) -> None:
+def print_line(text: str, *, file: TextIO | io.TextIOBase | None = None) -> None:
     """Prints one line, whatever characters it holds; on stdout if no file is given."""
     print(escape(text), file=file, flush=True)
 
 
-def print_text(text: str, *, file: TextIO | None = None) -> None:
+def print_text(text: str, *, file: TextIO | io.TextIOBase | None = None) -> None:
     """Prints a text that may have line breaks and tabs, and a line break behind it."""
     print(escape(text, keeps="\n\t"), file=file, flush=True)
 
