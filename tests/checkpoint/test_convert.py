@@ -316,7 +316,8 @@ def test_the_method_is_that_of_the_file(
         log = (out / "train_log.txt").read_text()
         assert f"chosen: peft = {name} (the method of load_adapter)" in log
         with pytest.raises(ConfigError, match=f"--peft oft: .* holds {name}; leave --peft out"):
-            rwkv_peft.train(TrainConfig(**config, peft="oft"))
+            other = {**config, "proj_dir": str(tmp_path / "other")}
+            rwkv_peft.train(TrainConfig(**other, peft="oft"))
     assert list(read_weights(tmp_path / "state" / "rwkv-0.pth")) == list(state)
 
 

@@ -93,7 +93,7 @@ BROKEN: dict[str, tuple[Callable[[Weights], Weights], str]] = {
     ),
     "a module that is none": (
         lambda f: {n.replace("att.key", "att.gate"): x for n, x in f.items()},
-        "does not fit this model: target_modules: 'att.gate' is no module",
+        "does not fit this model: target_modules: 'att.gate' is not a module",
     ),
     "an unknown tensor": (lambda f: f | {"blocks.0.att.m": f[FACTOR]}, "att.m: .* not wanted in"),
     "another shape of a part": (

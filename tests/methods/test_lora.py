@@ -102,7 +102,7 @@ def test_full_tuning_trains_every_tensor_that_the_forward_reads(
     [
         ({"rank": 4}, r"no option 'rank'.*Allowed: .*lora_alpha"),
         ({"lora_alfa": 4}, "did you mean 'lora_alpha'"),
-        ({"target_modules": ["receptanse"]}, "'receptanse' is no module.*receptance"),
+        ({"target_modules": ["receptanse"]}, "'receptanse' is not a module.*receptance"),
         ({"init_lora_weights": "eva"}, "'eva' needs a pass over data"),
         ({"r": 0}, "peft_config: .*positive"),
     ],
