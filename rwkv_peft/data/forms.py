@@ -1,11 +1,11 @@
 """The forms that a row can have, and how each becomes a record."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rwkv_peft.data.records import Record, Turn
+from rwkv_peft.data.records import Record, Turn, name_type
+from rwkv_peft.data.tools import write_calls, write_tools
 from rwkv_peft.errors import DataError
 
 Row = Mapping[str, Any]
@@ -67,7 +67,7 @@ def read_row(row: object, data_type: str, sft_field: Sequence[str] = ()) -> Reco
         row = {"messages": row}
     if not isinstance(row, dict):
         raise DataError(
-            f'a row must be an object such as {{"text": "..."}}, found {_name_type(row)}'
+            f'a row must be an object such as {{"text": "..."}}, found {name_type(row)}'
         )
     if sft_field:
         name, fields = "sft", _read_fields(row, sft_field)
@@ -139,15 +139,8 @@ def _get_text(row: Row, key: str, *, may_lack: bool = False) -> str:
     if value is None:
         raise DataError(f'no "{key}" (found keys {", ".join(map(str, row)) or "none"})')
     if not isinstance(value, str):
-        raise DataError(f'"{key}" must be a string, found {_name_type(value)}')
+        raise DataError(f'"{key}" must be a string, found {name_type(value)}')
     return value
-
-
-def _name_type(value: object) -> str:
-    if isinstance(value, float) and math.isnan(value):
-        return 'NaN, which pandas writes for nothing: use null or ""'
-    names = {dict: "an object", list: "a list", bool: "a truth value", type(None): "null"}
-    return names.get(type(value), f"a {type(value).__name__}")
 
 
 def _get_weight(row: Row) -> float:
@@ -169,7 +162,7 @@ def _get_state(row: Row) -> str:
     if value is None:
         return ""
     if not isinstance(value, (str, int)) or isinstance(value, bool):
-        raise DataError(f'"state" must be a name, found {_name_type(value)}')
+        raise DataError(f'"state" must be a name, found {name_type(value)}')
     name = str(value)
     if not name.isprintable():
         raise DataError(f'"state" must be a name that can be printed, found {name!r:.40}')
@@ -196,10 +189,10 @@ def _read_turns(row: Row, key: str) -> tuple[Turn, ...]:
     if isinstance(messages, Sequence) and not isinstance(messages, str):
         turns = [_read_turn(message, f"{key}[{i}]") for i, message in enumerate(messages)]
     else:
-        raise DataError(f'"{key}" must be a list of messages, found {_name_type(messages)}')
+        raise DataError(f'"{key}" must be a list of messages, found {name_type(messages)}')
     system = [turn.text for turn in turns[:1] if turn.role == "system"]
     turns = turns[len(system) :]
-    system = [_get_text(row, "system", may_lack=True), *system, _write_tools(row.get("tools"))]
+    system = [_get_text(row, "system", may_lack=True), *system, write_tools(row.get("tools"))]
     if text := "\n".join(filter(None, system)):
         turns.insert(0, Turn("system", text))
     return tuple(turns)
@@ -207,7 +200,7 @@ def _read_turns(row: Row, key: str) -> tuple[Turn, ...]:
 
 def _read_turn(message: object, where: str) -> Turn:
     if not isinstance(message, dict):
-        raise DataError(f"{where} must be an object, found {_name_type(message)}")
+        raise DataError(f"{where} must be an object, found {name_type(message)}")
     role = message.get("role") or message.get("from")
     if not isinstance(role, str):
         raise DataError(f'{where} has no "role"')
@@ -223,7 +216,7 @@ def _read_turn(message: object, where: str) -> Turn:
     if role in CALL_ROLES:
         role, text = "assistant", ""
     if calls:
-        text = "\n".join(filter(None, (text, _write_calls(calls, where))))
+        text = "\n".join(filter(None, (text, write_calls(calls, where))))
     thought = next((message[key] for key in THOUGHTS if message.get(key)), None)
     if thought is not None:
         text = f"<think>\n{_read_content(thought, where).strip()}\n</think>\n{text}"
@@ -239,12 +232,12 @@ def _read_content(value: object, where: str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise DataError(f"the content of {where} must be a string, found {_name_type(value)}")
+        raise DataError(f"the content of {where} must be a string, found {name_type(value)}")
     parts = []
     for part in value:
         text = _read_part(part) if isinstance(part, dict) else part
         if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, dict) else _name_type(part)
+            kind = part.get("type") if isinstance(part, dict) else name_type(part)
             raise DataError(
                 f"{where} has a part of type {kind}: only text can be trained; leave such rows out "
                 "with --on_bad_row skip"
@@ -257,70 +250,6 @@ def _read_part(part: Row) -> object:
     """The text of a part of a message, whose key differs between programs."""
     keys = CONTENTS if str(part.get("type") or "text").endswith("text") else ("text",)
     return next((part[key] for key in keys if part.get(key) is not None), None)
-
-
-def _write_calls(calls: object, where: str) -> str:
-    """The text of function calls as the official template has it: a block of JSON for each."""
-    if not isinstance(calls, list):
-        raise DataError(f"the tool_calls of {where} must be a list, found {_name_type(calls)}")
-    blocks = []
-    for call in calls:
-        value = call.get("function", call) if isinstance(call, dict) else call
-        if isinstance(value, dict):
-            value = {key: value[key] for key in ("name", "arguments") if key in value} or value
-            value = {key: _parse(x) for key, x in value.items()}
-        blocks.append(value if isinstance(value, str) else _write_json(value))
-    return "\n".join(f"```json\n{block.strip()}\n```" for block in blocks)
-
-
-def _parse(value: object) -> object:
-    """The value of a text that is a JSON object or list, as arguments often are, or `value`."""
-    if not isinstance(value, str):
-        return value
-    try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-    return found if isinstance(found, (dict, list)) else value
-
-
-def _write_json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _write_tools(tools: object) -> str:
-    """The system text that offers functions: `- name(argument, …): what it does` for each.
-
-    Below it stands the schema of its arguments, where that says more than their names.
-    """
-    tools = _parse(tools)
-    if not tools:
-        return ""
-    tools = [tools] if isinstance(tools, dict) else tools
-    if not isinstance(tools, list):
-        raise DataError(f'"tools" must be a list of functions, found {_name_type(tools)}')
-    lines = [line for tool in tools for line in _write_tool(_parse(tool))]
-    return "\n".join(["Tools:", *lines, "Return only a JSON function call."])
-
-
-def _write_tool(tool: object) -> list[str]:
-    if not isinstance(tool, dict):
-        return [f"- {tool}"]
-    function = _parse(tool.get("function", tool))
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError('a function in "tools" has no name')
-    schema = _parse(function.get("parameters") or function.get("input_schema") or {})
-    properties = schema.get("properties") if isinstance(schema, dict) else None
-    if properties is None and isinstance(schema, dict):
-        # some programs give the arguments without a schema around them
-        is_bare = all(isinstance(value, dict) for value in schema.values())
-        properties = schema if is_bare else {}
-    if not isinstance(schema, dict) or not isinstance(properties, dict):
-        raise DataError(f'the parameters of {function["name"]} in "tools" are no JSON schema')
-    about = function.get("description")
-    lines = [f"- {function['name']}({', '.join(properties)})" + (f": {about}" if about else "")]
-    says_more = schema.keys() - {"type", "properties"} or any(properties.values())
-    return [*lines, f"  {_write_json(schema)}"] if says_more else lines
 
 
 def _read_completion(row: Row) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a row of a data file becomes: a text, or turns with roles; and the pieces of its text."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -66,3 +67,11 @@ def join_inputs(turns: Sequence[Turn]) -> list[Turn]:
         else:
             joined.append(turn)
     return joined
+
+
+def name_type(value: object) -> str:
+    """What a value of a row is, in the words of a message."""
+    if isinstance(value, float) and math.isnan(value):
+        return 'NaN, which pandas writes for nothing: use null or ""'
+    names = {dict: "an object", list: "a list", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), f"a {type(value).__name__}")
