@@ -104,7 +104,7 @@ class DataConfig:
     data_cache: str = ""
     """Folder of prepared data; the user's cache folder if empty."""
     prepare_workers: int = 1
-    """Processes that tokenise."""
+    """Processes that tokenise; at most one a core is used."""
 
     def __post_init__(self) -> None:
         require_finite(self)
