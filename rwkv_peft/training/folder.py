@@ -19,6 +19,7 @@ from typing import NamedTuple
 from rwkv_peft.checkpoint.state import holds_state_alone
 from rwkv_peft.config import TEMPLATE_FILE
 from rwkv_peft.errors import CheckpointError, ConfigError
+from rwkv_peft.guard import find_clash
 from rwkv_peft.training.settings import Settings
 from rwkv_peft.writing import atomic_file
 
@@ -76,7 +77,7 @@ class Claim:
             return
         logs, results, _ = _list_contents(self.path)
         for path in (*logs, *results):
-            if not self._is_input(path):
+            if not self._is_template(path):
                 path.unlink()
                 for folder in path.parents[: len(path.relative_to(self.path).parts) - 1]:
                     # stays if it holds a file of the user
@@ -108,17 +109,17 @@ class Claim:
                 f"{folder} holds a run ({_few(results, self.path)}): {another}, or --overwrite 1, "
                 "which removes that run's files and no others"
             )
-        strangers = [p for p in strangers if p.name != TEMPLATE_FILE or not self._is_input(p)]
+        strangers = [p for p in strangers if not self._is_template(p)]
         if strangers:
             raise ConfigError(
                 f"{folder} holds {_few(strangers, self.path)}, and no config.yaml of the run that "
                 f"wrote it: move it away, or {another}"
             )
-        read = [p for p in (*logs, *results) if p.name != TEMPLATE_FILE and self._is_input(p)]
-        if read and self._overwrite:
+        own = [p for p in (*logs, *results) if not self._is_template(p)]
+        if self._overwrite and (clash := find_clash(own, self._inputs)):
             raise ConfigError(
-                f"{folder} holds {_few(read, self.path)}, which this run reads and --overwrite 1 "
-                f"would remove: {another}"
+                f"{folder} holds {_few([clash[0]], self.path)}, which this run reads and "
+                f"--overwrite 1 would remove: {another}"
             )
 
     def _require_no_file(self, settings: Settings, endings: Collection[str]) -> None:
@@ -136,12 +137,9 @@ class Claim:
                     "--proj_dir"
                 )
 
-    def _is_input(self, path: Path) -> bool:
-        path = path.resolve()
-        within = (path, *path.parents)
-        return any(
-            os.path.samefile(one, other) for one in self._inputs if one.exists() for other in within
-        )
+    def _is_template(self, path: Path) -> bool:
+        """Whether it is the template of this run, which stays where an earlier run left it."""
+        return path.name == TEMPLATE_FILE and find_clash([path], self._inputs) is not None
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
         Stopped: a signal came before the first step; it is a KeyboardInterrupt.
     """
     config.require_files()
-    inputs = list_inputs(config) if config.overwrite else ()
+    inputs = list_inputs(config)
     with (
         keep_going(),
         Interrupt() as interrupt,

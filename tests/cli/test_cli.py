@@ -115,12 +115,12 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing_written(
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_a_full_disk_ends_training_with_one_line_and_keeps_the_earlier_file(
+def test_a_full_disk_ends_training_with_one_line_and_no_part_of_a_file(
     model_file: Path, data_file: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / "rwkv-0.pth").write_bytes(b"of an earlier run")
+    (folder / "notes.txt").write_bytes(b"of the user")
     # a limit on the size of files fails a write just as a full disk does
     code = (
         "import resource, signal, sys\n"
@@ -134,8 +134,9 @@ def test_a_full_disk_ends_training_with_one_line_and_keeps_the_earlier_file(
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: cannot write") and "previous file is untouched" in last
-    assert (folder / "rwkv-0.pth").read_bytes() == b"of an earlier run"
+    assert last.startswith(f"error: cannot write {folder / 'rwkv-0.pth'}: File too large")
+    assert (folder / "notes.txt").read_bytes() == b"of the user"
+    assert not (folder / "rwkv-0.pth").exists()
     assert not [p for p in folder.rglob("*") if p.name.endswith((".tmp", ".new"))]
     assert (folder / "rwkv-0-adapter" / "adapter_model.safetensors").exists()
 
