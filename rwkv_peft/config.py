@@ -285,5 +285,5 @@ class TrainConfig(DataConfig):
             value = getattr(self, name)
             if not value:
                 raise ConfigError(f"no {what} given: rwkv-peft train model.pth data.jsonl")
-        if not Path(self.load_model).is_file():
+        if not Path(self.load_model).exists():
             raise ConfigError(f"--load_model: there is no file {self.load_model}")

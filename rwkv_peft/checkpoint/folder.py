@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from rwkv_peft.errors import CheckpointError
+from rwkv_peft.recognise import JSON, SAFETENSORS, recognise
 from rwkv_peft.writing import atomic_folder, restore_folder
 
 if TYPE_CHECKING:
@@ -64,9 +65,11 @@ def read_folder(folder: str | Path) -> SavedAdapter:
     restore_folder(folder)
     if not folder.exists():
         raise CheckpointError(f"there is no adapter {folder}: give a folder or a file that exists")
-    for name in (CONFIG, WEIGHTS):
+    for name, wanted in ((CONFIG, JSON), (WEIGHTS, SAFETENSORS)):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is no adapter: it has no {name}")
+        if (kind := recognise(folder / name)) is not wanted:
+            raise CheckpointError(f"{folder / name} is {kind.what}: {kind.advice}")
     try:
         config = PeftConfig.from_pretrained(str(folder))
         tensors = load_file(folder / WEIGHTS)

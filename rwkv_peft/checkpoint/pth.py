@@ -1,7 +1,7 @@
 """Official weight files: `.pth` and `.safetensors` of tensors under their official names."""
 
 import pickle
-import zipfile
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from rwkv_peft.errors import CheckpointError
 from rwkv_peft.models import read_model_config
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.recognise import OLD_TORCH, SAFETENSORS, TORCH, Kind, recognise
 
 LISTED_PROBLEMS = 12
 # end of the names of a learned state's tensors
@@ -26,9 +27,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         CheckpointError: there is no such file, it is damaged, or it holds anything but tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
-    weights = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pth(path)
+    kind = require_weights(path)
+    weights = _read_safetensors(path) if kind is SAFETENSORS else _read_pth(path, kind)
     strange = [name for name, x in weights.items() if not isinstance(x, Tensor)]
     if strange:
         raise CheckpointError(
@@ -38,25 +38,46 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return weights
 
 
-def _read_pth(path: Path) -> dict[str, Tensor]:
-    with open(path, "rb") as file:
-        is_archive = file.read(2) == b"PK"
-    if is_archive and not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is truncated: download or copy it again")
+def require_weights(path: str | Path) -> Kind:
+    """The format of a file of weights.
+
+    Raises:
+        CheckpointError: it is missing, something else, or has the name of the other format.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"there is no file {path}")
+    kind = recognise(path)
+    if kind not in (TORCH, OLD_TORCH, SAFETENSORS):
+        raise CheckpointError(f"{path} is {kind.what}: {kind.advice}")
+    if (kind is SAFETENSORS) != (path.suffix.lower() == ".safetensors"):
+        right = path.with_suffix(".safetensors" if kind is SAFETENSORS else ".pth").name
+        raise CheckpointError(f"{path} is {kind.what} under a wrong name: rename it to {right}")
+    return kind
+
+
+def _read_pth(path: Path, kind: Kind) -> dict[str, Tensor]:
     try:
         # files older than the zip format cannot be mapped
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=kind is TORCH)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is refused: it is damaged, or would run code when opened. Only files of plain "
-            "tensors are read"
-        ) from error
+        raise CheckpointError(f"{path} is refused: {_explain(error)}") from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} is damaged or no .pth file ({first[:120]})") from error
     if not isinstance(weights, dict):
         raise CheckpointError(f"{path} holds a {type(weights).__name__}, not a table of tensors")
     return weights
+
+
+def _explain(error: pickle.UnpicklingError) -> str:
+    """Why torch does not unpickle a file, and what to do."""
+    if found := re.search(r"unsupported (?:global: )?GLOBAL ([\w.]+)", str(error), re.IGNORECASE):
+        return (
+            f"it holds more than tensors, and opening it would run code of {found[1]}. Who trusts "
+            "it loads it where it was made, and saves model.state_dict() by torch.save"
+        )
+    return "its table of tensors is damaged; download or copy it again"
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

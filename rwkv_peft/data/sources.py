@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from rwkv_peft.data.files import READERS, is_saved_by_datasets
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.recognise import recognise
 from rwkv_peft.writing import restore_files
 
 # what --data_type may name that is not a form of rows: files of tokens, and plain text
@@ -77,6 +78,8 @@ def find_sources(data_file: str, data_type: str = "auto") -> list[Source]:
     if not data_file:
         raise ConfigError("no data given: rwkv-peft train model.pth data.jsonl")
     sources = list(_find_each(data_file, data_type))
+    for source in sources:
+        _require_kind(source)
     given = [source.share for source in sources if source.share is not None]
     if given and len(given) < len(sources):
         raise ConfigError(
@@ -86,6 +89,19 @@ def find_sources(data_file: str, data_type: str = "auto") -> list[Source]:
     if given and not sum(given) > 0:
         raise ConfigError(f"--data_file {data_file}: the shares add up to nothing")
     return sources
+
+
+def _require_kind(source: Source) -> None:
+    """Raises ConfigError if a file of data is something else by its first bytes."""
+    allowed = {"text", "json", "utf-16", "unknown", "empty", "folder", "special"}
+    allowed |= {source.kind, Path(source.path).suffix.lower().removeprefix(".")}
+    allowed |= {"html"} if source.kind in TEXT_TYPES else set()
+    for file in source.files if source.kind == "binidx" else [Path(source.path)]:
+        kind = recognise(file)
+        # raw tokens may begin like anything but these words
+        is_raw = source.kind in ("binidx", "uint16") and kind.name not in ("lfs", "annex")
+        if kind.name not in allowed and not is_raw:
+            raise ConfigError(f"--data_file {file} is {kind.what}: {kind.advice}")
 
 
 def _find_each(data_file: str, data_type: str) -> Iterator[Source]:

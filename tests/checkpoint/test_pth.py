@@ -84,11 +84,14 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
     assert not (tmp_path / "was-here").exists()
 
 
-@pytest.mark.parametrize("keep", [0, 10, 5000, -100])
-def test_a_truncated_file_is_named(keep: int, model_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("keep", "what"),
+    [(0, "an empty file"), (10, "truncated"), (5000, "truncated"), (-100, "trunc")],
+)
+def test_a_truncated_file_is_named(keep: int, what: str, model_file: Path, tmp_path: Path) -> None:
     data = model_file.read_bytes()
     (tmp_path / "cut.pth").write_bytes(data[:keep])
-    with pytest.raises(CheckpointError, match=r"cut\.pth is (truncated|damaged|refused)"):
+    with pytest.raises(CheckpointError, match=rf"cut\.pth is {what}"):
         read_weights(tmp_path / "cut.pth")
 
 
