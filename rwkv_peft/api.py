@@ -11,6 +11,7 @@ from rwkv_peft.checkpoint.merge import merge
 from rwkv_peft.checkpoint.older import LegacyAdapterHints
 from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights
 from rwkv_peft.checkpoint.state import load_state
+from rwkv_peft.checkpoint.stream import require_finite
 from rwkv_peft.device import dtype_of
 from rwkv_peft.generation.engine import generate
 from rwkv_peft.models import build
@@ -53,6 +54,7 @@ def load_model(
     weights = read_weights(path)
     model = build(infer_model_config(weights), op=op, device=device, dtype=dtype)
     load_weights(model, weights, device=device, dtype=dtype)
+    require_finite(dict(model.named_parameters()), path, weights)
     if adapter is not None:
         own = fingerprint(weights)
         hints = LegacyAdapterHints(lora_alpha, pissa_init)

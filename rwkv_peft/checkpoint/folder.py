@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from rwkv_peft.checkpoint.stream import is_finite, require_finite
 from rwkv_peft.errors import CheckpointError
 from rwkv_peft.recognise import JSON, SAFETENSORS, recognise
 from rwkv_peft.writing import atomic_folder, restore_folder
@@ -36,6 +37,9 @@ def write_folder(folder: str | Path, adapter: SavedAdapter, base: str | Path) ->
     """Writes an adapter folder from its three parts, whole or not at all."""
     from safetensors.torch import save
 
+    for name, x in adapter.tensors.items():
+        if not is_finite(x):
+            raise CheckpointError(f"{name} holds NaN or infinity: {folder} was not written")
     config = {**adapter.config.to_dict(), "base_model_name_or_path": str(base)}
     config["inference_mode"] = True
     with atomic_folder(folder) as new:
@@ -77,6 +81,7 @@ def read_folder(folder: str | Path) -> SavedAdapter:
         note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, KeyError, SafetensorError, TypeError) as error:
         raise CheckpointError(f"{folder} is damaged ({error})") from error
+    require_finite(tensors, folder / WEIGHTS)
     # files say true, which would make peft freeze the adapter
     config.inference_mode = False
     return SavedAdapter(config, tensors, note)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rwkv_peft.checkpoint.older import old_method
 from rwkv_peft.checkpoint.pth import STATE_SUFFIX, read_weights, write_weights
+from rwkv_peft.checkpoint.stream import require_finite
 from rwkv_peft.errors import CheckpointError
 from rwkv_peft.models import version_named
 from rwkv_peft.models.base import RWKV
@@ -52,6 +53,7 @@ def read_state(path: str | Path, model_config: ModelConfig) -> dict[str, Tensor]
         for is_full in (False, True)
     )
     if found in (plain, full):
+        require_finite(states, path)
         return states
     name = next((n for n in plain if found.get(n) != plain[n]), next(iter(found), "nothing"))
     raise CheckpointError(

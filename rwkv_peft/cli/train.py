@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from rwkv_peft.cli.legacy.arguments import split_arguments
 from rwkv_peft.cli.legacy.train import require_agreement, translate_train
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import TrainConfig
@@ -14,6 +15,14 @@ def run(args: Sequence[str]) -> int:
     arguments, notes, model_flags = translate_train(args)
     config = parse(TrainConfig, arguments, command="train", positional=("load_model", "data_file"))
     config.require_files()
+
+    from rwkv_peft.training.inputs import require_kept_config, require_kept_inputs
+
+    flags = split_arguments(args)[1]
+    require_kept_config(
+        config, [word for name, words in flags if name == "config" for word in words]
+    )
+    require_kept_inputs(config)
     for note in notes:
         print_line(f"note: {note}", file=sys.stderr)
     if model_flags:

@@ -25,6 +25,6 @@ has a gradient a tensor without one counts as zeros.
 `loss_data.jsonl` (a `metrics.StepRecord` a line; the names that users plot stay), after epoch k
 `rwkv-{k}.pth` (the merged model, the full model or the state) and `rwkv-{k}-adapter/` in peft's
 format, `merge_report.json` of the last merge, and in `checkpoints/step-NNN/` what a run that was
-interrupted had learned. `folder` takes it before anything is read, locks it while the run lasts, and
-refuses one that holds a run; nothing is written before the first step is done.
+interrupted had learned. `folder` takes it before anything is read, locks it while the run lasts,
+and refuses one that holds a run; nothing is written before the first step is done.
 """

@@ -1,13 +1,13 @@
 """From a config to a run that is ready for its first step."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rwkv_peft.checkpoint.adapter import saved_method
 from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights
+from rwkv_peft.checkpoint.stream import require_finite
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.documents import first_documents
 from rwkv_peft.data.prepare import read_documents
@@ -22,6 +22,7 @@ from rwkv_peft.ops.selfcheck import require_right
 from rwkv_peft.training.choose import Plan, choose
 from rwkv_peft.training.describe import describe_model, describe_plan, describe_space
 from rwkv_peft.training.folder import DEFAULT_FOLDER, Claim
+from rwkv_peft.training.inputs import mark_file, require_kept_inputs
 from rwkv_peft.training.loop import Run
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.settings import Facts, Settings
@@ -41,6 +42,8 @@ def prepare_run(
     """
     config.require_files()
     find_sources(config.data_file, config.data_type)
+    require_kept_inputs(config)
+    mark = mark_file(config.load_model)
     base = read_weights(config.load_model)
     facts = find_facts(config, base, str(claim.path) if claim else DEFAULT_FOLDER)
     plan = choose(config, facts)
@@ -56,21 +59,13 @@ def prepare_run(
         packed=settings.dataload == "pack",
         heads=settings.micro_bsz * facts.model_config.n_head,
     )
-    target = make_target(settings, model, base, names, plan.steps)
+    target = make_target(settings, model, base, mark, names, plan.steps)
     optimizer = make_optimizer(settings, target)
     optimizer.load(target.initial_values)
     lines = list(_describe(plan, facts.model_config, model, checked, _count(base), target))
     if claim:
         lines += describe_space(settings, claim.path, _count(target.parameters))
     return Run(plan, model, target, optimizer, step), lines
-
-
-def list_inputs(config: TrainConfig) -> list[Path]:
-    """The files and folders that a run reads."""
-    files = (config.load_model, config.load_adapter, config.peft_config.get("pissa_init"))
-    named = [Path(str(f)) for f in (*files, config.template, config.data_cache) if f]
-    sources = find_sources(config.data_file, config.data_type)
-    return [*named, *(file for source in sources for file in source.files)]
 
 
 def find_facts(
@@ -96,6 +91,8 @@ def load_base(settings: Settings, facts: Facts, base: Mapping[str, Tensor]) -> R
     device, dtype = facts.device, settings.dtype
     model = build(facts.model_config, op=settings.op, device=device, dtype=dtype)
     load_weights(model, base, device=device, dtype=dtype)
+    # on the device, where it is one more reading of the weights and one wait
+    require_finite(dict(model.named_parameters()), settings.load_model, base)
     model.grad_cp = bool(settings.grad_cp)
     return model
 

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_peft.config import TrainConfig
+from rwkv_peft.errors import CheckpointError
 from rwkv_peft.terminal import keep_going
 from rwkv_peft.training.folder import take_folder
+from rwkv_peft.training.inputs import find_inputs
 from rwkv_peft.training.interrupt import Interrupt
 from rwkv_peft.training.loop import run_steps
 from rwkv_peft.training.metrics import Display, RunFolder
-from rwkv_peft.training.prepare import list_inputs, prepare_run
+from rwkv_peft.training.prepare import prepare_run
 from rwkv_peft.training.recorder import Recorder
 from rwkv_peft.training.step import Step, full_step
 
@@ -50,7 +52,7 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
         Stopped: a signal came before the first step; it is a KeyboardInterrupt.
     """
     config.require_files()
-    inputs = list_inputs(config)
+    inputs = find_inputs(config)
     with (
         keep_going(),
         Interrupt() as interrupt,
@@ -66,5 +68,7 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
                 recorder.say(line)
             interrupt.defer()
             run_steps(run, (recorder.log, recorder.save_stopped, recorder.end_epoch))
+    if run.saved and run.saved.failure and not run.stopped_by:
+        raise CheckpointError(run.saved.failure)
     weights, adapter = (run.saved.weights, run.saved.adapter) if run.saved else (None, None)
     return Result(folder.path, weights, adapter, run.saved_loss, run.progress.step, run.stopped_by)

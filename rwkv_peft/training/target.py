@@ -10,8 +10,9 @@ from rwkv_peft.checkpoint.adapter import attach_saved, write_adapter
 from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.merge import merge
 from rwkv_peft.checkpoint.older import LegacyAdapterHints
-from rwkv_peft.checkpoint.pth import write_like
+from rwkv_peft.checkpoint.pth import STATE_SUFFIX, write_like
 from rwkv_peft.checkpoint.state import read_state, write_state
+from rwkv_peft.checkpoint.stream import Spec, write_tensors
 from rwkv_peft.data.batching import IGNORE, Batch
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods.adalora import AdaLora
@@ -19,16 +20,22 @@ from rwkv_peft.methods.attach import Attachment, attach
 from rwkv_peft.methods.state import LearnedStates
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.state import RWKVState
+from rwkv_peft.training.inputs import FileMark, find_change
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.settings import Settings
 
 
 class Saved(NamedTuple):
-    """The files of a save, None where there is none, and what is to be said of them."""
+    """The files of a save, None where there is none, and what is to be said of them.
+
+    Attributes:
+        failure: why a file is not there that should be, and how it can be had later.
+    """
 
     weights: Path | None
     adapter: Path | None
     remarks: tuple[str, ...] = ()
+    failure: str = ""
 
 
 class TrainTarget(Protocol):
@@ -73,18 +80,40 @@ class TrainTarget(Protocol):
 
 
 def make_target(
-    settings: Settings, model: RWKV, base: Mapping[str, Tensor], names: Collection[str], steps: int
+    settings: Settings,
+    model: RWKV,
+    base: Mapping[str, Tensor],
+    mark: FileMark,
+    names: Collection[str],
+    steps: int,
 ) -> TrainTarget:
     """Attaches the method of a run to its model.
 
     Args:
         base: the tensors of the model's file.
+        mark: of that file, when they were read.
         names: of the states in the data; empty if it names none.
         steps: optimizer steps of the run.
     """
     if settings.peft == "state":
         return States(settings, model, sorted(names) or [""])
-    return Weights(settings, model, fingerprint(base), steps)
+    return Weights(settings, model, Base(base, mark), steps)
+
+
+class Base:
+    """The file that a run began with, which may change or go while it runs.
+
+    Attributes:
+        mark: of the file, when it was read.
+        fingerprint: of its weights.
+        specs: of its tensors, in their order.
+        states: its learned state, if it has one.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], mark: FileMark) -> None:
+        self.mark, self.fingerprint = mark, fingerprint(weights)
+        self.specs = {name: Spec(tuple(x.shape), x.dtype) for name, x in weights.items()}
+        self.states = {n: x.clone() for n, x in weights.items() if n.endswith(STATE_SUFFIX)}
 
 
 def saved_endings(settings: Settings, names: Collection[str]) -> list[str]:
@@ -105,8 +134,8 @@ class Weights:
 
     clip_groups = None
 
-    def __init__(self, settings: Settings, model: RWKV, base: str, steps: int) -> None:
-        self._settings, self._base = settings, base
+    def __init__(self, settings: Settings, model: RWKV, base: Base, steps: int) -> None:
+        self._settings, self._model, self._base = settings, model, base
         self.initial_values: Mapping[str, Tensor] = {}
         if settings.load_adapter:
             attachment, self.initial_values = attach_saved(
@@ -114,7 +143,7 @@ class Weights:
                 settings.load_adapter,
                 hints=LegacyAdapterHints(**settings.peft_config),
                 train_parts=settings.train_parts,
-                base_fingerprint=base,
+                base_fingerprint=base.fingerprint,
                 force=settings.force,
                 is_fused=bool(settings.fused_adapter),
             )
@@ -152,18 +181,44 @@ class Weights:
     def save(self, stem: Path, values: Mapping[str, Tensor]) -> Saved:
         """Writes `stem`.pth with all weights, and the folder `stem`-adapter of an adapter."""
         settings, weights = self._settings, stem.with_name(stem.name + ".pth")
+        change = find_change(settings.load_model, self._base.mark)
         if self.parameters.peft_model is None:
+            if change:
+                return self._save_alone(weights, values, change)
             write_like(weights, settings.load_model, values)
             return Saved(weights, None)
         adapter = stem.with_name(stem.name + "-adapter")
         write_adapter(
-            adapter, self.parameters, values, base=settings.load_model, base_fingerprint=self._base
+            adapter,
+            self.parameters,
+            values,
+            base=settings.load_model,
+            base_fingerprint=self._base.fingerprint,
         )
         if not settings.merge:
             return Saved(None, adapter)
+        if change:
+            failure = (
+                f"{change} while the run went on, so that nothing was merged; with the base as it "
+                f"was: rwkv-peft merge --base_model {settings.load_model} --adapter {adapter} "
+                f"--output {weights}"
+            )
+            return Saved(None, adapter, (failure,), failure)
         report = merge(settings.load_model, adapter, weights, overwrite=True, compare=0)
         remarks = (report.lines()[0],) if report.is_lossy else ()
         return Saved(weights, adapter, remarks)
+
+    def _save_alone(self, path: Path, values: Mapping[str, Tensor], change: str) -> Saved:
+        """Writes all weights without the file that they began as."""
+        base, frozen = self._base, dict(self._model.named_parameters())
+
+        def tensor(name: str) -> Tensor:
+            held = next(x for x in (values, base.states, frozen) if name in x)[name]
+            return held.to(base.specs[name].dtype)
+
+        write_tensors(path, base.specs, tensor)
+        remark = f"{change} while the run went on: what was not trained is as the run held it"
+        return Saved(path, None, (f"{remark}, in {self._settings.precision}",))
 
     def state_dict(self) -> dict[str, Any]:
         """What AdaLoRA remembers of earlier steps."""
