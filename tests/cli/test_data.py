@@ -109,7 +109,7 @@ def test_a_pair_that_does_not_fit_on_the_disk_leaves_the_previous_one_and_no_res
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-c", code, *given, "--copies", "50"]
+    command = [sys.executable, "-c", code, *given, "--copies", "50", "--overwrite", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     said = (
