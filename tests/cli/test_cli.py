@@ -36,7 +36,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = 
     ),
     "model that runs code": (
         lambda m, d, t: [torch.save({"emb.weight": RunsCode()}, t / "e.pth") or t / "e.pth", d],
-        "would run code when opened",
+        "would run code of",
     ),
     "wrong version": (
         lambda m, d, t: [m, d, "--my_testing", "x060"],
