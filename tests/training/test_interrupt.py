@@ -1,5 +1,6 @@
 """Signals end a run with what it learned, or before it began with nothing."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -121,12 +122,18 @@ def test_a_command_that_is_still_reading_ends_with_one_line_and_its_code(
     command = [sys.executable, "-m", "rwkv_peft.cli.main", "train", str(model_file)]
     command += [str(tmp_path / "data.jsonl"), "--proj_dir", str(tmp_path / "out")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "out").exists():
+    deadline, writer = time.monotonic() + 120, -1
+    while writer < 0:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
+        # there is no writer as long as there is no reader
+        with contextlib.suppress(OSError):
+            writer = os.open(tmp_path / "data.jsonl", os.O_WRONLY | os.O_NONBLOCK)
+    # it waits for a line by then
+    time.sleep(0.5)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
+    os.close(writer)
     assert (process.returncode, errors) == (128 + number, "stopped\n")
     assert not (tmp_path / "out").exists()
 
