@@ -66,3 +66,12 @@ def test_the_demos_merged_file_differs_from_its_adapter_by_bf16_rounding_alone(
     merged = rwkv_peft.load_model(demo.folder / "rwkv-2.pth")(tokens)[0]
     base = rwkv_peft.load_model(BASE_MODEL)(tokens)[0]
     assert (merged - adapted).norm() < 0.05 * (adapted - base).norm()
+
+
+def test_a_second_demo_leaves_the_first_one_alone(
+    demo: SimpleNamespace, cli: Callable[..., SimpleNamespace]
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in demo.folder.rglob("*")}
+    again = cli("demo", "--proj_dir", demo.folder)
+    assert again.code == 2 and "holds a run" in again.err and "--overwrite 1" in again.err
+    assert {p: p.stat().st_mtime_ns for p in demo.folder.rglob("*")} == before
