@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from rwkv_peft.config import TEMPLATE_FILE, TrainConfig
+from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.sources import find_sources
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.guard import find_clash
@@ -48,8 +48,7 @@ def find_inputs(config: TrainConfig) -> list[Path]:
     """The files and folders that a run reads."""
     names = [config.load_model, config.load_adapter, str(config.peft_config.get("pissa_init", ""))]
     data = [file for x in find_sources(config.data_file, config.data_type) for file in x.files]
-    template = Path(config.template)
-    names += [config.template] if template.is_file() and template.name != TEMPLATE_FILE else []
+    names += [config.template] if Path(config.template).is_file() else []
     return [Path(name) for name in names if name] + data
 
 
