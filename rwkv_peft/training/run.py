@@ -52,7 +52,8 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
         Stopped: a signal came before the first step; it is a KeyboardInterrupt.
     """
     config.require_files()
-    inputs = find_inputs(config)
+    # its template too, which an earlier run may have left in the folder
+    inputs = [*find_inputs(config), Path(config.template)]
     with (
         keep_going(),
         Interrupt() as interrupt,
