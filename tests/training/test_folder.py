@@ -251,7 +251,7 @@ def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_fifty_pairs_of_runs_lose_and_mix_nothing(config: TrainConfig, tmp_path: Path) -> None:
     common = [sys.executable, "-m", "rwkv_peft.cli.main", "train", config.load_model]
-    common += [config.data_file, "--epoch_count", "1", "--epoch_steps", "2", "--accelerator", "cpu"]
+    common += [config.data_file, "--epoch_count", "1", "--micro_bsz", "4", "--accelerator", "cpu"]
     for number in range(50):
         folder = tmp_path / f"pair{number}"
         folder.mkdir()
@@ -272,7 +272,7 @@ def test_fifty_pairs_of_runs_lose_and_mix_nothing(config: TrainConfig, tmp_path:
             saved = json.loads((out / "rwkv-0-adapter" / "adapter_config.json").read_text())
             ranks.append(saved["r"])
             assert f"r: {saved['r']}\n" in (out / "config.yaml").read_text()
-            assert len((out / "loss_data.jsonl").read_text().splitlines()) == 2
+            assert len((out / "loss_data.jsonl").read_text().splitlines()) == 1
         if named:
             assert sorted(codes) == [0, 2]
             assert errors[codes.index(2)].count("\n") == 1 and "--proj_dir" in errors[0] + errors[1]
