@@ -117,11 +117,11 @@ class Memory(threading.Thread):
 def measure(base: Path, folder: Path, name: str, compared: int) -> dict[str, Any]:
     """Seconds and bytes of one merge, and whether its result is right."""
     output = folder / "merged.pth"
-    merge(folder / "tiny.pth", folder / f"tiny-{name}", output, compare=8)
+    merge(folder / "tiny.pth", folder / f"tiny-{name}", output, compare=8, overwrite=True)
     memory = Memory()
     memory.start()
     started = time.perf_counter()
-    report = merge(base, folder / name, output, compare=compared)
+    report = merge(base, folder / name, output, compare=compared, overwrite=True)
     seconds, peak = time.perf_counter() - started, memory.end()
     return {
         "seconds": seconds,
