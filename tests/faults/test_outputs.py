@@ -29,14 +29,15 @@ class Files(SimpleNamespace):
     def command(self, name: str, output: Path) -> list[object]:
         pair = str(output).removesuffix(".bin").removesuffix(".idx")
         base = ["--base_model", self.model]
+        prepare = ["data", "prepare", "--prepare_workers", 1, "--output", pair, "--data_file"]
         return {
             "merge": ["merge", *base, "--adapter", self.adapter, "--output", output],
             "state": ["merge", *base, "--adapter", self.state, "--output", output],
             "convert": ["convert", self.adapter, *base, "--to", "pth", "--output", output],
             "old": ["convert", self.state, *base, "--output", output],
             "init": ["init", output, "--n_layer", 1, "--n_embd", 64, "--vocab_size", 300],
-            "prepare": ["data", "prepare", self.data, "--output", pair],
-            "again": ["data", "prepare", self.pair, "--output", pair],
+            "prepare": [*prepare, self.data],
+            "again": [*prepare, self.pair],
         }[name]
 
     def inputs(self, name: str) -> list[Path]:
@@ -61,7 +62,8 @@ def files(
     model = make_model_file()
     adapter = make_adapter(model, tmp_path / "adapter", "lora", {"r": 4})
     state = make_state(model, tmp_path / "state.pth")
-    assert cli("data", "prepare", data_file, "--output", tmp_path / "pair").code == 0
+    line = ["data", "prepare", data_file, "--output", tmp_path / "pair", "--prepare_workers", 1]
+    assert cli(*line).code == 0
     yield Files(
         model=model,
         adapter=adapter,
