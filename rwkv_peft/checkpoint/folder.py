@@ -8,12 +8,23 @@ from torch import Tensor
 
 from rwkv_peft.checkpoint.stream import is_finite, require_finite
 from rwkv_peft.errors import CheckpointError
-from rwkv_peft.recognise import JSON, SAFETENSORS, recognise
+from rwkv_peft.recognise import (
+    ANNEX,
+    CUT_SAFETENSORS,
+    EMPTY,
+    HTML,
+    JSON,
+    LFS,
+    SAFETENSORS,
+    recognise,
+)
 from rwkv_peft.writing import atomic_folder, restore_folder
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+# kinds of files whose own advice says how to get what they stand for
+_FETCHED_AGAIN = (ANNEX, CUT_SAFETENSORS, EMPTY, HTML, LFS)
 CONFIG, WEIGHTS, NOTE = "adapter_config.json", "adapter_model.safetensors", "rwkv_peft.json"
 FILES = (CONFIG, WEIGHTS, NOTE)
 
@@ -73,7 +84,8 @@ def read_folder(folder: str | Path) -> SavedAdapter:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is no adapter: it has no {name}")
         if (kind := recognise(folder / name)) is not wanted:
-            raise CheckpointError(f"{folder / name} is {kind.what}: {kind.advice}")
+            advice = kind.advice if kind in _FETCHED_AGAIN else "copy the adapter's folder again"
+            raise CheckpointError(f"{folder / name} is {kind.what}: {advice}")
     try:
         config = PeftConfig.from_pretrained(str(folder))
         tensors = load_file(folder / WEIGHTS)

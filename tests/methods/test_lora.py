@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import rwkv_peft
 from rwkv_peft.checkpoint.adapter import load_adapter, read_adapter, write_adapter
@@ -155,6 +156,9 @@ def test_a_folder_that_is_no_adapter_is_named(tmp_path: Path) -> None:
         read_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"junk")
+    with pytest.raises(CheckpointError, match=r"safetensors is a text file: copy the adapter's"):
+        read_adapter(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match="is damaged"):
         read_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "NOVEL"}')
