@@ -153,7 +153,7 @@ def test_a_turn_ends_at_a_whole_heading_after_a_blank_line_and_nowhere_else(
 
 
 def test_text_that_turns_out_to_be_no_heading_is_shown_as_soon_as_that_is_known() -> None:
-    pieces, given = iter(["a\n", "\n", "U", "ser", "s b", "\n\nUser", ": c", "d"]), []
+    pieces, given = iter(["a\n", "\n", "Use", "r", "s b", "\n\nUser", ": c", "d"]), []
     shown = cut_at_stop((given.append(p) or p for p in pieces), TEMPLATES["chat"].stops)
     assert [(piece, len(given)) for piece in shown] == [("a", 1), ("\n\nUsers b", 5), ("", 7)]
 
