@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_peft.checkpoint.folder import SavedAdapter, read_folder, write_folder
 from rwkv_peft.checkpoint.mapped import build_mapped
@@ -41,6 +41,13 @@ def write_adapter(
         values: the trained tensors under the names of `attachment`.
         base: the file the adapter was trained on, noted in the config.
     """
+    write_folder(folder, to_saved(attachment, values, base_fingerprint), base)
+
+
+def to_saved(
+    attachment: Attachment, values: Mapping[str, Tensor], base_fingerprint: str = ""
+) -> SavedAdapter:
+    """What belongs into the folder of an adapter, its values under the names of `attachment`."""
     assert attachment.peft_model is not None
     config = attachment.peft_model.peft_config[ADAPTER]
     note = {"base": base_fingerprint}
@@ -54,7 +61,7 @@ def write_adapter(
         key: values[names[id(x)]].cpu() if id(x) in names else x
         for key, x in adapter_tensors(attachment).items()
     }
-    write_folder(folder, SavedAdapter(config, tensors, note), base)
+    return SavedAdapter(config, tensors, note)
 
 
 def read_adapter(
@@ -132,7 +139,7 @@ def load_adapter(
             that its config makes in this model.
     """
     adapter = read_adapter(folder, hints, base_fingerprint=base_fingerprint, force=force)
-    load_values(_attach(model, adapter, folder), adapter.tensors)
+    load_values(attach_adapter(model, adapter, folder), adapter.tensors)
     fast.fuse(model)
     model.requires_grad_(False)
 
@@ -148,9 +155,13 @@ def attach_to_base(
         CheckpointError: the adapter's tensors are not exactly those that its config makes in this
             model.
     """
-    model = build_mapped({n: x for n, x in weights.items() if not n.endswith(STATE_SUFFIX)})
+    own = {n: x for n, x in weights.items() if not n.endswith(STATE_SUFFIX)}
+    if factors.reads_base(adapter.config):
+        # as a model computes it from the whole file; most methods leave the base on disk
+        own = {n: x.float() for n, x in own.items()}
+    model = build_mapped(own)
     official = list(model.parameters())
-    attachment = _attach(model, adapter, folder)
+    attachment = attach_adapter(model, adapter, folder)
     trained = {id(attachment[name]) for name in attachment.plain}
     kept = {id(x) for x in official} - trained
     for x in (*model.parameters(), *model.buffers()):
@@ -188,7 +199,7 @@ def attach_saved(
         values, start = residual.split_start(adapter.tensors)
         adapter = SavedAdapter(residual.with_rank(adapter.config, 0.5), values, adapter.note)
     parts = named_parts(model, train_parts)
-    attachment = _attach(model, adapter, folder)
+    attachment = attach_adapter(model, adapter, folder)
     load_values(attachment, adapter.tensors)
     with_parts(model, attachment, {n: attachment[n] for n in attachment.plain} | parts)
     found = _match_parameters(attachment, adapter.tensors)
@@ -208,7 +219,12 @@ def _match_parameters(attachment: Attachment, tensors: Mapping[str, Tensor]) -> 
     return {names[id(x)]: tensors[k] for k, x in own.items() if id(x) in names and k in tensors}
 
 
-def _attach(model: RWKV, adapter: SavedAdapter, folder: str | Path) -> Attachment:
+def attach_adapter(model: nn.Module, adapter: SavedAdapter, folder: str | Path) -> Attachment:
+    """Attaches an adapter to a plain model, without its values, and checks that they will fit.
+
+    Raises:
+        CheckpointError: they are not exactly those that its config makes in this model.
+    """
     official = dict(model.named_parameters())
     try:
         attachment = attach_config(model, adapter.config, is_fused=False)
@@ -216,8 +232,10 @@ def _attach(model: RWKV, adapter: SavedAdapter, folder: str | Path) -> Attachmen
         raise CheckpointError(f"{folder} does not fit this model: {error}") from error
     if any(n.endswith("miss_block") and x.ndim == 4 for n, x in adapter.tensors.items()):
         lay_along_inputs(model)
-    # in the order of the model, not of the file, so that every sum over them is the same
-    plain = {n: p for n, p in official.items() if PREFIX + n in adapter.tensors}
+    # in the order of the model, not of the file, so that every sum over them is the same; modules
+    # that peft's `modules_to_save` replaces have such names in files too
+    kept = dict(model.named_parameters())
+    plain = {n: p for n, p in official.items() if PREFIX + n in adapter.tensors and n in kept}
     assert attachment.peft_model is not None
     factors.fit(attachment.peft_model, adapter.tensors)
     with_parts(model, attachment, plain)

@@ -12,7 +12,7 @@ from torch import Tensor
 from rwkv_peft.checkpoint.adapter import attach_to_base, read_adapter
 from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.folder import FILES, SavedAdapter, write_folder
-from rwkv_peft.checkpoint.older import LegacyAdapterHints, make_start_file
+from rwkv_peft.checkpoint.older import LegacyAdapterHints, make_start_file, name_targets
 from rwkv_peft.checkpoint.pth import infer_model_config, read_weights, write_weights
 from rwkv_peft.checkpoint.state import is_state_file, read_state, write_state
 from rwkv_peft.checkpoint.stream import ENDINGS, Spec, StoredDtype, write_tensors
@@ -82,7 +82,7 @@ def convert(
         return _write_residual(source, output, weights, adapter, dtype)
     model = attach_to_base(weights, adapter, source)[0]
     if to == "pth":
-        return _write_pth(source, output, model, adapter)
+        return _write_pth(source, output, weights, model, adapter)
     note = {**adapter.note, "base": own}
     write_folder(output, adapter._replace(note=note), base_model)
     return f"wrote {output}: {_describe(adapter)}, {len(adapter.tensors)} tensors"
@@ -113,9 +113,10 @@ def _require_form(output: Path, to: Form, *, is_state: bool) -> None:
 
 def _describe(adapter: SavedAdapter) -> str:
     config = adapter.config
-    alpha = f", lora_alpha {config.lora_alpha:g}" if hasattr(config, "lora_alpha") else ""
+    rank, alpha = (getattr(config, name, None) for name in ("r", "lora_alpha"))
     kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
-    return f"{kind} of rank {getattr(config, 'r', 'unknown')}{alpha}"
+    kind += f" of rank {rank}" if rank is not None else ""
+    return kind + (f", lora_alpha {alpha:g}" if alpha is not None else "")
 
 
 def _iterate_factors(model: RWKV) -> Iterator[tuple[str, Tensor, Tensor, float]]:
@@ -131,10 +132,22 @@ def _iterate_factors(model: RWKV) -> Iterator[tuple[str, Tensor, Tensor, float]]
             yield name, *factors, 1.0
 
 
-def _write_pth(source: str | Path, output: Path, model: RWKV, adapter: SavedAdapter) -> str:
+def _write_pth(
+    source: str | Path,
+    output: Path,
+    weights: Mapping[str, Tensor],
+    model: RWKV,
+    adapter: SavedAdapter,
+) -> str:
     layers = list(_iterate_factors(model))
-    plain = _pick_own_tensors(model, adapter)
-    _require_nothing_else(source, adapter, len(plain))
+    targets = tuple(f".{name}.weight" for name in name_targets(name for name, *_ in layers))
+    if sum(f".{name}".endswith(targets) for name in weights) != len(layers):
+        raise CheckpointError(
+            f"{source} adapts the first layers alone, which a file without a config cannot say: "
+            "use rwkv-peft merge"
+        )
+    plain = _pick_own_tensors(weights, adapter)
+    _require_nothing_else(source, adapter, model, len(plain))
     given = float(getattr(adapter.config, "lora_alpha", 0))
     # the adapter's own lora_alpha if it fits every layer; otherwise B absorbs the difference
     fits = all(math.isclose(s * len(a), given, rel_tol=1e-6) for _, a, _, s in layers)
@@ -147,18 +160,25 @@ def _write_pth(source: str | Path, output: Path, model: RWKV, adapter: SavedAdap
     return f"wrote {output}: a LoRA of {len(layers)} matrices, to be used with lora_alpha {alpha:g}"
 
 
-def _pick_own_tensors(model: RWKV, adapter: SavedAdapter) -> dict[str, Tensor]:
+def _pick_own_tensors(weights: Mapping[str, Tensor], adapter: SavedAdapter) -> dict[str, Tensor]:
     """The model's own tensors that an adapter holds."""
-    own = {name for name, _ in model.named_parameters()}
     names = {key: key.removeprefix(PREFIX) for key in adapter.tensors}
-    return {name: adapter.tensors[key] for key, name in names.items() if name in own}
+    return {name: adapter.tensors[key] for key, name in names.items() if name in weights}
 
 
-def _require_nothing_else(source: str | Path, adapter: SavedAdapter, num_plain: int) -> None:
-    parts = (".lora_A.", ".lora_B.", ".miss_block")
-    known = [n for n in adapter.tensors if any(p in n for p in parts)]
-    is_bat = getattr(adapter.config, "init_weights", None) == "bat"
-    if is_bat or not known or len(known) + num_plain != len(adapter.tensors):
+def _require_nothing_else(
+    source: str | Path, adapter: SavedAdapter, model: RWKV, num_plain: int
+) -> None:
+    from peft.tuners.lora.variants import MiCALinearVariant
+
+    parts = (".lora_A.weight", ".lora_B.weight", ".miss_block")
+    known = [n for n in adapter.tensors if n.endswith(parts)]
+    # all variants compute otherwise but MiCA, which begins otherwise; bat is not of low rank
+    variants = [v for _, layer in residual.layers(model) for v in layer.lora_variant.values()]
+    is_plain = all(isinstance(variant, MiCALinearVariant) for variant in variants)
+    is_plain &= getattr(adapter.config, "init_weights", None) != "bat"
+    has_factors = next(_iterate_factors(model), None) is not None
+    if not (is_plain and has_factors and len(known) + num_plain == len(adapter.tensors)):
         raise CheckpointError(
             f"{source} is no plain LoRA or MiSS, and no other method has this form: use "
             "rwkv-peft merge"
@@ -180,7 +200,7 @@ def _write_residual(
     config = residual.with_rank(adapter.config, 0.5)
     adapter = SavedAdapter(config, values, {})
     model = attach_to_base(weights, adapter, source)[0]
-    _require_nothing_else(source, adapter, len(_pick_own_tensors(model, adapter)))
+    _require_nothing_else(source, adapter, model, len(_pick_own_tensors(weights, adapter)))
     taken: dict[str, tuple[Tensor, Tensor]] = {}
     for name, _, b, scale in _iterate_factors(model):
         a_key, b_key = (f"{PREFIX}{name}.lora_{x}.weight" for x in "AB")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rwkv_peft.checkpoint.stream import is_finite, require_finite
 from rwkv_peft.errors import CheckpointError
+from rwkv_peft.methods.catalog import check_saved
 from rwkv_peft.recognise import (
     ANNEX,
     CUT_SAFETENSORS,
@@ -46,20 +47,47 @@ class SavedAdapter(NamedTuple):
 
 def write_folder(folder: str | Path, adapter: SavedAdapter, base: str | Path) -> None:
     """Writes an adapter folder from its three parts, whole or not at all."""
-    from safetensors.torch import save
-
     for name, x in adapter.tensors.items():
         if not is_finite(x):
             raise CheckpointError(f"{name} holds NaN or infinity: {folder} was not written")
+    files = to_files(adapter, base)
+    with atomic_folder(folder) as new:
+        for name, content in files.items():
+            (new / name).write_bytes(content)
+
+
+def to_files(adapter: SavedAdapter, base: str | Path) -> dict[str, bytes]:
+    """The files of an adapter's folder, by name."""
+    from safetensors.torch import save
+
     config = {**adapter.config.to_dict(), "base_model_name_or_path": str(base)}
     config["inference_mode"] = True
-    with atomic_folder(folder) as new:
-        # clones, as the format refuses tensors that share memory
-        tensors = {n: x.detach().cpu().clone() for n, x in adapter.tensors.items()}
-        (new / WEIGHTS).write_bytes(save({n: x.contiguous() for n, x in tensors.items()}))
-        for name, content in ((CONFIG, config), (NOTE, adapter.note)):
-            text = json.dumps(content, indent=2, default=_to_json)
-            (new / name).write_text(text, encoding="utf-8")
+    # clones, as the format refuses tensors that share memory
+    tensors = {n: x.detach().cpu().clone().contiguous() for n, x in adapter.tensors.items()}
+    texts = {
+        name: json.dumps(content, indent=2, default=_to_json).encode()
+        for name, content in ((CONFIG, config), (NOTE, adapter.note))
+    }
+    return {WEIGHTS: save(tensors), **texts}
+
+
+def to_config(text: str | bytes) -> "PeftConfig":
+    """The config of an adapter from its JSON, to train the adapter with.
+
+    Raises:
+        ConfigError: the method cannot serve RWKV, or a value is of another type than it declares.
+        ValueError, TypeError: it is no JSON object, or peft refuses it.
+    """
+    from peft import PeftConfig
+
+    values = json.loads(text)
+    check_saved(values)
+    # how to compute, which belongs to a run and not to an adapter
+    values.pop("runtime_config", None)
+    config = PeftConfig.from_peft_type(**values)
+    # files say true, which would make peft freeze the adapter
+    config.inference_mode = False
+    return config
 
 
 def _to_json(value: object) -> object:
@@ -72,7 +100,6 @@ def read_folder(folder: str | Path) -> SavedAdapter:
     Raises:
         CheckpointError: a file is missing or damaged, or peft does not know the method.
     """
-    from peft import PeftConfig
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -87,13 +114,11 @@ def read_folder(folder: str | Path) -> SavedAdapter:
             advice = kind.advice if kind in _FETCHED_AGAIN else "copy the adapter's folder again"
             raise CheckpointError(f"{folder / name} is {kind.what}: {advice}")
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        config = to_config((folder / CONFIG).read_bytes())
         tensors = load_file(folder / WEIGHTS)
         path = folder / NOTE
         note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, KeyError, SafetensorError, TypeError) as error:
         raise CheckpointError(f"{folder} is damaged ({error})") from error
     require_finite(tensors, folder / WEIGHTS)
-    # files say true, which would make peft freeze the adapter
-    config.inference_mode = False
     return SavedAdapter(config, tensors, note)

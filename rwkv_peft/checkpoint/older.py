@@ -1,13 +1,14 @@
 """Adapter files of older RWKV-PEFT, a table of tensors with no config, as adapters of today.
 
-LoRA and PiSSA: `M.lora_A` (R, in) and `M.lora_B` (out, R) for a module M; PiSSA subtracts from the
-base what `init_pissa.pth` holds as `M.init_lora_A` and `M.init_lora_B`. MiSS, then called Bone and
-DiSHA: `M.bone` or `M.disha` (R, out), or (in/R, R, R) in the mode bat. Tensors of the model itself
-that were trained too have their own names. Any name may begin with `model.`.
+LoRA and PiSSA: `M.lora_A` (R, in) and `M.lora_B` (out, R) for a module M, of an R of its own; its
+scale is lora_alpha / R. PiSSA subtracts from the base what `init_pissa.pth` holds as
+`M.init_lora_A` and `M.init_lora_B`. MiSS, then called Bone and DiSHA: `M.bone` or `M.disha`
+(R, out), or (in/R, R, R) in the mode bat. Tensors of the model itself that were trained too have
+their own names. Any name may begin with `model.`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,7 +35,7 @@ class LegacyAdapterHints(NamedTuple):
     """What a file of older RWKV-PEFT does not hold.
 
     Attributes:
-        lora_alpha: of the training that wrote it; the scale is lora_alpha / R.
+        lora_alpha: of the training that wrote it; the scale of a module is lora_alpha / R.
         pissa_init: the file of what PiSSA began with, `init_pissa.pth` of the run.
         lora_dropout: for training further.
     """
@@ -155,12 +156,17 @@ def _has_effect(modules: _Modules, adapter: SavedAdapter) -> bool:
 def _make_lora(path: str | Path, factors: _Modules, hints: LegacyAdapterHints) -> SavedAdapter:
     from peft import LoraConfig
 
-    rank = _find_rank(path, factors)
+    ranks = _find_ranks(path, factors)
+    rank = max(ranks.values())
+    patterns = {re.escape(module): r for module, r in ranks.items() if r != rank}
     config = LoraConfig(
         r=rank,
         lora_alpha=_choose_alpha(path, rank, hints),
         lora_dropout=hints.lora_dropout or 0.0,
-        target_modules=_name_targets(factors),
+        target_modules=name_targets(factors),
+        rank_pattern=patterns,
+        # PiSSA has a scale of 1 at every rank
+        alpha_pattern=patterns if hints.pissa_init else {},
     )
     tensors = {
         f"{PREFIX}{module}.lora_{leaf}.weight": x
@@ -171,22 +177,20 @@ def _make_lora(path: str | Path, factors: _Modules, hints: LegacyAdapterHints) -
     return add_start(path, adapter, hints.pissa_init) if hints.pissa_init else adapter
 
 
-def _find_rank(path: str | Path, factors: _Modules) -> int:
-    ranks = set()
+def _find_ranks(path: str | Path, factors: _Modules) -> dict[str, int]:
+    ranks = {}
     for module, leaves in factors.items():
         a, b = leaves.get("A"), leaves.get("B")
         if a is None or b is None:
             lacks = "lora_A" if a is None else "lora_B"
             raise CheckpointError(f"{path} is incomplete: {module}.{lacks} is missing")
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not len(a):
             raise CheckpointError(
                 f"{path}: {module} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, which "
                 "are no (R, in) and (out, R)"
             )
-        ranks.add(len(a))
-    if len(ranks) != 1:
-        raise CheckpointError(f"{path} holds ranks {sorted(ranks)}: only one for all is read")
-    return ranks.pop()
+        ranks[module] = len(a)
+    return ranks
 
 
 def _choose_alpha(path: str | Path, rank: int, hints: LegacyAdapterHints) -> float:
@@ -226,7 +230,7 @@ def _make_miss(path: str | Path, modules: _Modules, hints: LegacyAdapterHints) -
         r=sides[0],
         init_weights="bat" if ndim == 3 else True,
         miss_dropout=hints.lora_dropout or 0.0,
-        target_modules=_name_targets(blocks),
+        target_modules=name_targets(blocks),
     )
     tensors = {f"{PREFIX}{module}.miss_block": x for module, x in blocks.items()}
     return SavedAdapter(config, tensors, {})
@@ -242,10 +246,16 @@ def _lie_along_outputs(blocks: Mapping[str, Tensor]) -> bool:
     return any(count > min(map(len, blocks.values())) for count in keys)
 
 
-def _name_targets(modules: Mapping[str, object]) -> list[str]:
-    """The names of target modules: endings if all layers have the same ones, else full names."""
-    parts = [name.split(".", 2) for name in modules]
+def name_targets(modules: Iterable[str]) -> list[str]:
+    """The target modules that a file of these stands for.
+
+    Endings, if the first layers have the same ones: a file of fewer layers than the model has is
+    then not taken for one of the model. Full names in all other cases.
+    """
+    names = set(modules)
+    parts = [name.split(".", 2) for name in names]
     layers = {p[1] for p in parts if len(p) == 3}
     endings = {p[2] for p in parts if len(p) == 3}
-    same = {f"blocks.{i}.{ending}" for i in layers for ending in endings}
-    return sorted(endings if same == set(modules) else modules)
+    first = {str(i) for i in range(len(layers))}
+    same = {f"blocks.{i}.{ending}" for i in first for ending in endings}
+    return sorted(endings if same == names else names)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods import Method, factors, fast, residual
 from rwkv_peft.methods.catalog import is_residual, method_config
+from rwkv_peft.methods.options import one_line
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.frozen import FrozenLinear
 
@@ -74,7 +75,7 @@ def attach(
     return with_parts(model, attach_config(model, config, is_fused=is_fused), parts)
 
 
-def attach_config(model: RWKV, config: "PeftConfig", *, is_fused: bool = True) -> Attachment:
+def attach_config(model: nn.Module, config: "PeftConfig", *, is_fused: bool = True) -> Attachment:
     """Like `attach`, with peft's own config, for example of a saved adapter."""
     model.requires_grad_(False)
     init = ""
@@ -85,8 +86,9 @@ def attach_config(model: RWKV, config: "PeftConfig", *, is_fused: bool = True) -
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not any(p.numel() for p in trained.values()):
         raise ConfigError("peft_config leaves nothing to train: name modules, or tokens, to adapt")
-    start = residual.begin(model, init) if init else {}
-    kept = factors.keep(peft_model, config)
+    with one_line("peft_config"):
+        start = residual.begin(model, init) if init else {}
+        kept = factors.keep(peft_model, config)
     if is_fused:
         fast.fuse(model)
     return Attachment(trained, peft_model, start=start, init=init, factors=kept)
@@ -148,10 +150,9 @@ def inject(model: nn.Module, config: "PeftConfig") -> "PeftModel":
         # peft's GLoRA adapts this very class and no subclass of it
         for module in projections:
             module.__class__ = nn.Linear
-        # the adapter keeps the model's dtype: its float32 values are the optimizer's
-        return PeftModel(model, config, ADAPTER, autocast_adapter_dtype=False)
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise ConfigError(f"peft_config: {' '.join(str(error).split())[:400]}") from error
+        with one_line("peft_config"):
+            # the adapter keeps the model's dtype: its float32 values are the optimizer's
+            return PeftModel(model, config, ADAPTER, autocast_adapter_dtype=False)
     finally:
         for module in projections:
             module.__class__ = FrozenLinear

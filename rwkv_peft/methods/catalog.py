@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods import OWN_DEFAULTS
+from rwkv_peft.methods.options import build_options, one_line
 from rwkv_peft.models import version_named
 
 if TYPE_CHECKING:
@@ -25,6 +26,31 @@ _REFUSED = {
     "poly": "it needs the number of a task with every row",
     "shadow": "it trains a second network beside a transformer's decoder",
     "xlora": "it mixes trained adapters of a transformers model",
+}
+
+_ONE_ADAPTER = "it is for several trained adapters"
+_DATA_INIT = "its initialisation needs a pass over data before training"
+_LAYERS = (
+    "peft looks for the number of a layer behind a word, and names of RWKV begin with blocks.N; "
+    "write target_modules as a pattern, such as 'blocks\\.(10|11)\\..*key'"
+)
+# options that would be without effect, or could not be saved, merged or read again
+_REFUSED_OPTIONS = {
+    "alora_invocation_tokens": "aLoRA works from certain tokens on and cannot be merged",
+    "arrow_config": _ONE_ADAPTER,
+    "corda_config": _DATA_INIT,
+    "ensure_weight_tying": "no weights are tied",
+    "eva_config": _DATA_INIT,
+    "layer_replication": "it repeats blocks, and no file of RWKV holds that",
+    "layers_pattern": _LAYERS,
+    "layers_to_transform": _LAYERS,
+    "loftq_config": "the base is not quantised",
+    "lora_bias": "the projections have no bias to merge it into",
+    "lora_ga_config": _DATA_INIT,
+    "megatron_config": "it is for layers of Megatron",
+    "monteclora_config": "its KL term would have to be part of the loss of each micro-batch",
+    "use_asa": "it needs a callback of a transformers trainer",
+    "use_qalora": "the base is not quantised",
 }
 
 
@@ -61,23 +87,14 @@ def method_config(method: str, options: Mapping[str, Any], version: str) -> "Pef
             is impossible.
     """
     name, options = resolve(method, options)
-    if name not in _table():
-        near = get_close_matches(name, method_names(), 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(method_names())}"
-        raise ConfigError(f"--peft {method}: no such method; {hint}")
-    if reason := _reason_against(name):
-        raise ConfigError(f"--peft {method} cannot serve RWKV: {reason}")
-    config_class = _table()[name][0]
+    config_class = _find_config(name, f"--peft {method}")
     allowed = [f.name for f in fields(config_class) if f.init and f.name not in _OURS]
     options.pop("task_type", None)  # names a class of transformers, which RWKV is not
-    for key in options:
-        if key not in allowed:
-            near = get_close_matches(key, allowed, 1)
-            raise ConfigError(
-                f"peft_config of {name} has no option '{key}'"
-                + (f", did you mean '{near[0]}'?" if near else "")
-                + f" Allowed: {', '.join(allowed)}"
-            )
+    options = build_options(config_class, options, allowed)
+    for key, reason in _REFUSED_OPTIONS.items():
+        value = options.get(key)
+        if value is not None and value is not False and value != {}:
+            raise ConfigError(f"peft_config: {key} cannot serve RWKV: {reason}")
     init = options.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_NEEDS_DATA):
         raise ConfigError(
@@ -88,16 +105,40 @@ def method_config(method: str, options: Mapping[str, Any], version: str) -> "Pef
     defaults = OWN_DEFAULTS.get(name) or {"target_modules": targets}
     if any(options.get(key) for key in ("target_modules", "target_parameters")):
         defaults = {k: v for k, v in defaults.items() if not k.endswith("_modules")}
-    try:
+    with one_line("peft_config"):
         return config_class(**{**defaults, **options})
-    except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"peft_config: {' '.join(str(error).split())}") from error
+
+
+def check_saved(values: Mapping[str, Any]) -> None:
+    """Checks the config of a saved adapter, a JSON object, before peft builds it.
+
+    Raises:
+        ConfigError: it names a method that cannot serve RWKV, or a value is of another type than
+            the method's config declares. Options that peft does not know are left to peft.
+    """
+    if not isinstance(values, Mapping) or "peft_type" not in values:
+        raise ConfigError("its config is no object with a peft_type")
+    name = str(values["peft_type"]).lower()
+    config_class = _find_config(name, f"its method {name}")
+    known = [f.name for f in fields(config_class) if f.init]
+    build_options(config_class, {k: x for k, x in values.items() if k in known}, known)
 
 
 def is_residual(config: "PeftConfig") -> bool:
     """Whether the method begins by taking a part out of the base weights."""
     init = getattr(config, "init_lora_weights", None)
     return isinstance(init, str) and init.lower().startswith(RESIDUAL_INITS)
+
+
+def _find_config(name: str, what: str) -> Any:
+    """The config class of a method; `what` begins the message where there is none."""
+    if name not in _table():
+        near = get_close_matches(name, method_names(), 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(method_names())}"
+        raise ConfigError(f"{what}: no such method; {hint}")
+    if reason := _reason_against(name):
+        raise ConfigError(f"{what} cannot serve RWKV: {reason}")
+    return _table()[name][0]
 
 
 def _reason_against(name: str) -> str | None:

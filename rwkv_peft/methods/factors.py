@@ -15,6 +15,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
+# methods that decompose the base weights, and whose files lack part of what they find
+_READ_BASE = ("ADAMSS", "FROD", "OSF", "PSOFT", "TINYLORA")
 # rows of the base as they are
 _COPIES = ".trainable_tokens_original"
 
@@ -41,6 +43,15 @@ def keep(peft_model: "PeftModel", config: "PeftConfig") -> tuple[str, ...]:
                 module.register_buffer(adapter, x)
                 names.append(path)
     return tuple(names)
+
+
+def reads_base(config: "PeftConfig") -> bool:
+    """Whether what is not in an adapter's file is computed from the base when it is attached.
+
+    From a base in another dtype than in training something else would come out: other factors, or
+    for KaSA, which takes the smallest singular values out of the base weights, another base.
+    """
+    return config.peft_type in _READ_BASE or getattr(config, "kasa_config", None) is not None
 
 
 def leaves_out(config: "PeftConfig") -> bool:

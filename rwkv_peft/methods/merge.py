@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rwkv_peft.methods import fast
 from rwkv_peft.methods.attach import ADAPTER, Attachment
+from rwkv_peft.methods.options import one_line
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.frozen import FrozenLinear
 
@@ -66,12 +67,10 @@ class MergedWeights:
         leaf = name.rpartition(".")[2]
         if isinstance(owner, Tensor):
             return (x.float().clone() for x in split_rows(owner.detach()))
-        if not hasattr(owner, "merge"):
-            saved: Tensor = getattr(owner.modules_to_save[ADAPTER], leaf).detach()
-            return (x.float().clone() for x in split_rows(saved))
         if form := fast.form_of(owner):
             return _added(owner, form)
-        return iter(split_rows(_merged_by_peft(owner, leaf)))
+        with one_line(f"{name} cannot be merged"):
+            return iter(split_rows(_merged_by_peft(owner, leaf)))
 
 
 def split_rows(x: Tensor) -> tuple[Tensor, ...]:
@@ -127,9 +126,10 @@ def _owners(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             leaves = module.get_base_layer().named_parameters(recurse=False)
+            path = path.removesuffix(".token_adapter")
+            owners |= {f"{path}.{leaf}": module for leaf, _ in leaves}
         elif isinstance(module, ModulesToSaveWrapper):
-            leaves = module.modules_to_save[ADAPTER].named_parameters(recurse=False)
-        else:
-            continue
-        owners |= {f"{path.removesuffix('.token_adapter')}.{leaf}": module for leaf, _ in leaves}
+            # it may be a whole block
+            saved = module.modules_to_save[ADAPTER].named_parameters()
+            owners |= {f"{path}.{leaf}": x for leaf, x in saved}
     return owners

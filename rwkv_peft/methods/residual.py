@@ -8,6 +8,7 @@ opens it; splitting it gives the parts again, to train further.
 
 import copy
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +19,18 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
+# of a parameter or of a tensor in a file
+_FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])(?=\.|$)")
+
 
 def layers(model: nn.Module) -> "Iterator[tuple[str, LoraLayer]]":
     """Name and layer of each LoRA in a model."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in model.named_modules():
-        # the factors of an embedding are kept elsewhere, and begin at zero
-        if isinstance(module, LoraLayer) and module.lora_A:
+        # the factors of an embedding are kept elsewhere, and begin at zero; AdaLoRA's are no layers
+        factors = module.lora_A if isinstance(module, LoraLayer) else None
+        if factors and isinstance(factors, nn.ModuleDict):
             yield name, module
 
 
@@ -70,15 +75,20 @@ def take_out(model: nn.Module, start: Mapping[str, Tensor], sign: int = -1) -> N
 
 
 def join_start(values: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Values of the plain LoRA of twice the rank that equals values less their start."""
+    """Values of the plain LoRA of twice the rank that equals values less their start.
+
+    Those of an embedding, which began with nothing of the base, are joined to zeros.
+    """
     found = {}
     for name, value in values.items():
-        if name not in start:
+        factor = _FACTOR.search(name)
+        if not factor:
             found[name] = value
-        elif ".lora_A." in name:
-            found[name] = torch.cat((value, start[name].to(value)), 0)
-        else:
-            found[name] = torch.cat((value, -start[name].to(value)), 1)
+            continue
+        first = start[name].to(value) if name in start else torch.zeros_like(value)
+        found[name] = (
+            torch.cat((value, first)) if factor[1] == "A" else torch.cat((value, -first), 1)
+        )
     return found
 
 
@@ -86,13 +96,14 @@ def split_start(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     """The inverse of `join_start`: values and start."""
     values, start = {}, {}
     for name, x in tensors.items():
-        if ".lora_A." in name:
-            values[name], start[name] = (part.contiguous() for part in x.chunk(2, 0))
-        elif ".lora_B." in name:
-            values[name], first = (part.contiguous() for part in x.chunk(2, 1))
-            start[name] = -first
-        else:
+        factor = _FACTOR.search(name)
+        if not factor:
             values[name] = x
+            continue
+        is_a = factor[1] == "A"
+        values[name], first = (part.contiguous() for part in x.chunk(2, 0 if is_a else 1))
+        if "embedding" not in factor[0]:
+            start[name] = first if is_a else -first
     return values, start
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import rwkv_peft
 from rwkv_peft import convert
-from rwkv_peft.checkpoint.adapter import read_adapter, write_adapter
+from rwkv_peft.checkpoint.adapter import attach_saved, read_adapter, write_adapter
+from rwkv_peft.checkpoint.older import LegacyAdapterHints
 from rwkv_peft.checkpoint.pth import read_weights, write_weights
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import CheckpointError, ConfigError
@@ -368,3 +369,76 @@ def test_the_command_converts_and_generates_from_old_files(
         for more in ([], ["--adapter", old, "--lora_alpha", ALPHA], ["--adapter", output])
     ]
     assert texts[1] == texts[2] != texts[0]
+
+
+# all that `--to pth` writes: the scale of a module depends on each of these
+WRITTEN: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "lora": ("lora", {"r": 4, "lora_alpha": 9}, []),
+    "ranks": ("lora", {"r": 4, "rank_pattern": {"att.key": 2, "ffn.value": 7}}, []),
+    "ranks and alphas": (
+        "lora",
+        {"r": 4, "rank_pattern": {"att.key": 2}, "alpha_pattern": {"att.key": 7, "value": 0.5}},
+        [],
+    ),
+    "rslora": ("lora", {"r": 4, "use_rslora": True, "rank_pattern": {"att.key": 2}}, []),
+    "pissa": ("pissa", {"r": 4, "rank_pattern": {"att.key": 2}}, []),
+    "miss": ("miss", {"r": 8}, []),
+    "mini": ("miss", {"r": 8, "init_weights": "mini", "mini_r": 8}, []),
+    "parts": ("lora", {"r": 4, "rank_pattern": {"1.att.key": 2}}, ["ln", "emb"]),
+    "modules to save": ("lora", {"r": 4, "modules_to_save": ["head", "ln_x"]}, []),
+    "one layer": ("lora", {"r": 4, "target_modules": r"blocks\.1\..*key"}, []),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_every_reader_reads_what_was_written_as_pth(
+    case: str, make_model_file: MakeModel, tmp_path: Path
+) -> None:
+    method, options, parts = WRITTEN[case]
+    base, folder, written = make_model_file(), tmp_path / "adapter", tmp_path / "adapter.pth"
+    model = rwkv_peft.load_model(base)
+    trained = attach(model, method, options, train_parts=parts)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in trained.values():
+            p += torch.randn(p.shape, generator=generator) * 0.05
+        wanted = model(TOKENS)[0]
+    write_adapter(folder, trained, trained, base=base)
+    line = convert(folder, written, base, to="pth")
+    alpha = float(line.rsplit(" ", 1)[1])
+    close: dict[str, Any] = {"rtol": 0, "atol": 2e-4}
+    found = logits_of(base, adapter=written, lora_alpha=alpha)
+    torch.testing.assert_close(found, wanted, **close)
+    rwkv_peft.merge(base, written, tmp_path / "m.pth", lora_alpha=alpha, dtype="fp32", compare=0)
+    torch.testing.assert_close(logits_of(tmp_path / "m.pth"), wanted, **close)
+    more = rwkv_peft.load_model(base)
+    attach_saved(more, written, hints=LegacyAdapterHints(lora_alpha=alpha))
+    torch.testing.assert_close(more.eval()(TOKENS)[0].detach(), wanted, **close)
+    convert(written, tmp_path / "back", base, lora_alpha=alpha)
+    torch.testing.assert_close(logits_of(base, adapter=tmp_path / "back"), wanted, **close)
+    convert(tmp_path / "back", tmp_path / "again.pth", base, to="pth")
+    again, once = read_weights(tmp_path / "again.pth"), read_weights(written)
+    assert again.keys() == once.keys()
+    assert all(torch.equal(x, again[name]) for name, x in once.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("adalora", {"total_step": 9}),
+        ("lora", {"r": 4, "kasa_config": {}}),
+        ("lora", {"use_dora": True}),
+        ("loha", {}),
+        ("miss", {"r": 8, "init_weights": "bat"}),
+        ("lora", {"target_modules": r"blocks\.0\..*key"}),
+    ],
+)
+def test_what_has_no_low_rank_form_is_not_written_as_one(
+    method: str, options: dict[str, Any], make_model_file: MakeModel, tmp_path: Path
+) -> None:
+    base = make_model_file()
+    adapted(tmp_path / "adapter", base, method, options)
+    with pytest.raises(CheckpointError, match=r"is no plain LoRA or MiSS|adapts the first layers"):
+        convert(tmp_path / "adapter", tmp_path / "a.pth", base, to="pth")
+    assert not (tmp_path / "a.pth").exists()

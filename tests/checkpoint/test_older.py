@@ -78,9 +78,10 @@ BROKEN: dict[str, tuple[Callable[[Weights], Weights], str]] = {
         r"incomplete: blocks\.0\.att\.key\.lora_A is missing",
     ),
     "swapped": (lambda f: f | {FACTOR: f[FACTOR].T.contiguous()}, r"are no \(R, in\) and \(out"),
-    "two ranks": (
-        lambda f: f | {FACTOR: f[FACTOR][:2], FACTOR[:-1] + "B": f[FACTOR[:-1] + "B"][:, :2]},
-        r"holds ranks \[2, 4\]",
+    "a rank of its own half": (lambda f: f | {FACTOR: f[FACTOR][:2]}, r"are no \(R, in\) and"),
+    "no rank": (
+        lambda f: f | {FACTOR: f[FACTOR][:0], FACTOR[:-1] + "B": f[FACTOR[:-1] + "B"][:, :0]},
+        r"are no \(R, in\) and",
     ),
     "not finite": (lambda f: f | {FACTOR: f[FACTOR] / 0}, "values that are not finite"),
     "another width": (
