@@ -18,10 +18,9 @@ UNSAVED = ("lora_alpha", "pissa_init", "lora_dropout")
 # a user's template, as a run keeps it in its folder
 TEMPLATE_FILE = "template.jinja"
 # fields of TrainConfig with a lowest value
-POSITIVE = ["ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count"]
-POSITIVE += ["epoch_save", "lr_init"]
-NOT_NEGATIVE = ["epoch_steps", "epoch_begin", "lr_final", "warmup_steps", "num_workers"]
-NOT_NEGATIVE += ["weight_decay", "grad_clip", "l2wrap", "adam_eps"]
+POSITIVE = ["ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_save"]
+NOT_NEGATIVE = ["epoch_count", "epoch_steps", "epoch_begin", "lr_init", "lr_final"]
+NOT_NEGATIVE += ["warmup_steps", "num_workers", "weight_decay", "grad_clip", "l2wrap", "adam_eps"]
 DataType = Literal[
     "auto",
     "jsonl",
@@ -182,7 +181,7 @@ class TrainConfig(DataConfig):
     data_shuffle: Switch = 1
     """1 draws a new order each epoch, 0 keeps the order of the file."""
     epoch_count: int | None = None
-    """Epochs to train."""
+    """Epochs to train; 0 saves what training would begin with."""
     epoch_steps: int = 0
     """At most so many micro-batches an epoch; the next goes on where it stopped. 0: all."""
     epoch_unit: Literal["steps", "samples"] = "steps"
@@ -194,7 +193,7 @@ class TrainConfig(DataConfig):
     """Save after every so many epochs, and after the last."""
 
     lr_init: float | None = None
-    """Learning rate at the start."""
+    """Learning rate at the start; 0 with --lr_final 0 moves nothing."""
     lr_final: float | None = None
     """Learning rate at the end."""
     lr_schedule: Literal["cos", "wsd"] = "cos"

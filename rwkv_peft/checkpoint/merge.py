@@ -129,6 +129,7 @@ def merge(
     compare: int = COMPARED,
     data_file: str = "",
     overwrite: bool = False,
+    may_be_unchanged: bool = False,
 ) -> MergeReport:
     """Writes `output`: the official file `base_model` with adapters or learned states added.
 
@@ -149,6 +150,7 @@ def merge(
         data_file: held-out rows to compare on, in any form that training reads; a built-in text
             if empty.
         overwrite: replace what has the name of the output, if it is nothing that is read.
+        may_be_unchanged: write the file too where nothing in it is changed.
     Raises:
         ConfigError: the output cannot have this name.
         CheckpointError: a file cannot be read or written, an adapter does not fit the base or
@@ -168,7 +170,8 @@ def merge(
     report.states = len(states)
     # not around the lines above: attaching may decompose whole matrices, which threads speed up
     with _use_one_thread():
-        _require_change(base, merged, states, sources)
+        if not may_be_unchanged:
+            _require_change(base, merged, states, sources)
         _write(base, merged, states, dtype, report)
         if text.rows:
             adapted = _build_adapter_model(base, merged, additions, states)

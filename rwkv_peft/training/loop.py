@@ -138,6 +138,8 @@ def take_step(run: Run, batches: Iterator[Batch]) -> StepRecord:
     norms = run.optimizer.clip(lambda: run.target.before_clipping(micro_batches))
     losses, grad_norm = _read(sums, norms)
     _require_finite(run, micro_batches, losses, grad_norm)
+    if progress.step == 0 and weight and grad_norm == 0:
+        _require_gradient(run)
     is_finite = math.isfinite(grad_norm)
     run.optimizer.step(lr, decay, is_finite=is_finite, after=run.target.after_step)
 
@@ -201,6 +203,18 @@ def _require_finite(
     if not math.isfinite(grad_norm) and not run.optimizer.uses_loss_scale:
         lines = [line for batch in micro_batches for line in batch.lines]
         raise _not_finite(run, f"the gradient is {grad_norm}", lines)
+
+
+def _require_gradient(run: Run) -> None:
+    """Ends a run in whose first step no trained tensor got a gradient: it would learn nothing."""
+    # rows of an embedding have one in the steps in which their tokens occur
+    names = [n for n in run.target.parameters if "trainable_tokens" not in n]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise TrainingError(
+            f"the gradient of the first step is zero: {', '.join(names[:3])}{more} got none, and "
+            "nothing would be learned. Try other --peft_config or --train_parts"
+        )
 
 
 def _not_finite(run: Run, what: str, lines: list[int]) -> TrainingError:

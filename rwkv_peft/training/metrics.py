@@ -90,14 +90,18 @@ class RunFolder:
         else:
             self._waiting.append(line)
 
-    def record(self, record: StepRecord) -> None:
-        """Appends a step to loss_data.jsonl."""
+    def begin(self) -> None:
+        """Makes the logs, and writes what was logged so far."""
         if self._waiting is not None:
             if self._losses.path.exists() and not self._appends:
                 self._losses.path.rename(_free_name(self._losses.path))
             for line in self._waiting:
                 self._log.append(line)
             self._waiting = None
+
+    def record(self, record: StepRecord) -> None:
+        """Appends a step to loss_data.jsonl."""
+        self.begin()
         self._losses.append(json.dumps(asdict(record)))
 
     def __enter__(self) -> "RunFolder":

@@ -62,6 +62,7 @@ def prepare_run(
     target = make_target(settings, model, base, mark, names, plan.steps)
     optimizer = make_optimizer(settings, target)
     optimizer.load(target.initial_values)
+    target.begin(optimizer.values)
     lines = list(_describe(plan, facts.model_config, model, checked, _count(base), target))
     if claim:
         lines += describe_space(settings, claim.path, _count(target.parameters))

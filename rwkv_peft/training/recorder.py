@@ -27,15 +27,20 @@ class Recorder:
 
     def log(self, run: Run, record: StepRecord) -> None:
         """Notes every step."""
-        if not self._has_begun:
-            self._has_begun = True
-            self._claim.clear()
-            self._folder.write_config(run.settings)
+        self._begin(run)
         self._folder.record(record)
         if self._folder.problem and not self._has_problem:
             self._has_problem = True
             self._display.line(f"{self._folder.problem}: training goes on, the log waits for room")
         self._display.update(record)
+
+    def _begin(self, run: Run) -> None:
+        """Clears the folder of what was there, once."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._claim.clear()
+            self._folder.write_config(run.settings)
+            self._folder.begin()
 
     def save_stopped(self, run: Run, record: StepRecord) -> None:
         """Saves what was learned, and stops the run, when a signal asks for it."""
@@ -53,6 +58,12 @@ class Recorder:
         if run.is_done or run.epoch % run.settings.epoch_save == 0:
             line += f", saved {self._save(run, f'rwkv-{record.epoch}')}"
         self.say(line)
+
+    def save_start(self, run: Run) -> None:
+        """Saves what a run of no steps begins with."""
+        self._begin(run)
+        files = self._save(run, f"rwkv-{run.settings.epoch_begin}")
+        self.say(f"no steps to take, saved {files}")
 
     def _save(self, run: Run, name: str) -> str:
         saved = run.target.save(self._folder.path / name, run.optimizer.values)

@@ -68,6 +68,8 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
             for line in lines:
                 recorder.say(line)
             interrupt.defer()
+            if run.is_done:
+                recorder.save_start(run)
             run_steps(run, (recorder.log, recorder.save_stopped, recorder.end_epoch))
     if run.saved and run.saved.failure and not run.stopped_by:
         raise CheckpointError(run.saved.failure)

@@ -13,13 +13,16 @@ from rwkv_peft.checkpoint.older import LegacyAdapterHints
 from rwkv_peft.checkpoint.pth import STATE_SUFFIX, write_like
 from rwkv_peft.checkpoint.state import read_state, write_state
 from rwkv_peft.checkpoint.stream import Spec, write_tensors
+from rwkv_peft.checkpoint.trial import try_cycle
 from rwkv_peft.data.batching import IGNORE, Batch
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods.adalora import AdaLora
 from rwkv_peft.methods.attach import Attachment, attach
+from rwkv_peft.methods.penalty import penalty
 from rwkv_peft.methods.state import LearnedStates
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.state import RWKVState
+from rwkv_peft.training.change import NOTHING_LEARNED, digest
 from rwkv_peft.training.inputs import FileMark, find_change
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.settings import Settings
@@ -56,6 +59,9 @@ class TrainTarget(Protocol):
     @property
     def clip_groups(self) -> Mapping[str, str] | None:
         """Which tensors are clipped together, by name; None: all."""
+
+    def begin(self, values: Mapping[str, Tensor]) -> None:
+        """Notes the values with which training begins."""
 
     def initial_state(self, batch: Batch) -> RWKVState | None:
         """The state in which the rows of a micro-batch begin; None: the model's own start."""
@@ -150,7 +156,7 @@ class Weights:
         else:
             options = dict(settings.peft_config)
             if settings.peft == "adalora":
-                options.setdefault("total_step", steps)
+                options.setdefault("total_step", max(1, steps))
             attachment = attach(
                 model,
                 settings.peft,
@@ -158,17 +164,22 @@ class Weights:
                 train_parts=settings.train_parts,
                 is_fused=bool(settings.fused_adapter),
             )
+        try_cycle(model, attachment)
         self.parameters: Attachment = attachment
         self.plain = attachment.plain
         self._adalora = AdaLora(attachment) if AdaLora.is_in(attachment) else None
+
+    def begin(self, values: Mapping[str, Tensor]) -> None:
+        """Notes the values with which training begins."""
+        self._first = digest(values)
 
     def initial_state(self, batch: Batch) -> RWKVState | None:
         """The state in which the rows of a micro-batch begin: the model's own start."""
         return None
 
     def penalty(self) -> Tensor | None:
-        """AdaLoRA's objective beside the loss."""
-        return self._adalora.penalty() if self._adalora else None
+        """The objective of a method beside the loss."""
+        return self._adalora.penalty() if self._adalora else penalty(self.parameters)
 
     def before_clipping(self, micro_batches: Sequence[Batch]) -> None:
         """Called between the gradients of a step and their clipping."""
@@ -182,11 +193,12 @@ class Weights:
         """Writes `stem`.pth with all weights, and the folder `stem`-adapter of an adapter."""
         settings, weights = self._settings, stem.with_name(stem.name + ".pth")
         change = find_change(settings.load_model, self._base.mark)
+        remarks: tuple[str, ...] = (NOTHING_LEARNED,) if self._first == digest(values) else ()
         if self.parameters.peft_model is None:
             if change:
                 return self._save_alone(weights, values, change)
             write_like(weights, settings.load_model, values)
-            return Saved(weights, None)
+            return Saved(weights, None, remarks)
         adapter = stem.with_name(stem.name + "-adapter")
         write_adapter(
             adapter,
@@ -196,16 +208,21 @@ class Weights:
             base_fingerprint=self._base.fingerprint,
         )
         if not settings.merge:
-            return Saved(None, adapter)
+            return Saved(None, adapter, remarks)
         if change:
             failure = (
                 f"{change} while the run went on, so that nothing was merged; with the base as it "
                 f"was: rwkv-peft merge --base_model {settings.load_model} --adapter {adapter} "
                 f"--output {weights}"
             )
-            return Saved(None, adapter, (failure,), failure)
-        report = merge(settings.load_model, adapter, weights, overwrite=True, compare=0)
-        remarks = (report.lines()[0],) if report.is_lossy else ()
+            return Saved(None, adapter, (failure, *remarks), failure)
+        report = merge(
+            settings.load_model, adapter, weights, overwrite=True, compare=0, may_be_unchanged=True
+        )
+        if not report.changed and not remarks:
+            remarks = ("the merged file equals the base: --lr_init is too small to change it",)
+        if report.is_lossy:
+            remarks += (report.lines()[0],)
         return Saved(weights, adapter, remarks)
 
     def _save_alone(self, path: Path, values: Mapping[str, Tensor], change: str) -> Saved:
@@ -257,6 +274,10 @@ class States:
                     )
                 self.initial_values |= {self.parameters.key(name, n): x for n, x in saved.items()}
 
+    def begin(self, values: Mapping[str, Tensor]) -> None:
+        """Notes the values with which training begins."""
+        self._first = digest(values)
+
     def initial_state(self, batch: Batch) -> RWKVState | None:
         """The state in which the rows of a micro-batch begin."""
         return self.parameters.rows(self._names(batch))
@@ -289,7 +310,11 @@ class States:
             path = stem.with_name(f"{stem.name}{'-' * bool(name)}{name}.pth")
             write_state(path, self.parameters.tensors(name, values))
             paths.append(path)
-        more = (f"saved {', '.join(str(p) for p in paths[1:])}",) if len(paths) > 1 else ()
+        more: tuple[str, ...] = ()
+        if len(paths) > 1:
+            more = (f"saved {', '.join(str(p) for p in paths[1:])}",)
+        if digest(values) == self._first:
+            more += (NOTHING_LEARNED,)
         return Saved(paths[0], None, more)
 
     def state_dict(self) -> dict[str, Any]:

@@ -352,3 +352,61 @@ def test_nothing_of_a_micro_batch_is_waited_for(run: Run, monkeypatch: pytest.Mo
     run(counting, epoch_count=1, op="torch")
     # integers of the batch lie on the host; all else may be on a device that is still at work
     assert not any(waits)
+
+
+NOTE = "nothing was learned"
+# what is trained, at a rate that moves nothing, or in no step at all
+STILL: dict[str, dict[str, Any]] = {
+    "a tiny rate": {"lr_init": 1e-30, "lr_final": 1e-30},
+    "a tiny rate, unmerged": {"lr_init": 1e-30, "lr_final": 0.0, "merge": 0},
+    "a tiny rate in bf16": {"lr_init": 1e-30, "lr_final": 0.0, "precision": "bf16"},
+    "rate 0": {"lr_init": 0.0, "lr_final": 0.0},
+    "rate 0 of all weights": {"lr_init": 0.0, "lr_final": 0.0, "peft": "none", "peft_config": {}},
+    "rate 0 of a state": {"lr_init": 0.0, "lr_final": 0.0, "peft": "state", "peft_config": {}},
+    "no epoch": {"epoch_count": 0},
+    "no epoch of pissa": {"epoch_count": 0, "peft": "pissa"},
+    "no epoch of adalora": {"epoch_count": 0, "peft": "adalora", "peft_config": {}},
+    "no epoch of all weights": {"epoch_count": 0, "peft": "none", "peft_config": {}},
+}
+
+
+@pytest.mark.parametrize("case", STILL)
+def test_a_run_that_learns_nothing_saves_and_says_so(case: str, run: Run, tmp_path: Path) -> None:
+    result = run(**{"epoch_count": 1, **STILL[case]})
+    assert NOTE in (tmp_path / "out" / "train_log.txt").read_text()
+    if result.weights and "state" not in case and "pissa" not in case:
+        before = read_weights(tmp_path / "base.pth")
+        after = read_weights(result.weights)
+        assert all(torch.equal(x, after[name]) for name, x in before.items())
+    if "epoch" in case:
+        assert result.steps == 0
+
+
+def test_a_run_that_learns_says_nothing_of_that(run: Run, tmp_path: Path) -> None:
+    run(epoch_count=1)
+    assert NOTE not in (tmp_path / "out" / "train_log.txt").read_text()
+
+
+def test_a_gradient_of_zero_in_the_first_step_ends_the_run(
+    run: Run, data_file: Path, tmp_path: Path
+) -> None:
+    def still(*args: Any, backward: Any, **more: Any) -> StepOutput:
+        return full_step(*args, backward=lambda x: backward(0 * x), **more)
+
+    with pytest.raises(TrainingError, match=r"first step is zero: blocks\.0\.att.* and 21 more"):
+        run(step=still)
+    # rows of an embedding have no gradient where their tokens are not in the step
+    config = {"token_indices": [319]}
+    run(step=still, peft="trainable_tokens", peft_config=config, proj_dir=str(tmp_path / "rows"))
+
+
+def test_kasa_adds_its_penalty_to_the_gradient(run: Run, tmp_path: Path) -> None:
+    norms = []
+    for beta in (0.0, 1.0):
+        folder = tmp_path / f"{beta}"
+        options = {"r": 4, "kasa_config": {"beta": beta, "gamma": 0.0}}
+        run(peft_config=options, proj_dir=str(folder), epoch_count=1)
+        norms.append(
+            json.loads((folder / "loss_data.jsonl").read_text().split("\n")[0])["grad_norm"]
+        )
+    assert norms[1] > norms[0] + 1
