@@ -138,17 +138,14 @@ def merge(
     other methods one matrix. `merge_report.json` is written beside the output.
 
     Args:
-        adapter: a folder in peft's format, a state file or an adapter file of older RWKV-PEFT, or
-            several of them.
+        adapter: a folder in peft's format, a state or an older adapter file, or several of them.
         weights: factors of their changes, one for each adapter; 1 if left out.
         dtype: of the file's tensors; 'keep' leaves each as in the base.
         lora_alpha: of the training of an older LoRA file, which does not hold it.
         pissa_init: for PiSSA in its place, the run's init_pissa.pth.
         force: add an adapter that was trained on another base.
-        compare: number of tokens on which the merged file is compared with the adapter model; 0
-            for no comparison.
-        data_file: held-out rows to compare on, in any form that training reads; a built-in text
-            if empty.
+        compare: tokens on which the merged file is compared with the adapter model; 0 for none.
+        data_file: held-out rows to compare on, in any form of training; a built-in text if empty.
         overwrite: replace what has the name of the output, if it is nothing that is read.
         may_be_unchanged: write the file too where nothing in it is changed.
     Raises:

@@ -17,6 +17,20 @@ from rwkv_peft.errors import ConfigError, RwkvPeftError
 # numbers that peft declares whole and computes with as they are: lora_alpha, delora_lambda …
 _REAL = re.compile(r"alpha|lambda")
 
+# what peft and PyTorch raise under options that they do not foresee
+_OF_PEFT = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    re.error,
+)
+
 
 @contextmanager
 def one_line(what: str) -> Iterator[None]:
@@ -31,7 +45,7 @@ def one_line(what: str) -> Iterator[None]:
         yield
     except (RwkvPeftError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except _OF_PEFT as error:
         said = " ".join(str(error).split())[:400] or "no reason given"
         kind = "" if isinstance(error, (ValueError, ImportError)) else f"{type(error).__name__}: "
         raise ConfigError(f"{what}: {kind}{said}") from error
