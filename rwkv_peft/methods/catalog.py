@@ -30,10 +30,6 @@ _REFUSED = {
 
 _ONE_ADAPTER = "it is for several trained adapters"
 _DATA_INIT = "its initialisation needs a pass over data before training"
-_LAYERS = (
-    "peft looks for the number of a layer behind a word, and names of RWKV begin with blocks.N; "
-    "write target_modules as a pattern, such as 'blocks\\.(10|11)\\..*key'"
-)
 # options that would be without effect, or could not be saved, merged or read again
 _REFUSED_OPTIONS = {
     "alora_invocation_tokens": "aLoRA works from certain tokens on and cannot be merged",
@@ -42,8 +38,6 @@ _REFUSED_OPTIONS = {
     "ensure_weight_tying": "no weights are tied",
     "eva_config": _DATA_INIT,
     "layer_replication": "it repeats blocks, and no file of RWKV holds that",
-    "layers_pattern": _LAYERS,
-    "layers_to_transform": _LAYERS,
     "loftq_config": "the base is not quantised",
     "lora_bias": "the projections have no bias to merge it into",
     "lora_ga_config": _DATA_INIT,
