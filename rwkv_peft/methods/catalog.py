@@ -99,6 +99,9 @@ def method_config(method: str, options: Mapping[str, Any], version: str) -> "Pef
     defaults = OWN_DEFAULTS.get(name) or {"target_modules": targets}
     if any(options.get(key) for key in ("target_modules", "target_parameters")):
         defaults = {k: v for k, v in defaults.items() if not k.endswith("_modules")}
+    if options.get("layers_to_transform") is not None and "layers_pattern" in allowed:
+        # the word before a layer's number in names of RWKV, which peft does not know
+        defaults = {"layers_pattern": "blocks", **defaults}
     with one_line("peft_config"):
         return config_class(**{**defaults, **options})
 

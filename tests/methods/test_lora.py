@@ -22,6 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "own targets": {"r": 4, "target_modules": ["receptance", "head", "emb"]},
     "regex": {"r": 4, "target_modules": r".*blocks\.1\.att\.(key|output)"},
     "one layer": {"r": 4, "layers_to_transform": [1], "layers_pattern": "blocks"},
+    "one layer by its number": {"r": 4, "layers_to_transform": [1]},
 }
 
 

@@ -119,7 +119,6 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("lora", {"alora_invocation_tokens": [5]}, "cannot be merged"),
     ("lora", {"lora_bias": True}, "no bias"),
     ("lora", {"arrow_config": {"top_k": 2}}, "several trained adapters"),
-    ("lora", {"layers_to_transform": 0}, "not found in the base model"),
     ("lora", {"layer_replication": [[0, 1]]}, "layer_replication"),
     ("lora", {"eva_config": {}}, "a pass over data"),
     ("adamss", {"use_asa": True}, "use_asa|asa_target"),
