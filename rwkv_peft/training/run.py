@@ -53,7 +53,7 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
     """
     config.require_files()
     # its template too, which an earlier run may have left in the folder
-    inputs = [*find_inputs(config), Path(config.template)]
+    inputs = find_inputs(config)
     with (
         keep_going(),
         Interrupt() as interrupt,
