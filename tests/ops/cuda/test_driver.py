@@ -68,7 +68,7 @@ def fake(
             function.cache_clear()
 
     monkeypatch.setattr(driver, "LIBRARY", str(copy))
-    monkeypatch.setattr(cache, "folder", lambda: tmp_path / "kernels")
+    monkeypatch.setattr(cache, "cache_folder", tmp_path.joinpath)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda i: STREAM + i, raising=False)
