@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
@@ -228,7 +229,7 @@ def _lock(folder: Path) -> Iterator[None]:
         except OSError as error:
             # file systems without locks say something else, and then nothing is locked
             if error.errno in _HELD:
-                holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
+                holder = _read_holder(descriptor)
                 os.close(descriptor)
                 raise _InUseError(
                     f"--proj_dir {folder} is in use by {holder}: wait for its end, or give another "
@@ -252,6 +253,16 @@ def _lock(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             if sys.platform == "win32":
                 path.unlink()
+
+
+def _read_holder(descriptor: int) -> str:
+    """Who holds a lock: its process writes that just after it got the lock."""
+    for _ in range(20):
+        os.lseek(descriptor, 0, os.SEEK_SET)  # Windows has no pread
+        if holder := os.read(descriptor, 200).decode(errors="replace"):
+            return holder
+        time.sleep(0.05)
+    return "another process"
 
 
 def _lock_descriptor(descriptor: int) -> None:
