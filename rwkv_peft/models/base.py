@@ -1,12 +1,15 @@
 """The skeleton of every version: embedding, blocks, last norm, head; state in, state out."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from rwkv_peft.errors import ShapeError
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.models.frozen import FrozenLinear
-from rwkv_peft.models.layers import PackingInfo
+from rwkv_peft.models.layers import Block, PackingInfo
 from rwkv_peft.models.recompute import recompute
 from rwkv_peft.models.version import Version
 from rwkv_peft.ops.dispatch import Choice
@@ -30,6 +33,7 @@ class RWKV(nn.Module):
         super().__init__()
         self.model_config, self.version = model_config, version
         self.op, self.grad_cp = op, False
+        self._compiled: Callable[..., Any] | None = None
         self.initial_state: RWKVState | None = None
         # an embedding that draws its own weights on the meta device loads a compiler to do so
         self.emb = nn.Embedding.from_pretrained(
@@ -40,6 +44,32 @@ class RWKV(nn.Module):
         )
         self.ln_out = nn.LayerNorm(model_config.n_embd)
         self.head = FrozenLinear(model_config.n_embd, model_config.vocab_size)
+
+    def compile_blocks(self, *, dynamic: bool = False, backend: str = "inductor") -> None:
+        """Has blocks compiled when they are next trained, one code for all that are alike.
+
+        With `grad_cp` the compiled backward recomputes all that a block's inputs give.
+
+        Args:
+            dynamic: one code for rows of all lengths, rather than one for each shape.
+            backend: of `torch.compile`.
+        """
+        compiled = torch.compile(
+            Block.forward,
+            fullgraph=True,
+            dynamic=dynamic,
+            backend=backend,
+            # dropout draws the numbers that it draws without a compiler
+            options={"fallback_random": True} if backend == "inductor" else None,
+        )
+
+        def run(*args: Any) -> Any:
+            budget = 0.0 if self.grad_cp else 1.0
+            # read when a block is compiled, in the first calls
+            with torch._functorch.config.patch(activation_memory_budget=budget):
+                return compiled(*args)
+
+        self._compiled = run
 
     def forward(
         self,
@@ -87,7 +117,9 @@ class RWKV(nn.Module):
         given = [None] * len(self.blocks) if state is None else state.layers()
         layers: list[LayerState] = []
         for block, layer in zip(self.blocks, given, strict=True):
-            if self.grad_cp and torch.is_grad_enabled():
+            if torch.is_grad_enabled() and self._compiled is not None:
+                x, carry, layer = self._compiled(block, x, carry, layer, packing)
+            elif self.grad_cp and torch.is_grad_enabled():
                 x, carry, layer = recompute(block, x, carry, layer, packing)
             else:
                 x, carry, layer = block(x, carry, layer, packing)

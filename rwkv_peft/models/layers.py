@@ -59,12 +59,19 @@ def shift_mix(
         sizes: how many of the M are made in one launch, such as (3, 3); what one launch makes
             shares memory, which is freed when all of it is. Empty: each has a launch of its own.
     """
+    if torch.compiler.is_compiling():
+        rows = x.flatten(0, 1)
+        xx = token_shift(x, shift, packing).flatten(0, 1) - rows
+        return tuple(torch.addcmul(rows, xx, m) for m in mix.unbind())
     mixed: tuple[Tensor, ...] = _ShiftMix.apply(x, shift, packing.begins, mix, sizes)
     return mixed
 
 
 class _ShiftMix(torch.autograd.Function):
-    """One function, as autograd's own operations take 3 launches more forward and 12 backward."""
+    """One function, as autograd's own operations take 3 launches more forward and 12 backward.
+
+    A compiler does as well with the formula, which it fuses with what stands around it.
+    """
 
     @staticmethod
     def forward(ctx, x, shift, begins, mix, sizes):  # type: ignore[no-untyped-def]
@@ -128,6 +135,8 @@ class _SquaredReLU(torch.autograd.Function):
 
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)^2 of any shape."""
+    if torch.compiler.is_compiling():
+        return torch.relu(x).square()
     y: Tensor = _SquaredReLU.apply(x)
     return y
 
@@ -171,4 +180,8 @@ class Block(nn.Module):
         x = x + mixed
         ffn_in = self.ln2(x)
         x = x + self.ffn(ffn_in, None if state is None else state.ffn_shift, packing)
-        return x, carry, LayerState(att_in[:, -1], ffn_in[:, -1], wkv)
+        last = att_in[:, -1], ffn_in[:, -1]
+        if torch.compiler.is_compiling():
+            # as views they would be reasons to keep the whole tensors
+            last = last[0].clone(), last[1].clone()
+        return x, carry, LayerState(*last, wkv)

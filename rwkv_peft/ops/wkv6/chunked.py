@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv_peft.ops.chunking import from_chunks, to_chunks
+from rwkv_peft.ops.opaque import opaque
 from rwkv_peft.ops.segments import Masks, apply_mask, chunk_masks
 
 CHUNK = 32
@@ -29,6 +30,7 @@ CHUNK = 32
 MAX_LOGIT = 30.0
 
 
+@opaque
 def wkv6_chunked(
     r: Tensor,
     w: Tensor,

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from rwkv_peft.ops.fla import run_fla
+from rwkv_peft.ops.opaque import opaque
 
 # exp(-exp(2.5)) = 5e-6 is nothing beside bf16's 4e-3. fla takes differences of sums of log decays,
 # in which one that is much stronger leaves less of the others: up to 3 the gradient of w has 1.5
@@ -12,6 +13,7 @@ from rwkv_peft.ops.fla import run_fla
 MAX_LOGIT = 2.5
 
 
+@opaque
 def wkv6_fla(
     r: Tensor,
     w: Tensor,

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from rwkv_peft.ops.opaque import opaque
 from rwkv_peft.ops.segments import goes_on
 
 
+@opaque
 def wkv6_reference(
     r: Tensor,
     w: Tensor,

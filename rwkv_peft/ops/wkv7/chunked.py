@@ -22,12 +22,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv_peft.ops.chunking import from_chunks, to_chunks
+from rwkv_peft.ops.opaque import opaque
 from rwkv_peft.ops.segments import Masks, apply_mask, chunk_masks
 from rwkv_peft.ops.wkv7.reference import DECAY_SCALE
 
 CHUNK = 32
 
 
+@opaque
 def wkv7_chunked(
     r: Tensor,
     w: Tensor,

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.ops.fla import run_fla
+from rwkv_peft.ops.opaque import opaque
 from rwkv_peft.ops.wkv7.reference import DECAY_SCALE
 
 
+@opaque
 def wkv7_fla(
     r: Tensor,
     w: Tensor,

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from rwkv_peft.ops.opaque import opaque
 from rwkv_peft.ops.segments import goes_on
 
 # log of the decay is -DECAY_SCALE * sigmoid(w): no RWKV-7 decay is below exp(-0.6065) = 0.545
 DECAY_SCALE = 0.606530659712633  # exp(-1/2)
 
 
+@opaque
 def wkv7_reference(
     r: Tensor,
     w: Tensor,
