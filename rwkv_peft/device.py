@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -126,3 +127,33 @@ def has_bf16(device: torch.device) -> bool:
     # PyTorch can emulate it, at the price of time
     without = {"including_emulation": False}
     return bool(query(**without if without.keys() <= signature(query).parameters.keys() else {}))
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Whether a device captures its kernels in graphs, as NVIDIA's and AMD's do."""
+    import torch
+
+    return device.type != "cpu" and hasattr(torch.get_device_module(device), "CUDAGraph")
+
+
+def missing_compiler(device: torch.device) -> str:
+    """What `torch.compile` lacks to make kernels for a device; "" if nothing.
+
+    Triton compiles a piece of C against Python's headers when it first runs.
+    """
+    import shutil
+    import sysconfig
+    from pathlib import Path
+
+    from rwkv_peft.ops.dispatch import is_installed
+
+    names = [os.environ.get("CXX" if device.type == "cpu" else "CC", ""), "gcc", "clang", "cc"]
+    if not any(name and shutil.which(name) for name in names):
+        return "a C compiler"
+    if device.type == "cpu":
+        return ""
+    if not is_installed("triton"):
+        return "Triton"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "the headers of Python"
+    return ""

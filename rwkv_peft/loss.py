@@ -1,14 +1,15 @@
 """The loss of a language model over hidden states, with the head run in chunks of rows."""
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# largest number of logits that exist at once
-MAX_LOGITS = 1 << 24
+# largest number of logits that exist at once; compiled, they need no float32 copies
+MAX_LOGITS, MAX_COMPILED = 1 << 24, 1 << 25
 
 
 class LossSums(NamedTuple):
@@ -30,6 +31,7 @@ def head_loss(
     *,
     weights: Tensor | None = None,
     l2wrap: float = 0.0,
+    is_compiled: bool = False,
 ) -> LossSums:
     """The summed loss of predicting targets from hidden states.
 
@@ -44,36 +46,74 @@ def head_loss(
         l2wrap: c of the penalty 0.5 c max(logits)^2 a row, RWKV's pull against large logits. Its
             official form adds the gradient c max(logits) beside the loss; as a penalty it follows
             the scale of the loss, whatever the accumulation.
+        is_compiled: use a compiler for all but the head itself.
     """
     parameters = [p for p in head.parameters() if p.requires_grad]
-    return LossSums(*_HeadLoss.apply(rows, targets, weights, head, l2wrap, *parameters))
+    if weights is None:
+        weights = torch.ones_like(targets, dtype=torch.promote_types(rows.dtype, torch.float))
+    size = (MAX_COMPILED if is_compiled else MAX_LOGITS) // getattr(head, "out_features", 65536)
+    losses = _compile_losses() if is_compiled else losses_of
+    return LossSums(
+        *_HeadLoss.apply(rows, targets, weights, head, l2wrap, losses, max(1, size), *parameters)
+    )
+
+
+def losses_of(
+    logits: Tensor, targets: Tensor, weights: Tensor, l2wrap: float
+) -> tuple[Tensor, Tensor]:
+    """Weighted sums of objective and cross-entropy (2,), and the objective's gradient (R, V).
+
+    Args:
+        logits: (R, V) of any dtype, the gradient's too; sums are in float32 or float64.
+        targets: (R,), as the others in `head_loss`.
+    """
+    x = logits.to(torch.promote_types(logits.dtype, torch.float))
+    weights = weights.to(x.dtype)
+    top = x.amax(-1, keepdim=True)
+    gradient = (x - top).exp_()
+    total = gradient.sum(-1, keepdim=True)
+    wanted = targets.unsqueeze(-1)
+    cross_entropy = (total.log() + top - x.gather(-1, wanted)).squeeze(-1)
+    # rows without a weight may hold anything
+    unused = weights == 0
+    cross_entropy = (cross_entropy * weights).masked_fill_(unused, 0).sum()
+    objective = cross_entropy
+    # one after the other in place, as these are the largest tensors of a step
+    gradient.div_(total)
+    gradient.sub_((torch.arange(x.shape[-1], device=x.device) == wanted).to(x.dtype))
+    if l2wrap:
+        squares = (top.squeeze(-1).square() * weights).masked_fill_(unused, 0).sum()
+        objective = cross_entropy + 0.5 * l2wrap * squares
+        is_top = (x == top).to(x.dtype)
+        # equal logits share the gradient
+        gradient.addcmul_(is_top, l2wrap * top / is_top.sum(-1, keepdim=True))
+    gradient.mul_(weights.unsqueeze(-1)).masked_fill_(unused.unsqueeze(-1), 0)
+    return torch.stack((objective, cross_entropy)), gradient.to(logits.dtype)
+
+
+@cache
+def _compile_losses() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(losses_of, fullgraph=True)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows, targets, weights, head, l2wrap, *parameters):  # type: ignore[no-untyped-def]
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
-        sums = torch.zeros(
-            2, device=rows.device, dtype=torch.promote_types(rows.dtype, torch.float)
-        )
+    def forward(ctx: Any, rows, targets, weights, head, l2wrap, losses, size, *parameters):  # type: ignore[no-untyped-def]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[7:]]
+        dtype = torch.promote_types(rows.dtype, torch.float)
+        sums = torch.zeros(2, device=rows.device, dtype=dtype)
         grad_rows = torch.empty_like(rows) if needs[0] else None
-        grads = [torch.zeros_like(p, dtype=sums.dtype) for p in parameters]
-        size = max(1, MAX_LOGITS // max(1, getattr(head, "out_features", 65536)))
+        grads = [torch.zeros_like(p, dtype=dtype) for p in parameters]
         for start in range(0, len(rows), size):
             chunk = slice(start, start + size)
             with torch.set_grad_enabled(any(needs)):
                 x = rows[chunk].detach().requires_grad_(needs[0])
-                logits = head(x).to(sums.dtype)
-                losses = F.cross_entropy(logits, targets[chunk], reduction="none")
-                factors = torch.ones_like(losses) if weights is None else weights[chunk]
-                cross_entropy = objective = losses @ factors.to(losses.dtype)
-                if l2wrap:
-                    penalty = logits.amax(-1).square() @ factors.to(losses.dtype)
-                    objective = objective + 0.5 * l2wrap * penalty
-            sums += torch.stack((objective.detach(), cross_entropy.detach()))
+                logits = head(x)
+            found_sums, dlogits = losses(logits.detach(), targets[chunk], weights[chunk], l2wrap)
+            sums += found_sums
             if any(needs):
                 wanted = ([x] if needs[0] else []) + list(parameters)
-                found = list(torch.autograd.grad(objective, wanted))
+                found = list(torch.autograd.grad(logits, wanted, dlogits))
                 if grad_rows is not None:
                     grad_rows[chunk] = found.pop(0)
                 for total, grad in zip(grads, found, strict=True):
@@ -89,4 +129,4 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad, _):  # type: ignore[no-untyped-def]
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         rows, *parameters = [None if x is None else (x * grad).to(dtype) for x, dtype in pairs]
-        return rows, None, None, None, None, *parameters
+        return rows, *[None] * 6, *parameters

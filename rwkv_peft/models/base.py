@@ -45,6 +45,11 @@ class RWKV(nn.Module):
         self.ln_out = nn.LayerNorm(model_config.n_embd)
         self.head = FrozenLinear(model_config.n_embd, model_config.vocab_size)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `compile_blocks` was called."""
+        return self._compiled is not None
+
     def compile_blocks(self, *, dynamic: bool = False, backend: str = "inductor") -> None:
         """Has blocks compiled when they are next trained, one code for all that are alike.
 

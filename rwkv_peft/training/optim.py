@@ -27,6 +27,7 @@ class Optimizer:
 
     Attributes:
         uses_loss_scale: gradients are scaled against underflow, for fp16.
+        keeps_gradients: their memory stays where it is between steps, as a CUDA graph needs it.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Optimizer:
         """
         self._parameters = dict(trained)
         self._grad_clip, self.uses_loss_scale = grad_clip, uses_loss_scale
+        self.keeps_gradients = False
         kinds: dict[tuple[torch.dtype, str, float, bool], dict[Tensor, None]] = {}
         for name, parameter in trained.items():
             is_plain = name in plain
@@ -174,7 +176,7 @@ class Optimizer:
                 after(self)
         self._scaler.update()
         for part in self._parts:
-            part.adamw.zero_grad(set_to_none=True)
+            part.adamw.zero_grad(set_to_none=not self.keeps_gradients)
 
     def state_dict(self) -> dict[str, Any]:
         """Values and moments in float32 by the names of the tensors, and the loss scale."""
