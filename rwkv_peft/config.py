@@ -19,7 +19,7 @@ UNSAVED = ("lora_alpha", "pissa_init", "lora_dropout")
 TEMPLATE_FILE = "template.jinja"
 # fields of TrainConfig with a lowest value
 POSITIVE = ["ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_save"]
-NOT_NEGATIVE = ["epoch_count", "epoch_steps", "epoch_begin", "lr_init", "lr_final"]
+NOT_NEGATIVE = ["chunk_ctx", "epoch_count", "epoch_steps", "epoch_begin", "lr_init", "lr_final"]
 NOT_NEGATIVE += ["warmup_steps", "num_workers", "weight_decay", "grad_clip", "l2wrap", "adam_eps"]
 DataType = Literal[
     "auto",
@@ -162,14 +162,20 @@ class TrainConfig(DataConfig):
     """Continue an adapter on another base than it was trained on."""
     fused_adapter: Switch = 1
     """1 computes LoRA and MiSS in fewer passes over memory; 0 leaves them to peft's own layers."""
-    train_type: Literal["none", "state", "fullstate"] = "none"
+    train_type: Literal["none", "state", "fullstate", "infctx"] = "none"
     """Kind of training besides the method: state learns the initial state alone, as --peft state
-    does; fullstate with the vectors before the first token."""
+    does; fullstate with the vectors before the first token; infctx takes rows of any length through
+    the model in chunks, with any method."""
     merge: Switch = 1
     """After each epoch: 1 also writes a merged model, 0 only the adapter."""
 
     ctx_len: int | None = None
     """Longest row in tokens; longer documents are split, not cut."""
+    chunk_ctx: int = 0
+    """Tokens of a chunk of infctx, of which memory depends and not of ctx_len; 0: chosen."""
+    bptt_chunks: int | Literal["all"] = 0
+    """Chunks of infctx over which a gradient goes back: all (exact) to the beginning of the row, 1
+    to that of the chunk; 0: chosen. It also has state and fullstate go in chunks."""
     micro_bsz: int | None = None
     """Rows of one forward pass."""
     accumulate_grad_batches: int = 1
@@ -255,6 +261,12 @@ class TrainConfig(DataConfig):
             if value is not None and (value < 0 or (value == 0 and name in POSITIVE)):
                 limit = "be above 0" if name in POSITIVE else "not be below 0"
                 raise ConfigError(f"--{name} must {limit}, got {value}")
+        if self.bptt_chunks != "all" and self.bptt_chunks < 0:
+            raise ConfigError(f"--bptt_chunks must not be below 0, got {self.bptt_chunks}")
+        if self.bptt_chunks and self.train_type == "none" and self.peft != "state":
+            raise ConfigError(
+                f"--bptt_chunks {self.bptt_chunks} is for rows in chunks: give --train_type infctx"
+            )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must lie in [0, 1), got {getattr(self, name)}")

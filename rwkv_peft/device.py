@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwkv_peft.errors import BackendUnavailableError, ConfigError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 # names that --accelerator takes, besides auto and gpu
 TYPES = ("cpu", "cuda", "mps", "xpu", "musa", "npu")
+_CGROUP = Path("/sys/fs/cgroup")
 # devices that another package brings into PyTorch
 PLUGINS = {"musa": "torch_musa", "npu": "torch_npu"}
 
@@ -143,7 +145,6 @@ def missing_compiler(device: torch.device) -> str:
     """
     import shutil
     import sysconfig
-    from pathlib import Path
 
     from rwkv_peft.ops.dispatch import is_installed
 
@@ -157,3 +158,35 @@ def missing_compiler(device: torch.device) -> str:
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         return "the headers of Python"
     return ""
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device, on a CPU those of the machine; None if nobody can say."""
+    if device.type == "cpu":
+        return free_host_memory()
+    import torch
+
+    query = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return None if query is None else int(query(device)[0])
+
+
+def free_host_memory() -> int | None:
+    """Bytes that are free on this machine, or in the container; None if nobody can say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = dict(line.split(":") for line in lines)
+    free = int(found["MemAvailable"].split()[0]) * 1024
+    try:
+        limit, used = (
+            int((_CGROUP / name).read_text(encoding="ascii"))
+            for name in ("memory.max", "memory.current")
+        )
+        held = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        # no container, or one without a limit
+        return free
+    # files that were read and can be read again
+    cache = dict(line.split() for line in held).get("inactive_file", "0")
+    return min(free, max(0, limit - used + int(cache)))

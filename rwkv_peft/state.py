@@ -50,6 +50,10 @@ class RWKVState(NamedTuple):
         """A state of one row, repeated for `batch` rows without a copy."""
         return RWKVState(*(x.expand(-1, batch, *x.shape[2:]) for x in self))
 
+    def restart(self, rows: Tensor) -> RWKVState:
+        """The state with zeros in the rows (B,) bool in which a document begins anew."""
+        return RWKVState(*(x.masked_fill(rows.view(-1, *[1] * (x.ndim - 2)), 0) for x in self))
+
     def select(self, rows: Tensor) -> RWKVState:
         """A copy of some rows of the batch, by their indices (B',)."""
         return RWKVState(*(x[:, rows] for x in self))

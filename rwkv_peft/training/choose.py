@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.batching import Batches
 from rwkv_peft.data.documents import Documents
-from rwkv_peft.device import choose_precision
+from rwkv_peft.device import choose_precision, dtype_of
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods.catalog import resolve
 from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.training.memory import fits, positions_at_once
 from rwkv_peft.training.settings import Choice, Facts, Settings
 
 # longest row chosen without being asked: what recent official files were trained on
@@ -23,6 +24,9 @@ PACKED = "documents share rows, each with a state of its own, so that next to no
 SMALL_SET = 1000
 # numbers of one activation of all layers above which blocks are recomputed
 FEW_ACTIVATIONS = 2**24
+# tokens of a chunk whose gradient ends with it, as RWKV-PEFT has them, and of one whose does not,
+# the largest first
+TRUNCATED_CHUNK, EXACT_CHUNKS = 512, (4096, 2048, 1024, 512)
 LORA_DEFAULTS = {"r": 32, "lora_alpha": 32}
 STATE_RATE = 0.1
 
@@ -56,6 +60,7 @@ def choose(config: TrainConfig, facts: Facts) -> Plan:
     _choose_run(chooser, facts, is_open=config.peft == "auto")
     _choose_rows(chooser, facts.documents)
     _choose_training(chooser, facts.documents, facts.model_config)
+    _choose_memory(chooser, facts)
     batches = make_batches(chooser.values, facts.documents)
     micro_batches, steps = count_steps(chooser.values, len(batches))
     chooser.choose("warmup_steps", min(100, steps // 20), "a twentieth of the steps")
@@ -112,11 +117,11 @@ def _with_method(config: TrainConfig, facts: Facts) -> TrainConfig:
             )
         method, options = facts.saved_method, dict(config.peft_config)
     train_type = config.train_type
-    if train_type != "none" and method in ("auto", "none"):
+    if train_type in ("state", "fullstate") and method in ("auto", "none"):
         method = "state"
     if method == "state" and train_type == "none":
         train_type = "state"
-    if train_type != "none" and (method != "state" or config.train_parts):
+    if train_type in ("state", "fullstate") and (method != "state" or config.train_parts):
         what = f"--peft {method}" if method != "state" else "--train_parts"
         raise ConfigError(f"--train_type {train_type} trains the state alone: leave out {what}")
     return replace(config, peft=method, peft_config=options, train_type=train_type)
@@ -158,7 +163,9 @@ def _choose_rows(chooser: _Chooser, documents: Documents) -> None:
     longest, is_static = documents.longest, values["dataload"] in ("pack", "get")
     # short documents fill a row of many better than one of few
     wanted = max(longest, min(TOKENS_PER_MICRO_BATCH, documents.num_targets) if is_static else 0)
-    wanted = min(MAX_CHOSEN_CTX, max(16, math.ceil(wanted / 16) * 16))
+    wanted = max(16, math.ceil(wanted / 16) * 16)
+    if not _is_infctx(values):
+        wanted = min(MAX_CHOSEN_CTX, wanted)
     chooser.choose("ctx_len", wanted, f"the longest document has {longest} tokens")
     ctx_len = values["ctx_len"]
     typical = max(1, min(ctx_len, documents.num_targets // len(documents)))
@@ -171,7 +178,7 @@ def _choose_rows(chooser: _Chooser, documents: Documents) -> None:
 
 
 def _choose_training(chooser: _Chooser, documents: Documents, model_config: ModelConfig) -> None:
-    """Epochs, rates and recomputing."""
+    """Epochs and rates."""
     values = chooser.values
     few = len(documents) < SMALL_SET
     reason = f"{len(documents)} documents are {'few' if few else 'enough'}"
@@ -184,7 +191,57 @@ def _choose_training(chooser: _Chooser, documents: Documents, model_config: Mode
         lr, reason = 2e-4, "usual for adapters"
     chooser.choose("lr_init", float(f"{lr:.1g}"), reason)
     chooser.choose("lr_final", values["lr_init"] / 10, "a tenth of lr_init")
-    rows = values["ctx_len"] * values["micro_bsz"]
-    is_deep = rows * model_config.n_layer * model_config.n_embd > FEW_ACTIVATIONS
-    reason = "saves memory" if is_deep else "the batch is small"
+
+
+def _is_infctx(values: dict[str, Any]) -> bool:
+    return bool(values["train_type"] == "infctx" or values["bptt_chunks"])
+
+
+def _choose_memory(chooser: _Chooser, facts: Facts) -> None:
+    """Chunks, and recomputing."""
+    values, model_config = chooser.values, facts.model_config
+    if _is_infctx(values):
+        _choose_chunks(chooser, facts)
+    is_exact = values["bptt_chunks"] == "all"
+    chunk_ctx = values["chunk_ctx"] if _is_infctx(values) else 0
+    if is_exact:
+        is_deep = not _chunk_fits(values, facts, chunk_ctx)
+        reason = "a chunk" + (" would not fit otherwise" if is_deep else " fits without")
+    else:
+        positions = values["micro_bsz"] * positions_at_once(values["ctx_len"], chunk_ctx)
+        is_deep = positions * model_config.n_layer * model_config.n_embd > FEW_ACTIVATIONS
+        reason = "saves memory" if is_deep else "the batch is small"
     chooser.choose("grad_cp", int(is_deep), reason)
+
+
+def _choose_chunks(chooser: _Chooser, facts: Facts) -> None:
+    """How long chunks are, and over how many a gradient goes."""
+    values = chooser.values
+    if not values["bptt_chunks"]:
+        is_state = values["peft"] == "state"
+        reason = "each chunk learns from itself, as RWKV-PEFT has it; all is exact"
+        if is_state:
+            reason = "a state learns what a gradient brings to the beginning of the row"
+        chooser.set("bptt_chunks", "all" if is_state else 1, reason)
+    if values["chunk_ctx"]:
+        return
+    if values["bptt_chunks"] != "all":
+        chooser.set("chunk_ctx", TRUNCATED_CHUNK, "as RWKV-PEFT has it")
+        return
+    useful = [n for n in EXACT_CHUNKS if n // 2 < values["ctx_len"]] or [EXACT_CHUNKS[-1]]
+    fitting = [n for n in useful if _chunk_fits(values, facts, n)]
+    reason = "the longest that fits" if fitting else "the shortest, and yet it may not fit"
+    chooser.set("chunk_ctx", (fitting or useful[-1:])[0], reason)
+
+
+def _chunk_fits(values: dict[str, Any], facts: Facts, chunk_ctx: int) -> bool:
+    """Whether chunks of so many tokens fit into the device, recomputed only if that was asked."""
+    is_full = values["peft"] == "none"
+    return fits(
+        facts,
+        dtype_of(values["precision"]),
+        op=values["op"],
+        positions=values["micro_bsz"] * positions_at_once(values["ctx_len"], chunk_ctx),
+        trains_all=is_full,
+        is_recomputed=bool(values["grad_cp"]),
+    )

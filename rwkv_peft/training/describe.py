@@ -1,19 +1,20 @@
 """Saying before a run what it will do."""
 
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from rwkv_peft.data.batching import Batches
+from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.training.borders import Room, border_bytes, count_passes, least_room
 from rwkv_peft.training.choose import Plan
+from rwkv_peft.training.memory import guess_memory
 from rwkv_peft.training.settings import Settings
-
-# vectors (B*T, D) that a block keeps for backward, measured in the compute dtype, and those in
-# float32 that the chunked operator keeps
-KEPT_VECTORS, KEPT_BY_TORCH = 47, 13
 
 
 def describe_model(
@@ -53,6 +54,11 @@ def describe_plan(plan: Plan) -> Iterable[str]:
         f"positions hold a token (--dataload {settings.dataload})"
     )
     yield from _describe_shares(batches)
+    if settings.chunk_ctx and not settings.is_infctx:
+        yield (
+            f"rows: --chunk_ctx {settings.chunk_ctx} has no effect, as rows go through the model "
+            "whole: --train_type infctx takes them through in chunks"
+        )
     yield (
         f"plan: {settings.epoch_count} epochs of {plan.micro_batches:,} micro-batches of "
         f"{batches.micro_bsz} rows, {plan.steps:,} optimizer steps"
@@ -63,6 +69,70 @@ def describe_plan(plan: Plan) -> Iterable[str]:
             f"plan: epoch_steps {settings.epoch_steps} stops each epoch early and the next goes on "
             f"there: the run makes {seen:.2f} passes over the data"
         )
+
+
+def describe_chunks(plan: Plan, model: RWKV, room: Room) -> Iterable[str]:
+    """How rows go through the model in chunks, in lines for a person, with memory and time.
+
+    Takes a chunk through the model to know the time.
+
+    Args:
+        room: for the states at borders.
+    """
+    settings, batches = plan.settings, plan.batches
+    sizes = batches.draw_rows(0).sizes
+    count = -(-int(sizes.max()) // settings.chunk_ctx)
+    group = count if settings.bptt_chunks == "all" else min(count, settings.bptt_chunks)
+    size = border_bytes(model.model_config, batches.micro_bsz, settings.dtype)
+    held = min(group - 1, max((room.device + room.host) // size, least_room(group)))
+    passes = count_passes(group, max(held, least_room(group))) / group
+    group_is = "the chunk" if group == 1 else f"each {group:,} chunks"
+    way = "the row" if group == count else group_is
+    yield (
+        f"chunks: rows of up to {sizes.max():,} tokens go through in chunks of "
+        f"{settings.chunk_ctx:,} ({count:,}), gradients back to the beginning of {way} "
+        f"(--bptt_chunks {settings.bptt_chunks})"
+    )
+    if held > 0:
+        on_device = min(held, room.device // size) * size
+        where = f", {_amount(on_device)} on the device, the rest on the host"
+        yield (
+            f"chunks: {held:,} states of {_amount(size)} are kept at a time: "
+            f"{_amount(held * size)}{where if room.device else ''}; a chunk goes forward "
+            f"{passes:.2g} times"
+        )
+    # a product with a frozen weight has one gradient, with a trained one two
+    work = passes + (2 if settings.peft == "none" else 1) + settings.grad_cp
+    share = plan.micro_batches * settings.epoch_count / len(batches)
+    seconds = int(sizes.sum()) * share * work * _time_token(model, settings)
+    yield f"time: about {_duration(seconds)} for {plan.steps:,} optimizer steps (a guess)"
+
+
+@torch.no_grad()
+def _time_token(model: RWKV, settings: Settings) -> float:
+    """Seconds that a token of a chunk takes to go forward."""
+    device = model.emb.weight.device
+    is_cpu = device.type == "cpu"
+    # a CPU is busy with few tokens
+    width = min(settings.chunk_ctx, settings.ctx_len, 64 if is_cpu else settings.chunk_ctx)
+    tokens = torch.zeros((settings.micro_bsz, width), dtype=torch.int64, device=device)
+    was_training = model.training
+    model.eval()
+    for _ in range(2):
+        started = time.perf_counter()
+        model.hidden(tokens)
+        if not is_cpu:
+            torch.accelerator.synchronize(device)
+        seconds = time.perf_counter() - started
+    model.train(was_training)
+    return seconds / tokens.numel()
+
+
+def _duration(seconds: float) -> str:
+    for name, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {name}"
+    return f"{max(1, round(seconds))} s"
 
 
 def _describe_shares(batches: Batches) -> Iterable[str]:
@@ -88,26 +158,12 @@ def describe_space(settings: Settings, folder: Path, num_trained: int) -> Iterab
     needed, free = count * size, shutil.disk_usage(folder).free
     if needed > free:
         yield (
-            f"warning: {count:,} saves will take about {_gibibytes(needed)}, and {folder} has "
-            f"{_gibibytes(free)} free: make room, or save less often (--epoch_save)"
+            f"warning: {count:,} saves will take about {_amount(needed)}, and {folder} has "
+            f"{_amount(free)} free: make room, or save less often (--epoch_save)"
             + (", or the adapter alone (--merge 0)" if is_whole and settings.peft != "none" else "")
         )
 
 
-def _gibibytes(size: int) -> str:
-    return f"{size / 2**30:,.3g} GiB"
-
-
-def guess_memory(
-    settings: Settings, model_config: ModelConfig, op: str, num_weights: int, num_trained: int
-) -> float:
-    """Bytes that training may take: weights, what trains them, activations, logits."""
-    size, layers = settings.dtype.itemsize, model_config.n_layer
-    rows = settings.ctx_len * settings.micro_bsz
-    vectors = rows * model_config.n_embd
-    kept = vectors * (KEPT_VECTORS * size + (KEPT_BY_TORCH * 4 if op == "torch" else 0))
-    activations = kept + vectors * size * layers if settings.grad_cp else kept * layers
-    # gradients and moments in float32, and the bits that float32 values have beside 16-bit weights
-    training = num_trained * (4 + 8 + (0 if size == 4 else 2))
-    logits = min(rows * model_config.vocab_size, 1 << 24) * 12
-    return num_weights * size + training + activations + logits
+def _amount(size: int) -> str:
+    name, unit = ("GiB", 2**30) if size >= 2**29 else ("MiB", 2**20)
+    return f"{size / unit:,.3g} {name}"

@@ -183,7 +183,7 @@ def _step(run: Run, batch: Batch, divisor: float) -> Tensor:
         raise TrainingError(
             f"out of memory at step {run.progress.step + 1}, with {rows} rows of {width} tokens: "
             "use --grad_cp 1, or a smaller --micro_bsz (with a larger --accumulate_grad_batches) "
-            "or --ctx_len"
+            f"or --{'chunk_ctx' if run.settings.is_infctx else 'ctx_len'}"
         ) from error
     return output.loss_sum
 

@@ -153,7 +153,8 @@ class Display:
     """Progress for a person: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, total: int) -> None:
-        self._total, self._last_line = total, 0.0
+        self._total, self._done, self._last_line, self._last_chunk = total, 0, 0.0, 0.0
+        self._summary = ""
         self._start = time.monotonic()
         self._stream = Unbreakable(sys.stderr)
         self._bar = _rich_bar(total, self._stream) if self._stream.isatty() else None
@@ -167,15 +168,29 @@ class Display:
 
     def update(self, record: StepRecord) -> None:
         """Shows a finished step."""
-        done = record.step
+        self._done = done = record.step
+        self._summary = _summary(record)
         if self._bar is not None:
-            self._bar.update(0, completed=done, text=_summary(record))
+            self._bar.update(0, completed=done, text=self._summary)
             return
         now = time.monotonic()
         if now - self._last_line >= PLAIN_INTERVAL or done == self._total:
             self._last_line = now
             left = (now - self._start) / done * (self._total - done)
-            self.line(f"step {done}/{self._total}  {_summary(record)}  {left:.0f} s left")
+            self.line(f"step {done}/{self._total}  {self._summary}  {left:.0f} s left")
+
+    def show_chunk(self, done: int, total: int) -> None:
+        """Shows how many of its chunks a micro-batch in work has been through."""
+        if total == 1:
+            return
+        if self._bar is not None:
+            self._bar.update(0, text=f"chunk {done}/{total}  {self._summary}")
+            return
+        now = time.monotonic()
+        # in lines of their own, so that none of a step is left out for them
+        if now - max(self._start, self._last_line, self._last_chunk) >= PLAIN_INTERVAL:
+            self._last_chunk = now
+            self.line(f"step {self._done + 1}/{self._total}  chunk {done}/{total}")
 
     def __enter__(self) -> "Display":
         if self._bar is not None:

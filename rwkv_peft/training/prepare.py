@@ -13,17 +13,25 @@ from rwkv_peft.data.documents import first_documents
 from rwkv_peft.data.prepare import read_documents
 from rwkv_peft.data.sources import find_sources
 from rwkv_peft.data.tokenizer import Tokenizer
-from rwkv_peft.device import resolve_device
+from rwkv_peft.device import free_host_memory, free_memory, resolve_device
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.ops.dispatch import Request
 from rwkv_peft.ops.selfcheck import require_right
+from rwkv_peft.training.borders import Room
 from rwkv_peft.training.choose import Plan, choose
-from rwkv_peft.training.describe import describe_model, describe_plan, describe_space
+from rwkv_peft.training.describe import (
+    describe_chunks,
+    describe_model,
+    describe_plan,
+    describe_space,
+)
 from rwkv_peft.training.folder import DEFAULT_FOLDER, Claim
+from rwkv_peft.training.infctx import InfctxStep
 from rwkv_peft.training.inputs import mark_file, require_kept_inputs
 from rwkv_peft.training.loop import Run
+from rwkv_peft.training.memory import room_for_borders
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.settings import Facts, Settings
 from rwkv_peft.training.step import Step, full_step
@@ -31,11 +39,12 @@ from rwkv_peft.training.target import TrainTarget, make_target, saved_endings
 
 
 def prepare_run(
-    config: TrainConfig, *, step: Step = full_step, claim: Claim | None = None
+    config: TrainConfig, *, step: Step | None = None, claim: Claim | None = None
 ) -> tuple[Run, list[str]]:
     """A run that is ready for its first step, and what a person should read before it.
 
     Args:
+        step: forward, loss and backward of a micro-batch; None: that of the settings.
         claim: of its folder; None if nothing is to be saved.
     Raises:
         RwkvPeftError: a file, a setting or the data cannot be used.
@@ -64,9 +73,13 @@ def prepare_run(
     optimizer.load(target.initial_values)
     target.begin(optimizer.values)
     lines = list(_describe(plan, facts.model_config, model, checked, _count(base), target))
+    if step is None and settings.is_infctx:
+        room = room_for_borders(facts.device, facts.memory, free_host_memory())
+        lines += describe_chunks(plan, model, room)
+        step = make_infctx_step(settings, room)
     if claim:
         lines += describe_space(settings, claim.path, _count(target.parameters))
-    return Run(plan, model, target, optimizer, step), lines
+    return Run(plan, model, target, optimizer, step or full_step), lines
 
 
 def find_facts(
@@ -83,7 +96,9 @@ def find_facts(
     documents = read_documents(config, Tokenizer(model_config.vocab_size))
     if config.epoch_unit == "samples":
         documents = first_documents(documents, config.epoch_steps)
-    return Facts(model_config, device, documents, free_folder, method)
+    return Facts(
+        model_config, device, documents, free_folder, method, _count(base), free_memory(device)
+    )
 
 
 def load_base(settings: Settings, facts: Facts, base: Mapping[str, Tensor]) -> RWKV:
@@ -96,6 +111,12 @@ def load_base(settings: Settings, facts: Facts, base: Mapping[str, Tensor]) -> R
     require_finite(dict(model.named_parameters()), settings.load_model, base)
     model.grad_cp = bool(settings.grad_cp)
     return model
+
+
+def make_infctx_step(settings: Settings, room: Room) -> InfctxStep:
+    """The step of a run whose rows go through the model in chunks."""
+    group = None if settings.bptt_chunks == "all" else settings.bptt_chunks
+    return InfctxStep(settings.chunk_ctx, group, room=room)
 
 
 def make_optimizer(settings: Settings, target: TrainTarget) -> Optimizer:

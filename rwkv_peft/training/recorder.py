@@ -1,6 +1,9 @@
 """What happens after a step: logging, showing, saving."""
 
+from collections.abc import Iterable
+
 from rwkv_peft.training.folder import Claim
+from rwkv_peft.training.infctx import InfctxStep
 from rwkv_peft.training.interrupt import Interrupt
 from rwkv_peft.training.loop import Run
 from rwkv_peft.training.metrics import Display, RunFolder, StepRecord
@@ -24,6 +27,13 @@ class Recorder:
         """Shows a line to the user and keeps it in the log."""
         self._display.line(line)
         self._folder.log(line)
+
+    def introduce(self, run: Run, lines: Iterable[str]) -> None:
+        """Says what a run will do, and from now on shows the chunks of its long rows."""
+        for line in lines:
+            self.say(line)
+        if isinstance(run.step, InfctxStep):
+            run.step.after_chunk = self._display.show_chunk
 
     def log(self, run: Run, record: StepRecord) -> None:
         """Notes every step."""

@@ -13,7 +13,7 @@ from rwkv_peft.training.loop import run_steps
 from rwkv_peft.training.metrics import Display, RunFolder
 from rwkv_peft.training.prepare import prepare_run
 from rwkv_peft.training.recorder import Recorder
-from rwkv_peft.training.step import Step, full_step
+from rwkv_peft.training.step import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Result:
     signal: int = 0
 
 
-def train(config: TrainConfig, *, step: Step = full_step) -> Result:
+def train(config: TrainConfig, *, step: Step | None = None) -> Result:
     """Trains as configured and writes the run folder.
 
     Ctrl-C, SIGTERM or SIGHUP finish the optimizer step, save what was learned to
@@ -45,7 +45,7 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
     nothing to save, and they raise. A stdout or stderr that breaks changes nothing.
 
     Args:
-        step: forward, loss and backward of a micro-batch; a researcher's own may take its place.
+        step: forward, loss and backward of a micro-batch, in place of that of the settings.
     Raises:
         RwkvPeftError: a file, a setting, the folder or the data cannot be used, or the loss is not
             a number.
@@ -65,8 +65,7 @@ def train(config: TrainConfig, *, step: Step = full_step) -> Result:
             Display(run.plan.steps) as display,
         ):
             recorder = Recorder(claim, folder, display, interrupt)
-            for line in lines:
-                recorder.say(line)
+            recorder.introduce(run, lines)
             interrupt.defer()
             if run.is_done:
                 recorder.save_start(run)

@@ -30,6 +30,11 @@ class Settings(TrainConfig):
     grad_cp: Switch
 
     @property
+    def is_infctx(self) -> bool:
+        """Whether rows go through the model in chunks."""
+        return self.bptt_chunks != 0
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of weights and activations."""
         return dtype_of(self.precision)
@@ -45,6 +50,8 @@ class Facts:
         documents: to learn.
         free_folder: a name for the run's folder that is not taken.
         saved_method: method of the adapter or state to train further; "" if there is none.
+        num_weights: of the model.
+        memory: bytes that are free on the device; None if nobody can say.
     """
 
     model_config: ModelConfig
@@ -52,6 +59,8 @@ class Facts:
     documents: Documents
     free_folder: str
     saved_method: str
+    num_weights: int
+    memory: int | None
 
 
 @dataclass(frozen=True, slots=True)

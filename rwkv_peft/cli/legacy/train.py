@@ -38,7 +38,6 @@ DEAD = {
     "prefetch_factor": "each thread of --num_workers prepares two batches ahead",
     "enable_progress_bar": "progress is a bar on a terminal and plain lines elsewhere",
     "enable_checkpointing": "a run always saves",
-    "chunk_ctx": "--train_type infctx is not built yet",
 }
 RENAMED = {"head_size": "head_size_a", "optim": "optimizer"}
 # (flag, value) that asks for nothing, such as an old default

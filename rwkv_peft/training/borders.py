@@ -1,0 +1,113 @@
+"""The states between the chunks of a row: where they are kept until backward needs them."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.state import RWKVState
+
+
+class Room(NamedTuple):
+    """Memory for states at borders, in bytes.
+
+    Attributes:
+        device: where the model is, filled first.
+        host: beyond it; a CPU has this alone.
+    """
+
+    device: int
+    host: int
+
+
+class Borders:
+    """A stack of states, on their device while it has room and on the host beyond.
+
+    Nobody waits for the copies: they are made between pinned memory and the device in the order of
+    the device's other work.
+    """
+
+    def __init__(self, room: int) -> None:
+        """Begins empty.
+
+        Args:
+            room: bytes on the device.
+        """
+        self._room, self._used = room, 0
+        self._states: list[RWKVState | None] = []
+        self._devices: list[torch.device | None] = []
+
+    def push(self, state: RWKVState | None) -> None:
+        """Keeps a state; None is kept as it is, and so is one with a graph."""
+        size, device = num_bytes(state), None
+        if state is not None and self._used + size > self._room and _can_move(state):
+            device, state = state.wkv.device, RWKVState(*map(_to_host, state))
+        else:
+            self._used += size
+        self._states.append(state)
+        self._devices.append(device)
+
+    def pop(self) -> RWKVState | None:
+        """The last state that is kept, on the device that it came from."""
+        state, device = self._states.pop(), self._devices.pop()
+        if state is not None and device is not None:
+            return RWKVState(*(x.to(device, non_blocking=True) for x in state))
+        self._used -= num_bytes(state)
+        return state
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+
+def _can_move(state: RWKVState) -> bool:
+    return state.wkv.device.type != "cpu" and not any(x.requires_grad for x in state)
+
+
+def _to_host(x: Tensor) -> Tensor:
+    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+
+
+def num_bytes(state: RWKVState | None) -> int:
+    """The memory that a state takes."""
+    return 0 if state is None else sum(x.nbytes for x in state)
+
+
+def border_bytes(model_config: ModelConfig, rows: int, dtype: torch.dtype) -> int:
+    """The memory that the state of so many rows takes: the operator's in float32, both shifts."""
+    heads = model_config.n_head * model_config.head_size**2 * 4
+    return model_config.n_layer * rows * (heads + 2 * model_config.n_embd * dtype.itemsize)
+
+
+def least_room(count: int) -> int:
+    """States that must be kept at once for `count` chunks: twice their root."""
+    return 2 * math.ceil(math.sqrt(count))
+
+
+def split(count: int, room: int) -> list[int]:
+    """Numbers of chunks, in order, of the parts at whose borders states are kept.
+
+    All parts are single chunks if so many borders have room. If not, the first parts are longer:
+    when all behind them is done, the chunks of each go forward once more to find the borders inside
+    it, for which there is room by then. The parts are as few as they can be.
+
+    Args:
+        count: chunks, at least one.
+        room: states that may be kept at once, at least `least_room(count)`.
+    """
+    if count - 1 <= room:
+        return [1] * count
+    long = next(n for n in range(1, room) if (n + 1) * (room - n + 1) >= count)
+    single = room - long + 1
+    rest = count - single
+    return [rest // long + (i < rest % long) for i in range(long)] + [1] * single
+
+
+def count_passes(count: int, room: int) -> int:
+    """Times that one of `count` chunks goes forward, with or without backward behind it."""
+    if count == 1:
+        return 1
+    parts = split(count, room)
+    inner = sum(count_passes(part, room) for part in parts)
+    return inner + count - parts[-1]

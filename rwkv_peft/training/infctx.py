@@ -1,0 +1,259 @@
+"""Rows of any length in the memory of one chunk: gradients truncated at borders, or exact.
+
+A row is cut into chunks, which hand the state on: the operator's in float32, and both token shifts.
+Backward works on a group of chunks at a time. They go forward without a graph, and the states at
+the borders between them are kept; only the last goes forward with a graph, and backward. Then, from
+the last but one to the first, each goes forward again from the state at its beginning, with a
+graph, and backward from its own loss and from the gradient of the state that it hands on. So a
+gradient ends where a group begins; if all chunks of a row are one group, it is exact.
+"""
+
+from collections.abc import Callable
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_peft.data.batching import IGNORE, Batch
+from rwkv_peft.models.base import RWKV
+from rwkv_peft.ops.autograd import once_differentiable
+from rwkv_peft.state import LayerState, RWKVState
+from rwkv_peft.training.borders import (
+    Borders,
+    Room,
+    border_bytes,
+    count_passes,
+    least_room,
+    split,
+)
+from rwkv_peft.training.progress import RandomGenerators
+from rwkv_peft.training.step import StepOutput, copy_to, forward_loss
+
+NO_LIMIT = Room(1 << 62, 1 << 62)
+
+
+class InfctxStep:
+    """A `Step` that takes rows through the model in chunks.
+
+    Attributes:
+        chunk_ctx: tokens of a chunk; the last of a row may have fewer.
+        bptt_chunks: chunks of a group, over which gradients go back; None: all of a row.
+        room: memory for the states at the borders of a group.
+        after_chunk: called whenever a chunk has gone forward, and backward where it does, with how
+            often one has in this micro-batch, and how often one will have.
+    """
+
+    def __init__(
+        self, chunk_ctx: int, bptt_chunks: int | None = 1, *, room: Room = NO_LIMIT
+    ) -> None:
+        self.chunk_ctx, self.bptt_chunks, self.room = chunk_ctx, bptt_chunks, room
+        self.after_chunk: Callable[[int, int], None] = lambda done, total: None
+
+    def __call__(
+        self,
+        model: RWKV,
+        batch: Batch,
+        *,
+        state: RWKVState | None = None,
+        divisor: float = 1.0,
+        l2wrap: float = 0.0,
+        backward: Callable[[Tensor], None],
+    ) -> StepOutput:
+        """Takes rows through the model chunk by chunk; see `Step`."""
+        row = _Row(self, model, batch, l2wrap, lambda objective: backward(objective / divisor))
+        return StepOutput(row.learn(state), batch.num_trained)
+
+
+class _Row:
+    """One micro-batch on its way through the model."""
+
+    def __init__(
+        self,
+        step: InfctxStep,
+        model: RWKV,
+        batch: Batch,
+        l2wrap: float,
+        backward: Callable[[Tensor], None],
+    ) -> None:
+        self._model, self._l2wrap, self._backward = model, l2wrap, backward
+        device, dtype = model.emb.weight.device, model.emb.weight.dtype
+        is_trained = (batch.targets != IGNORE).any(0)
+        # what stands behind the last trained token has no part in the loss
+        width = int(is_trained.nonzero().max()) + 1 if is_trained.any() else 1
+        starts = range(0, width, step.chunk_ctx)
+        self._chunks = [_window(batch, slice(at, at + step.chunk_ctx)) for at in starts]
+        self._has_loss = [bool(part.any()) for part in is_trained.split(step.chunk_ctx)]
+        self._restarts = [_find_restarts(batch.segment_ids, at, device) for at in starts]
+        self._group = step.bptt_chunks or len(starts)
+        size = border_bytes(model.model_config, len(batch.tokens), dtype)
+        fitting = (step.room.device + step.room.host) // size
+        self._room = max(fitting, least_room(min(self._group, len(starts))))
+        self._borders = Borders(step.room.device)
+        self._random = RandomGenerators(device)
+        self._loss = torch.zeros((), device=device)
+        # of the state that the next chunk to go backward hands on; None: the gradient ends there
+        self._handed_back: RWKVState | None = None
+        self._after_chunk, self._done = step.after_chunk, 0
+
+    def learn(self, state: RWKVState | None) -> Tensor:
+        """Adds the gradient of all chunks; gives the summed loss ()."""
+        count = len(self._chunks)
+        has_weights = any(p.requires_grad for p in self._model.parameters())
+        groups = []
+        for start in range(0, count, self._group):
+            end = min(start + self._group, count)
+            is_learned = has_weights or (start == 0 and _has_graph(state))
+            trained = [i for i in range(start, end) if self._has_loss[i]]
+            # without a loss in the whole row its gradient is zero, which is not no gradient
+            last = trained[-1] if trained else start if count == 1 else start - 1
+            groups.append((start, last + 1 if is_learned else start, end))
+        self._total = sum(
+            (count_passes(middle - start, self._room) if middle > start else 0) + end - middle
+            for start, middle, end in groups
+        )
+        for start, middle, end in groups:
+            if middle > start:
+                self._start, self._handed_back = start, None
+                self._learn(start, middle, state, self._room)
+                state = self._state
+            state = self._go_on(middle, end, state, is_logged=True)
+        return self._loss
+
+    def _learn(self, start: int, end: int, state: RWKVState | None, room: int) -> None:
+        """Adds the gradient of some chunks of a group.
+
+        Leaves the random generators as they are after the last of these chunks went forward.
+        """
+        if end - start == 1:
+            self._learn_chunk(start, state)
+            return
+        parts = list(pairwise(accumulate(split(end - start, room), initial=start)))
+        random_states = []
+        for part in parts[:-1]:
+            self._borders.push(state)
+            random_states.append(self._random.state_dict())
+            state = self._go_on(*part, state)
+        self._learn(*parts[-1], state, room)
+        random_state = self._random.state_dict()
+        for part in reversed(parts[:-1]):
+            self._random.load_state_dict(random_states.pop())
+            self._learn(*part, self._borders.pop(), room - len(random_states))
+        self._random.load_state_dict(random_state)
+
+    def _learn_chunk(self, i: int, state: RWKVState | None) -> None:
+        """Takes one chunk forward and backward."""
+        # the state before a group is as it came: learned, or without a gradient
+        is_first = i == self._start
+        if state is not None and not is_first:
+            state = RWKVState(*(x.detach().requires_grad_() for x in state))
+        given, chunk = self._handed_back, self._chunks[i]
+        if self._has_loss[i] or given is None:
+            sums, layers = forward_loss(self._model, chunk, state, l2wrap=self._l2wrap)
+            objective = sums.objective
+            self._loss = self._loss + sums.cross_entropy
+        else:
+            layers = _forward(self._model, chunk, state)
+            objective = torch.zeros((), device=self._loss.device)
+        if given is None:
+            self._state = self._hand_on(i, layers)
+        else:
+            objective = _hand_back(objective, given, layers)
+        self._backward(objective)
+        self._handed_back = None if is_first or state is None else self._gradient(i, state)
+        self._tell()
+
+    def _gradient(self, i: int, state: RWKVState) -> RWKVState:
+        """The gradient of the state before a chunk, where that is of the chunk's documents."""
+        found = (torch.zeros_like(x) if x.grad is None else x.grad for x in state)
+        return self._restart(i, RWKVState(*found))
+
+    @torch.no_grad()
+    def _go_on(
+        self, start: int, end: int, state: RWKVState | None, *, is_logged: bool = False
+    ) -> RWKVState | None:
+        """The state behind some chunks, which are not learned now.
+
+        Args:
+            is_logged: they never will be, so that this is where their loss is found.
+        """
+        for i in range(start, end):
+            if is_logged and self._has_loss[i]:
+                sums, layers = forward_loss(self._model, self._chunks[i], state)
+                self._loss = self._loss + sums.cross_entropy
+            else:
+                layers = _forward(self._model, self._chunks[i], state)
+            state = self._hand_on(i, layers)
+            self._tell()
+        return state
+
+    @torch.no_grad()
+    def _hand_on(self, i: int, layers: list[LayerState]) -> RWKVState | None:
+        """The state in which the chunk behind chunk i begins, of memory of its own."""
+        if i + 1 == len(self._chunks):
+            return None
+        return self._restart(i + 1, RWKVState.from_layers(layers))
+
+    def _restart(self, i: int, state: RWKVState) -> RWKVState:
+        """The state with zeros in the rows whose document begins with chunk i."""
+        restarts = self._restarts[i]
+        return state if restarts is None else state.restart(restarts)
+
+    def _tell(self) -> None:
+        self._done += 1
+        self._after_chunk(self._done, self._total)
+
+
+def _window(batch: Batch, window: slice) -> Batch:
+    """Some positions of all rows."""
+    weights, ids = batch.weights, batch.segment_ids
+    return batch._replace(
+        tokens=batch.tokens[:, window],
+        targets=batch.targets[:, window],
+        weights=None if weights is None else weights[:, window],
+        segment_ids=None if ids is None else ids[:, window],
+    )
+
+
+def _find_restarts(
+    segment_ids: Tensor | None, position: int, device: torch.device
+) -> Tensor | None:
+    """(B,) bool: the rows in which a further document begins at a position; None: in no row."""
+    if segment_ids is None or position == 0:
+        return None
+    found = segment_ids[:, position] != segment_ids[:, position - 1]
+    return copy_to(found, device) if found.any() else None
+
+
+def _forward(model: RWKV, chunk: Batch, state: RWKVState | None) -> list[LayerState]:
+    """The layers' states behind a chunk whose loss is not looked at."""
+    device = model.emb.weight.device
+    ids = None if chunk.segment_ids is None else copy_to(chunk.segment_ids, device)
+    _, layers = model.hidden(copy_to(chunk.tokens, device), state, segment_ids=ids)
+    return layers
+
+
+def _has_graph(state: RWKVState | None) -> bool:
+    return state is not None and any(x.requires_grad for x in state)
+
+
+def _hand_back(objective: Tensor, gradients: RWKVState, layers: list[LayerState]) -> Tensor:
+    """The objective, whose backward gives the layers' states these gradients too."""
+    states = [x for layer in layers for x in layer]
+    given = [x for layer in gradients.layers() for x in layer]
+    handed: Tensor = _HandBack.apply(objective, given, *states)
+    return handed
+
+
+class _HandBack(torch.autograd.Function):
+    """Adds no <state, gradient> to the objective: the gradients have its loss scale already."""
+
+    @staticmethod
+    def forward(ctx: Any, objective, gradients, *states):  # type: ignore[no-untyped-def]
+        ctx.gradients = gradients
+        return objective.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
+        return grad, None, *ctx.gradients

@@ -1,0 +1,99 @@
+"""Guesses of the memory that training takes, before it takes it."""
+
+import torch
+
+from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.training.borders import Room
+from rwkv_peft.training.settings import Facts, Settings
+
+# vectors (B*T, D) that a block keeps for backward, measured in the compute dtype, and those in
+# float32 that the chunked operator keeps
+KEPT_VECTORS, KEPT_BY_TORCH = 47, 13
+# what states at borders may have on a device, and their share of the host's free memory
+BORDERS_ON_DEVICE, BORDERS_SHARE = 1 << 30, 0.5
+# where nobody can say what is free
+UNKNOWN_MEMORY = 8 << 30
+
+
+def guess_memory(
+    settings: Settings, model_config: ModelConfig, op: str, num_weights: int, num_trained: int
+) -> float:
+    """Bytes that training may take on its device: weights, what trains them, activations, logits.
+
+    States at borders are not among them.
+    """
+    positions = positions_at_once(settings.ctx_len, settings.chunk_ctx * settings.is_infctx)
+    return guess_bytes(
+        model_config,
+        settings.dtype,
+        op,
+        settings.micro_bsz * positions,
+        num_weights,
+        num_trained,
+        is_recomputed=bool(settings.grad_cp),
+    )
+
+
+def guess_bytes(
+    model_config: ModelConfig,
+    dtype: torch.dtype,
+    op: str,
+    positions: int,
+    num_weights: int,
+    num_trained: int,
+    *,
+    is_recomputed: bool,
+) -> float:
+    """`guess_memory` for so many positions, those of all rows, that have activations at once."""
+    size, layers = dtype.itemsize, model_config.n_layer
+    vectors = positions * model_config.n_embd
+    kept = vectors * (KEPT_VECTORS * size + (KEPT_BY_TORCH * 4 if op == "torch" else 0))
+    activations = kept + vectors * size * layers if is_recomputed else kept * layers
+    # gradients and moments in float32, and the bits that float32 values have beside 16-bit weights
+    training = num_trained * (4 + 8 + (0 if size == 4 else 2))
+    logits = min(positions * model_config.vocab_size, 1 << 24) * 12
+    return num_weights * size + training + activations + logits
+
+
+def fits(
+    facts: Facts,
+    dtype: torch.dtype,
+    *,
+    op: str,
+    positions: int,
+    trains_all: bool,
+    is_recomputed: bool,
+) -> bool:
+    """Whether so many positions leave a fifth of a device's free memory free, as far as is known.
+
+    Args:
+        op: as it was asked for.
+        trains_all: all weights are trained, or else a small part.
+    """
+    if op == "auto" and facts.device.type == "cpu":
+        op = "torch"
+    guess = guess_bytes(
+        facts.model_config,
+        dtype,
+        op,
+        positions,
+        facts.num_weights,
+        facts.num_weights if trains_all else facts.num_weights // 20,
+        is_recomputed=is_recomputed,
+    )
+    free = UNKNOWN_MEMORY if facts.memory is None else facts.memory
+    return guess <= 0.8 * free
+
+
+def positions_at_once(ctx_len: int, chunk_ctx: int) -> int:
+    """Positions of a row that have activations at the same time; chunk_ctx 0: all."""
+    return min(ctx_len, chunk_ctx) if chunk_ctx else ctx_len
+
+
+def room_for_borders(device: torch.device, free: int | None, host: int | None) -> Room:
+    """The memory that states at borders may take, of what is free on a device and the host."""
+    on_host = int((UNKNOWN_MEMORY if host is None else host) * BORDERS_SHARE)
+    if device.type == "cpu":
+        return Room(0, on_host)
+    on_device = min(BORDERS_ON_DEVICE, (UNKNOWN_MEMORY if free is None else free) // 16)
+    return Room(on_device, on_host)
