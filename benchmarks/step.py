@@ -28,6 +28,7 @@ from rwkv_peft.methods import Method
 from rwkv_peft.methods.attach import attach
 from rwkv_peft.methods.state import LearnedStates
 from rwkv_peft.models.base import RWKV
+from rwkv_peft.models.compile import compile_blocks
 from rwkv_peft.training.graphs import GraphedStep
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.step import full_step
@@ -79,7 +80,7 @@ class Case:
         self.model: RWKV = model.train()
         self.batch = random_batch(rows, ctx, SIZES[size][-1])
         if is_compiled:
-            model.compile_blocks()
+            compile_blocks(model)
         self.step: Any = full_step
         if is_compiled or is_graphed:
             self.step = GraphedStep(self.device, ctx, is_captured=is_graphed)

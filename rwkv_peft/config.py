@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rwkv_peft.errors import ConfigError
 
 Switch = Literal[0, 1]
+AutoSwitch = Literal["auto", 0, 1]
 # what an adapter file of older RWKV-PEFT does not hold; see `checkpoint.older.LegacyAdapterHints`
 UNSAVED = ("lora_alpha", "pissa_init", "lora_dropout")
 # a user's template, as a run keeps it in its folder
@@ -251,6 +252,12 @@ class TrainConfig(DataConfig):
     """Threads that prepare micro-batches ahead; 0 makes each when it is needed."""
     grad_cp: Switch | None = None
     """1 recomputes each block in backward: less memory, more time."""
+    compile: AutoSwitch = "auto"
+    """1 compiles the blocks (torch.compile), which takes some seconds once; 0 does not; auto where
+    the run is long enough to gain by it, on a GPU with a C compiler at hand."""
+    cuda_graph: AutoSwitch = "auto"
+    """1 captures the kernels of a micro-batch and launches them at once; 0 does not; auto on GPUs
+    that can."""
     random_seed: int = -1
     """Seed of initialisation, dropout and data order; drawn and printed if negative."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,6 +131,22 @@ def has_bf16(device: torch.device) -> bool:
     # PyTorch can emulate it, at the price of time
     without = {"including_emulation": False}
     return bool(query(**without if without.keys() <= signature(query).parameters.keys() else {}))
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Runs on another stream than the default one, on which nothing can be captured."""
+    import torch
+
+    if not has_graphs(device):
+        yield
+        return
+    module = torch.get_device_module(device)
+    stream, before = module.Stream(device), module.current_stream(device)
+    stream.wait_stream(before)
+    with module.stream(stream):
+        yield
+    before.wait_stream(stream)
 
 
 def has_graphs(device: torch.device) -> bool:

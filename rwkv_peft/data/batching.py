@@ -133,6 +133,11 @@ class Batches:
         """Whether all batches have one shape, (micro_bsz, ctx_len)."""
         return self.dataload in ("pack", "get")
 
+    @property
+    def positions(self) -> int:
+        """Positions of a micro-batch; the most, where they differ."""
+        return self.micro_bsz * self.ctx_len
+
     def __len__(self) -> int:
         """Micro-batches of each rank in one pass."""
         return -(-self.num_rows // (self.micro_bsz * self.world_size))

@@ -191,7 +191,8 @@ def _low_rank(
         return y
     dropped = F.dropout(x, rate) if rate else x
     u = torch.mm(dropped, a.t()) * scale
-    return base(x) + torch.mm(u, b if is_turned else b.t())
+    wide: Tensor = base(x)
+    return wide + torch.mm(u, b if is_turned else b.t())
 
 
 class _LowRank(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rwkv_peft.errors import ShapeError
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.models.frozen import FrozenLinear
-from rwkv_peft.models.layers import Block, PackingInfo
+from rwkv_peft.models.layers import PackingInfo
 from rwkv_peft.models.recompute import recompute
 from rwkv_peft.models.version import Version
 from rwkv_peft.ops.dispatch import Choice
@@ -25,6 +25,7 @@ class RWKV(nn.Module):
         version: the record of its version.
         op: the chosen backend of its operator.
         grad_cp: recompute each block in backward instead of keeping its activations.
+        compiled: takes a block and its arguments in training, see `compile.compile_blocks`.
         initial_state: of one row, where a text begins if no state is given; zeros if None. A file
             into which a learned state was merged brings one.
     """
@@ -33,7 +34,7 @@ class RWKV(nn.Module):
         super().__init__()
         self.model_config, self.version = model_config, version
         self.op, self.grad_cp = op, False
-        self._compiled: Callable[..., Any] | None = None
+        self.compiled: Callable[..., Any] | None = None
         self.initial_state: RWKVState | None = None
         # an embedding that draws its own weights on the meta device loads a compiler to do so
         self.emb = nn.Embedding.from_pretrained(
@@ -47,34 +48,8 @@ class RWKV(nn.Module):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether `compile_blocks` was called."""
-        return self._compiled is not None
-
-    def compile_blocks(self, *, dynamic: bool = False, backend: str = "inductor") -> None:
-        """Has blocks compiled when they are next trained, one code for all that are alike.
-
-        With `grad_cp` the compiled backward recomputes all that a block's inputs give.
-
-        Args:
-            dynamic: one code for rows of all lengths, rather than one for each shape.
-            backend: of `torch.compile`.
-        """
-        compiled = torch.compile(
-            Block.forward,
-            fullgraph=True,
-            dynamic=dynamic,
-            backend=backend,
-            # dropout draws the numbers that it draws without a compiler
-            options={"fallback_random": True} if backend == "inductor" else None,
-        )
-
-        def run(*args: Any) -> Any:
-            budget = 0.0 if self.grad_cp else 1.0
-            # read when a block is compiled, in the first calls
-            with torch._functorch.config.patch(activation_memory_budget=budget):
-                return compiled(*args)
-
-        self._compiled = run
+        """Whether blocks are compiled when they are trained."""
+        return self.compiled is not None
 
     def forward(
         self,
@@ -122,11 +97,14 @@ class RWKV(nn.Module):
         given = [None] * len(self.blocks) if state is None else state.layers()
         layers: list[LayerState] = []
         for block, layer in zip(self.blocks, given, strict=True):
-            if torch.is_grad_enabled() and self._compiled is not None:
-                x, carry, layer = self._compiled(block, x, carry, layer, packing)
-            elif self.grad_cp and torch.is_grad_enabled():
-                x, carry, layer = recompute(block, x, carry, layer, packing)
-            else:
-                x, carry, layer = block(x, carry, layer, packing)
+            x, carry, layer = self.run_block(block, x, carry, layer, packing)
             layers.append(layer)
         return self.ln_out(x), layers
+
+    def run_block(self, block: nn.Module, x: Tensor, *others: Any) -> Any:
+        """A block's results, in training compiled or with recomputing where that is asked for."""
+        if not torch.is_grad_enabled():
+            return block(x, *others)
+        if self.compiled is not None:
+            return self.compiled(block, x, *others)
+        return recompute(block, x, *others) if self.grad_cp else block(x, *others)

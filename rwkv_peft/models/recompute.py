@@ -92,8 +92,12 @@ class _Call:
 
 def _random_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Of the generators of the CPU and, if it is another device, of that."""
-    is_cpu = device.type == "cpu"
-    own = None if is_cpu else torch.get_device_module(device).get_rng_state(device)
+    own = None
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        is_captured = getattr(module, "is_current_stream_capturing", bool)()
+        # a graph has no state to read; where numbers are drawn, no recomputed block is captured
+        own = None if is_captured else module.get_rng_state(device)
     return torch.get_rng_state(), own
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.batching import Batches
 from rwkv_peft.data.documents import Documents
-from rwkv_peft.device import choose_precision, dtype_of
+from rwkv_peft.device import choose_precision, dtype_of, has_graphs, missing_compiler
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods.catalog import resolve
 from rwkv_peft.models.config import ModelConfig
@@ -22,8 +22,8 @@ TOKENS_PER_MICRO_BATCH = 1024
 PACKED = "documents share rows, each with a state of its own, so that next to nothing is padding"
 # with fewer documents one pass is seldom enough
 SMALL_SET = 1000
-# numbers of one activation of all layers above which blocks are recomputed
-FEW_ACTIVATIONS = 2**24
+# weights times positions from which compiling, which takes some 20 seconds, saves more than that
+LONG_RUN = 1e15
 # tokens of a chunk whose gradient ends with it, as RWKV-PEFT has them, and of one whose does not,
 # the largest first
 TRUNCATED_CHUNK, EXACT_CHUNKS = 512, (4096, 2048, 1024, 512)
@@ -64,6 +64,8 @@ def choose(config: TrainConfig, facts: Facts) -> Plan:
     batches = make_batches(chooser.values, facts.documents)
     micro_batches, steps = count_steps(chooser.values, len(batches))
     chooser.choose("warmup_steps", min(100, steps // 20), "a twentieth of the steps")
+    positions = micro_batches * chooser.values["epoch_count"] * batches.positions
+    _choose_step(chooser, facts, positions)
     return Plan(Settings(**chooser.values), chooser.choices, batches, micro_batches, steps)
 
 
@@ -199,19 +201,43 @@ def _is_infctx(values: dict[str, Any]) -> bool:
 
 def _choose_memory(chooser: _Chooser, facts: Facts) -> None:
     """Chunks, and recomputing."""
-    values, model_config = chooser.values, facts.model_config
+    values = chooser.values
     if _is_infctx(values):
         _choose_chunks(chooser, facts)
-    is_exact = values["bptt_chunks"] == "all"
-    chunk_ctx = values["chunk_ctx"] if _is_infctx(values) else 0
-    if is_exact:
-        is_deep = not _chunk_fits(values, facts, chunk_ctx)
-        reason = "a chunk" + (" would not fit otherwise" if is_deep else " fits without")
-    else:
-        positions = values["micro_bsz"] * positions_at_once(values["ctx_len"], chunk_ctx)
-        is_deep = positions * model_config.n_layer * model_config.n_embd > FEW_ACTIVATIONS
-        reason = "saves memory" if is_deep else "the batch is small"
+    is_deep = not _chunk_fits(values, facts, values["chunk_ctx"] if _is_infctx(values) else 0)
+    what = "a chunk" if _is_infctx(values) else "a micro-batch"
+    reason = f"{what} {'would not fit otherwise' if is_deep else 'fits without'}"
     chooser.choose("grad_cp", int(is_deep), reason)
+
+
+def _choose_step(chooser: _Chooser, facts: Facts, positions: int) -> None:
+    """Whether blocks are compiled, and steps captured.
+
+    Args:
+        positions: of all rows of the run.
+    Raises:
+        ConfigError: what was asked for cannot be had.
+    """
+    values, missing = chooser.values, missing_compiler(facts.device)
+    if missing and values["compile"] == 1:
+        raise ConfigError(f"--compile 1 needs {missing}: install it, or give --compile 0")
+    if values["cuda_graph"] == 1 and (not has_graphs(facts.device) or _is_infctx(values)):
+        what = "rows in chunks" if _is_infctx(values) else f"{facts.device.type}"
+        raise ConfigError(f"--cuda_graph 1 is not for {what}: give --cuda_graph 0")
+    is_long = facts.num_weights * positions >= LONG_RUN
+    if facts.device.type == "cpu":
+        compiles, reason = False, "on a CPU it seldom pays"
+    elif missing:
+        compiles, reason = False, f"the blocks would be faster compiled, which needs {missing}"
+    else:
+        compiles, reason = (
+            is_long,
+            "the run is long" if is_long else "the run is short",
+        )
+    chooser.choose("compile", int(compiles), reason)
+    captures = has_graphs(facts.device) and not _is_infctx(values)
+    reason = "the host would hold up the device" if captures else "there is nothing to capture"
+    chooser.choose("cuda_graph", int(captures), reason)
 
 
 def _choose_chunks(chooser: _Chooser, facts: Facts) -> None:

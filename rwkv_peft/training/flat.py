@@ -194,6 +194,10 @@ class Gradients:
             self._waiting.setdefault(flat, {})[i] = gradient
             self._waiting_bytes += gradient.nbytes
 
+    def drop(self) -> None:
+        """Forgets the gradients that wait."""
+        self._waiting, self._waiting_bytes = {}, 0
+
     def move(self) -> None:
         """Adds the gradients that wait to those of their buffers."""
         for flat, gradients in self._waiting.items():

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_peft.data.batching import IGNORE, Batch
 from rwkv_peft.loss import LossSums, head_loss
@@ -30,8 +30,22 @@ class GraphedStep:
     keep their memory from step to step.
     """
 
-    def __init__(self, device: torch.device, ctx_len: int, *, is_captured: bool = True) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        ctx_len: int,
+        *,
+        is_captured: bool = True,
+        on_failure: Callable[[str], None] | None = None,
+    ) -> None:
+        """Takes the longest row, and what is to be called when a shape cannot be captured.
+
+        Args:
+            is_captured: capture shapes; if not, they only become few.
+            on_failure: is told why, and from then on steps run as they are; None: it is raised.
+        """
         self._device, self._ctx_len, self._is_captured = device, ctx_len, is_captured
+        self._on_failure = on_failure
         self._seen: Counter[tuple[object, ...]] = Counter()
         self._graphs: dict[tuple[object, ...], _Captured] = {}
         self._pool = torch.get_device_module(device).graph_pool_handle() if is_captured else None
@@ -58,14 +72,38 @@ class GraphedStep:
         if graph is None:
             self._seen[shape] += 1
             is_due = self._is_captured and self._seen[shape] > UNCAPTURED
-            if not is_due or len(self._graphs) >= MAX_GRAPHS:
-                sums = _forward(model, inputs.to(self._device), state, l2wrap)
-                backward(sums.objective)
-                return StepOutput(sums.cross_entropy, batch.num_trained)
-            graph = _Captured(self._device, self._pool)
-            graph.capture(model, inputs.to(self._device), state, l2wrap, backward)
-            self._graphs[shape] = graph
+            if is_due and len(self._graphs) < MAX_GRAPHS:
+                graph = self._capture(model, inputs, state, l2wrap, backward)
+        if graph is None:
+            sums = _forward(model, inputs.to(self._device), state, l2wrap)
+            backward(sums.objective)
+            return StepOutput(sums.cross_entropy, batch.num_trained)
+        self._graphs[shape] = graph
         return StepOutput(graph.replay(inputs, state), batch.num_trained)
+
+    def _capture(
+        self,
+        model: RWKV,
+        inputs: "Inputs",
+        state: RWKVState | None,
+        l2wrap: float,
+        backward: Callable[[Tensor], None],
+    ) -> "_Captured | None":
+        """The graph of a shape; None if its kernels cannot be captured, as when one waits."""
+        if model.grad_cp and not model.is_compiled and _draws(model):
+            # a recomputed block must draw again what it drew, which a graph cannot
+            self._is_captured = False
+            return None
+        graph = _Captured(self._device, self._pool)
+        try:
+            graph.capture(model, inputs.to(self._device), state, l2wrap, backward)
+        except RuntimeError as error:
+            if self._on_failure is None:
+                raise
+            self._is_captured = False
+            self._on_failure(str(error).strip().splitlines()[0])
+            return None
+        return graph
 
 
 class Inputs(NamedTuple):
@@ -118,7 +156,8 @@ class Inputs(NamedTuple):
 
     def to(self, device: torch.device) -> "Inputs":
         """Copies on a device."""
-        return Inputs(*(None if x is None else copy_to(x, device) for x in self))
+        copies: Any = (None if x is None else copy_to(x, device) for x in self)
+        return Inputs(*copies)
 
     def copy_(self, others: "Inputs") -> None:
         """Takes the values of others of the same shapes, without waiting."""
@@ -142,6 +181,11 @@ def _choose_positions(is_trained: Tensor) -> Tensor | None:
         return None
     others = (~is_trained).nonzero().squeeze(1)[: size - count]
     return torch.cat((is_trained.nonzero().squeeze(1), others))
+
+
+def _draws(model: RWKV) -> bool:
+    """Whether a model draws random numbers in training."""
+    return any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
 
 
 def _forward(model: RWKV, inputs: Inputs, state: RWKVState | None, l2wrap: float) -> LossSums:

@@ -31,6 +31,7 @@ class Run:
         saved: files of the last save, None before the first.
         saved_loss: mean loss of the epoch, or the part of one, that they end.
         stopped_by: number of the signal that ends it after this step, 0 if none does.
+        remarks: what came up during a step, to be told to the user after it.
     """
 
     plan: Plan
@@ -42,6 +43,7 @@ class Run:
     saved: Saved | None = None
     saved_loss: float = math.nan
     stopped_by: int = 0
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def settings(self) -> Settings:

@@ -134,6 +134,10 @@ class Optimizer:
         self._scaler.scale(objective).backward()
         self._waiting.move()
 
+    def forget(self) -> None:
+        """Drops what a backward that failed has left half done."""
+        self._waiting.drop()
+
     @torch.no_grad()
     def clip(self, before: Callable[[], None] | None = None) -> Tensor:
         """Clips the gradients and gives their norms before that, one of each clip group.

@@ -9,6 +9,7 @@ from rwkv_peft.checkpoint.adapter import saved_method
 from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights
 from rwkv_peft.checkpoint.stream import require_finite
 from rwkv_peft.config import TrainConfig
+from rwkv_peft.data.batching import Batches
 from rwkv_peft.data.documents import first_documents
 from rwkv_peft.data.prepare import read_documents
 from rwkv_peft.data.sources import find_sources
@@ -16,6 +17,7 @@ from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.device import free_host_memory, free_memory, resolve_device
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
+from rwkv_peft.models.compile import compile_blocks
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.ops.dispatch import Request
 from rwkv_peft.ops.selfcheck import require_right
@@ -28,6 +30,7 @@ from rwkv_peft.training.describe import (
     describe_space,
 )
 from rwkv_peft.training.folder import DEFAULT_FOLDER, Claim
+from rwkv_peft.training.graphs import GraphedStep
 from rwkv_peft.training.infctx import InfctxStep
 from rwkv_peft.training.inputs import mark_file, require_kept_inputs
 from rwkv_peft.training.loop import Run
@@ -77,9 +80,14 @@ def prepare_run(
         room = room_for_borders(facts.device, facts.memory, free_host_memory())
         lines += describe_chunks(plan, model, room)
         step = make_infctx_step(settings, room)
+    remarks: list[str] = []
+    if settings.compile:
+        compile_model(settings, model, plan.batches, remarks)
+    if step is None and (settings.compile or settings.cuda_graph):
+        step = make_graphed_step(settings, facts.device, optimizer, remarks)
     if claim:
         lines += describe_space(settings, claim.path, _count(target.parameters))
-    return Run(plan, model, target, optimizer, step or full_step), lines
+    return Run(plan, model, target, optimizer, step or full_step, remarks=remarks), lines
 
 
 def find_facts(
@@ -117,6 +125,33 @@ def make_infctx_step(settings: Settings, room: Room) -> InfctxStep:
     """The step of a run whose rows go through the model in chunks."""
     group = None if settings.bptt_chunks == "all" else settings.bptt_chunks
     return InfctxStep(settings.chunk_ctx, group, room=room)
+
+
+def compile_model(settings: Settings, model: RWKV, batches: Batches, remarks: list[str]) -> None:
+    """Has the blocks of a model compiled in the first steps; remarks are made if that fails."""
+    dynamic = None if settings.is_infctx else not batches.is_static
+    compile_blocks(
+        model,
+        dynamic=dynamic,
+        on_failure=lambda why: remarks.append(
+            f"the blocks cannot be compiled, and run as they are: {why}"
+        ),
+    )
+
+
+def make_graphed_step(
+    settings: Settings, device: torch.device, optimizer: Optimizer, remarks: list[str]
+) -> GraphedStep:
+    """The step of a run whose micro-batches have few shapes, each captured if asked."""
+
+    def fail(why: str) -> None:
+        optimizer.forget()
+        remarks.append(f"steps cannot be captured as graphs, and run as they are: {why}")
+
+    # the gradients of a state are computed outside of the graph
+    optimizer.keeps_gradients = bool(settings.cuda_graph) and settings.peft != "state"
+    is_captured = bool(settings.cuda_graph)
+    return GraphedStep(device, settings.ctx_len, is_captured=is_captured, on_failure=fail)
 
 
 def make_optimizer(settings: Settings, target: TrainTarget) -> Optimizer:

@@ -38,6 +38,8 @@ class Recorder:
     def log(self, run: Run, record: StepRecord) -> None:
         """Notes every step."""
         self._begin(run)
+        while run.remarks:
+            self.say(run.remarks.pop(0))
         self._folder.record(record)
         if self._folder.problem and not self._has_problem:
             self._has_problem = True

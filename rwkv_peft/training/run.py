@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_peft.config import TrainConfig
+from rwkv_peft.device import own_stream, resolve_device
 from rwkv_peft.errors import CheckpointError
 from rwkv_peft.terminal import keep_going
 from rwkv_peft.training.folder import take_folder
@@ -56,6 +57,7 @@ def train(config: TrainConfig, *, step: Step | None = None) -> Result:
     inputs = find_inputs(config)
     with (
         keep_going(),
+        own_stream(resolve_device(config.accelerator)),
         Interrupt() as interrupt,
         take_folder(config.proj_dir, overwrite=bool(config.overwrite), inputs=inputs) as claim,
     ):

@@ -28,6 +28,8 @@ class Settings(TrainConfig):
     warmup_steps: int
     precision: Literal["fp32", "tf32", "bf16", "fp16"]
     grad_cp: Switch
+    compile: Switch
+    cuda_graph: Switch
 
     @property
     def is_infctx(self) -> bool:

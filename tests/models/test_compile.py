@@ -12,6 +12,7 @@ from rwkv_peft.data.batching import Batch
 from rwkv_peft.methods import Method
 from rwkv_peft.methods.attach import attach
 from rwkv_peft.models.base import RWKV
+from rwkv_peft.models.compile import compile_blocks
 from rwkv_peft.training.step import full_step
 from tests.models.test_versions import VERSIONS, make_segment_ids
 
@@ -82,7 +83,7 @@ def test_a_compiled_block_has_the_gradients_of_the_plain_one(
     for grad_cp in (False, True):
         torch._dynamo.reset()
         model.grad_cp = grad_cp
-        model.compile_blocks(backend="aot_eager")
+        compile_blocks(model, backend="aot_eager")
         require_equal(gradients(model, trained, batch), plain, 1e-11)
 
 
@@ -91,7 +92,7 @@ def test_blocks_that_are_alike_share_their_code_and_lengths_too_if_asked(
 ) -> None:
     model, trained = load(make_model_file(n_layer=5), "lora")
     plain = {T: gradients(model, trained, make_batch(2, T, packed=True)) for T in (70, 33, 64)}
-    model.compile_blocks(backend="aot_eager", dynamic=True)
+    compile_blocks(model, backend="aot_eager", dynamic=True)
     for T in (70, 33, 64, 70):
         found = gradients(model, trained, make_batch(2, T, packed=True))
         require_equal(found, plain[T], 1e-11)
@@ -107,7 +108,7 @@ def test_the_compiler_itself_keeps_to_the_error_budget_of_float32(
     exact = gradients(*load(path, "lora"), batch)
     model, trained = load(path, "lora", "float32")
     plain = gradients(model, trained, batch)
-    model.compile_blocks()
+    compile_blocks(model)
     compiled = gradients(model, trained, batch)
     for name, x in exact.items():
         error, other = ((found[name] - x).norm() for found in (compiled, plain))

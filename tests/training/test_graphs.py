@@ -1,0 +1,217 @@
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import rwkv_peft
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.data.batching import IGNORE, Batch
+from rwkv_peft.methods.attach import attach
+from rwkv_peft.methods.state import LearnedStates
+from rwkv_peft.training.graphs import HEAD_PARTS, GraphedStep, Inputs
+from rwkv_peft.training.run import train
+from rwkv_peft.training.step import full_step
+from tests.models.test_versions import VERSIONS, make_segment_ids
+
+CPU = torch.device("cpu")
+
+
+def make_batch(rows: int, length: int, *, packed: bool, share: float = 0.5, seed: int = 1) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(1, 320, (rows, length + 1), generator=generator)
+    is_trained = torch.rand(rows, length, generator=generator) < share
+    weights = torch.rand(rows, length, generator=generator) + 0.5
+    return Batch(
+        drawn[:, :-1],
+        drawn[:, 1:].where(is_trained, IGNORE),
+        [1],
+        weights=weights.where(is_trained, 0) if packed else None,
+        segment_ids=make_segment_ids(rows, length) if packed else None,
+    )
+
+
+def gradients(step: Any, model: Any, trained: Any, batch: Batch, state: Any = None) -> Any:
+    for parameter in trained.values():
+        parameter.grad = None
+    given = state() if state else None
+    output = step(
+        model, batch, state=given, divisor=max(1.0, batch.weight), l2wrap=1e-3, backward=BACKWARD
+    )
+    return output, {name: x.grad.clone() for name, x in trained.items() if x.grad is not None}
+
+
+BACKWARD = torch.Tensor.backward
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("packed", [False, True])
+def test_padding_and_filled_up_positions_change_no_gradient(
+    packed: bool, share: float, model_file: Path
+) -> None:
+    model = rwkv_peft.load_model(model_file, dtype="float64")
+    trained = attach(model, "none", {})
+    step = GraphedStep(CPU, 96, is_captured=False)
+    for length in (5, 70, 96):
+        batch = make_batch(2, length, packed=packed, share=share)
+        expected, exact = gradients(full_step, model, trained, batch)
+        output, found = gradients(step, model, trained, batch)
+        assert output.num_tokens == expected.num_tokens
+        torch.testing.assert_close(output.loss_sum, expected.loss_sum, rtol=1e-12, atol=1e-12)
+        for name, x in exact.items():
+            torch.testing.assert_close(found[name], x, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_states_get_their_gradients(model_file: Path) -> None:
+    model = rwkv_peft.load_model(model_file)
+    states = LearnedStates(model, ["a", "b"])
+    for parameter in states.values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    batch = make_batch(2, 33, packed=False)
+    step = GraphedStep(CPU, 64, is_captured=False)
+    found, expected = (
+        gradients(s, model, states, batch, lambda: states.rows(["b", "a"]))[1]
+        for s in (step, full_step)
+    )
+    assert found.keys() == expected.keys() == states.keys()
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, rtol=1e-5, atol=1e-7)
+
+
+def test_few_shapes_come_and_none_is_longer_than_a_row() -> None:
+    shapes = set()
+    for length in range(1, 513):
+        batch = make_batch(1, length, packed=False, seed=length, share=(length % 10) / 9)
+        inputs = Inputs.of(batch, 500, 1.0)
+        width = inputs.tokens.shape[1]
+        assert length <= width <= max(length, min(500, length * 5 // 4 + 16))
+        trained = torch.arange(width) if inputs.trained is None else inputs.trained
+        assert len(trained.unique()) == len(trained) == len(inputs.targets)
+        assert inputs.weights.count_nonzero() == batch.num_trained
+        shapes.add((width, len(trained)))
+    assert len({width for width, _ in shapes}) <= 32
+    assert len(shapes) <= 32 * HEAD_PARTS
+
+
+gpu = pytest.mark.gpu
+
+
+def load(path: Path, method: str) -> tuple[Any, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    model = rwkv_peft.load_model(path, device="cuda", dtype="bfloat16").train()
+    options = {} if method == "none" else {"r": 4}
+    trained = dict(attach(model, method, options))  # type: ignore[arg-type]
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in trained.values():
+        if not parameter.any():
+            parameter.data.normal_(0, 0.02, generator=generator)
+    return model, trained
+
+
+@gpu
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("method", ["lora", "miss", "none"])
+@pytest.mark.parametrize("name", ["5.2", "6", "7"])
+def test_a_graph_gives_the_bits_of_its_kernels(
+    name: str, method: str, packed: bool, make_model_file: Callable[..., Path]
+) -> None:
+    model, trained = load(make_model_file(**VERSIONS[name]), method)
+    batches = [make_batch(2, 70, packed=packed, seed=seed) for seed in range(5)]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        plain = GraphedStep(torch.device("cuda"), 96, is_captured=False)
+        expected = [gradients(plain, model, trained, batch) for batch in batches]
+        step = GraphedStep(torch.device("cuda"), 96)
+        for parameter in trained.values():
+            parameter.grad = None
+        for batch, (output, exact) in zip(batches, expected, strict=True):
+            for parameter in trained.values():
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+            found = step(
+                model,
+                batch,
+                state=None,
+                divisor=batch.weight,
+                l2wrap=1e-3,
+                backward=BACKWARD,
+            )
+            assert torch.equal(found.loss_sum, output.loss_sum)
+            for key, x in exact.items():
+                assert torch.equal(trained[key].grad, x), key  # type: ignore[arg-type]
+        assert step.num_graphs == 1
+
+
+@pytest.fixture
+def config(make_model_file: Callable[..., Path], data_file: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        load_model=str(make_model_file()),
+        data_file=str(data_file),
+        proj_dir=str(tmp_path / "plain"),
+        dataload="pad",
+        peft="lora",
+        peft_config={"r": 4, "lora_alpha": 8},
+        epoch_count=20,
+        lr_init=1e-3,
+        precision="bf16",
+        accelerator="gpu",
+        random_seed=0,
+        compile=0,
+        cuda_graph=0,
+    )
+
+
+def losses(config: TrainConfig, tmp_path: Path, name: str, **changes: Any) -> list[float]:
+    result = train(replace(config, proj_dir=str(tmp_path / name), **changes))
+    assert "cannot be" not in (result.proj_dir / "train_log.txt").read_text()
+    lines = (result.proj_dir / "loss_data.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@gpu
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dataload": "pack", "ctx_len": 128},
+        {"peft_config": {"r": 4, "lora_dropout": 0.3}},
+        {"grad_cp": 1},
+        {"accumulate_grad_batches": 3},
+        {"peft": "state", "peft_config": {}, "lr_init": 0.1},
+        {"peft": "none", "peft_config": {}},
+        {"precision": "fp16"},
+        {"peft": "adalora"},
+    ],
+    ids=lambda changes: "-".join(changes) or "plain",
+)
+def test_a_captured_run_is_near_the_plain_one_and_repeats_bit_for_bit(
+    changes: dict[str, Any], config: TrainConfig, tmp_path: Path
+) -> None:
+    plain = losses(config, tmp_path, "plain", **changes)
+    captured = losses(config, tmp_path, "captured", cuda_graph=1, **changes)
+    assert captured == losses(config, tmp_path, "again", cuda_graph=1, **changes)
+    for one, other in zip(captured, plain, strict=True):
+        assert abs(one - other) <= 0.01 * other
+
+
+@gpu
+@pytest.mark.parametrize("dataload", ["pack", "pad"])
+def test_a_compiled_and_captured_run_is_near_the_plain_one_and_compiles_nothing_later(
+    dataload: Any, config: TrainConfig, tmp_path: Path
+) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    options = {"dataload": dataload, "ctx_len": 128, "epoch_count": 60}
+    plain = losses(config, tmp_path, "plain", **options)
+    fast = losses(config, tmp_path, "fast", compile=1, cuda_graph=1, **options)
+    # of the first block, of the others, and of the loss
+    assert counters["stats"]["unique_graphs"] <= 4
+    assert len(plain) >= 200
+    assert fast == losses(config, tmp_path, "again", compile=1, cuda_graph=1, **options)
+    for one, other in zip(fast, plain, strict=True):
+        assert abs(one - other) <= 0.02 * other
