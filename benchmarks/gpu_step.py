@@ -25,7 +25,7 @@ from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.training.optim import Optimizer
-from rwkv_peft.training.step import full_step
+from rwkv_peft.training.step import Step, full_step
 
 # layers, width, low-rank widths of w, a, v, g, vocabulary: the bundled model, and released files
 SIZES = {
@@ -94,12 +94,19 @@ def make_optimizer(
     )
 
 
-def timed_step(model: RWKV, optimizer: Optimizer, batch: Batch) -> tuple[float, float]:
+def timed_step(
+    model: RWKV, optimizer: Optimizer, batch: Batch, step: Step = full_step
+) -> tuple[float, float]:
     """Mean loss and seconds of an optimizer step of one micro-batch."""
     synchronize()
     started = time.perf_counter()
-    output = full_step(
-        model, batch, divisor=batch.num_trained, l2wrap=1e-4, backward=optimizer.backward
+    output = step(
+        model,
+        batch,
+        state=None,
+        divisor=batch.num_trained,
+        l2wrap=1e-4,
+        backward=optimizer.backward,
     )
     optimizer.clip().tolist()
     optimizer.step(lr=0.0)

@@ -134,6 +134,23 @@ def test_steps_with_adapters_are_timed_beside_pefts_own() -> None:
     assert work.count("| nan | nan | nan |") == 8
 
 
+def test_rows_in_chunks_are_measured_beside_whole_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    infctx = importlib.import_module("infctx")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    monkeypatch.setitem(infctx.SIZES, "bundled", (2, 64, (8, 8, 8, 8), 320))
+    small = ["--size", "bundled", "--op", "torch", "--chunk_ctx", "8", "--compared", "16"]
+    line = [*small, "--lengths", "8", "16", "24", "--long", "30", "--long_steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["infctx.py", *line, "--output", str(tmp_path / "report.md")])
+    infctx.main()
+    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert [row["chunks"] for row in found["rows"]] == [2, 2, 1, 1, 2, 3, 1, 2, 3, 4]
+    assert all(0 <= error < 1e-4 for error in found["errors"].values())
+    assert "Exact chunks take " in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads RssAnon of Linux")
 def test_merging_takes_less_memory_than_a_layer_and_a_third() -> None:
     sizes = ["--n_layer", "8", "--n_embd", "1024", "--vocab_size", "4096"]

@@ -26,6 +26,7 @@ SAVED = {
     "pissa": {"rwkv-0.pth", "rwkv-0-adapter"},
     "miss": {"rwkv-0.pth", "rwkv-0-adapter"},
     "sft": {"rwkv-0.pth", "rwkv-0-adapter"},
+    "infctx": {"rwkv-0.pth", "rwkv-0-adapter"},
     "state": {"rwkv-0.pth"},
     "full": {"rwkv-0.pth"},
 }

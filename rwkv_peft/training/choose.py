@@ -24,7 +24,7 @@ PACKED = "documents share rows, each with a state of its own, so that next to no
 SMALL_SET = 1000
 # weights times positions from which compiling, which takes some 20 seconds, saves more than that
 LONG_RUN = 1e15
-# tokens of a chunk whose gradient ends with it, as RWKV-PEFT has them, and of one whose does not,
+# tokens of a chunk whose gradient ends with it, as of old, and of one whose gradient does not,
 # the largest first
 TRUNCATED_CHUNK, EXACT_CHUNKS = 512, (4096, 2048, 1024, 512)
 LORA_DEFAULTS = {"r": 32, "lora_alpha": 32}
@@ -245,14 +245,14 @@ def _choose_chunks(chooser: _Chooser, facts: Facts) -> None:
     values = chooser.values
     if not values["bptt_chunks"]:
         is_state = values["peft"] == "state"
-        reason = "each chunk learns from itself, as RWKV-PEFT has it; all is exact"
+        reason = "a gradient ends with its chunk, as of old; all is exact"
         if is_state:
             reason = "a state learns what a gradient brings to the beginning of the row"
         chooser.set("bptt_chunks", "all" if is_state else 1, reason)
     if values["chunk_ctx"]:
         return
     if values["bptt_chunks"] != "all":
-        chooser.set("chunk_ctx", TRUNCATED_CHUNK, "as RWKV-PEFT has it")
+        chooser.set("chunk_ctx", TRUNCATED_CHUNK, "as of old")
         return
     useful = [n for n in EXACT_CHUNKS if n // 2 < values["ctx_len"]] or [EXACT_CHUNKS[-1]]
     fitting = [n for n in useful if _chunk_fits(values, facts, n)]

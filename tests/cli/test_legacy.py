@@ -29,6 +29,10 @@ TRANSLATIONS = {
     "--warmup_steps -1": "--warmup_steps 0",
     "--epoch_save 0": "--epoch_save 99999999",
     "--train_type states": "--train_type state",
+    "--train_type infctx --chunk_ctx 512 --ctx_len 2048": (
+        "--train_type infctx --chunk_ctx 512 --ctx_len 2048"
+    ),
+    "--train_type none --chunk_ctx 512": "--train_type none --chunk_ctx 512",
     "--fla": "--op fla",
     "--fla --op torch": "--op torch",
     "--op cuda": "--op cuda",

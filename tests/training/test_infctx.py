@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,10 @@ from rwkv_peft.methods.state import LearnedStates
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.state import RWKVState
 from rwkv_peft.training.borders import Room, count_passes, least_room, split
+from rwkv_peft.training.choose import choose
 from rwkv_peft.training.infctx import InfctxStep
+from rwkv_peft.training.memory import guess_memory
+from rwkv_peft.training.prepare import find_facts
 from rwkv_peft.training.run import train
 from rwkv_peft.training.step import Step, StepOutput, full_step
 from tests.training.test_packing import VERSIONS
@@ -436,3 +440,114 @@ def test_a_truncated_run_learns_another_way_to_the_same_loss_at_first(run: Run) 
     # before the first step the loss is that of the base
     assert truncated.loss == pytest.approx(exact.loss, rel=1e-6)
     assert any((found[name] - x).abs().max() > 1e-5 for name, x in expected.items())
+
+
+@pytest.fixture
+def config(
+    make_model_file: Callable[..., Path], make_data_file: Callable[..., Path]
+) -> TrainConfig:
+    """Of a run over one long document, and two short ones."""
+    data = make_data_file(["words " * 1000, "few words", "some more words"])
+    return TrainConfig(
+        load_model=str(make_model_file()),
+        data_file=str(data),
+        train_type="infctx",
+        accelerator="cpu",
+        precision="fp32",
+    )
+
+
+def test_a_long_document_is_one_row_in_chunks_of_512(config: TrainConfig) -> None:
+    facts = find_facts(config, read_weights(config.load_model))
+    plan = choose(config, facts)
+    settings = plan.settings
+    assert settings.ctx_len >= facts.documents.longest > 4096
+    assert (settings.peft, settings.chunk_ctx, settings.bptt_chunks) == ("lora", 512, 1)
+    assert settings.is_infctx and settings.micro_bsz == 1
+    plain = choose(replace(config, train_type="none"), facts).settings
+    assert (plain.ctx_len, plain.chunk_ctx, plain.is_infctx) == (4096, 0, False)
+
+
+@pytest.mark.parametrize(
+    ("memory", "said", "chunk_ctx", "grad_cp"),
+    [
+        (1 << 30, {}, 4096, 0),
+        # 2048 tokens keep 120 MiB for backward
+        (200 << 20, {}, 2048, 0),
+        (10 << 20, {}, 512, 1),
+        (None, {}, 4096, 0),
+        (1 << 30, {"ctx_len": 600}, 1024, 0),
+        (200 << 20, {"grad_cp": 1}, 4096, 1),
+        (200 << 20, {"chunk_ctx": 4000}, 4000, 1),
+        (1 << 30, {"peft": "state", "bptt_chunks": 0}, 4096, 0),
+        (1 << 30, {"peft": "state", "train_type": "none"}, 4096, 0),
+    ],
+)
+def test_chunks_of_exact_gradients_are_the_longest_that_fit(
+    memory: int | None, said: dict[str, Any], chunk_ctx: int, grad_cp: int, config: TrainConfig
+) -> None:
+    config = replace(config, **{"bptt_chunks": "all", **said})
+    facts = replace(find_facts(config, read_weights(config.load_model)), memory=memory)
+    settings = choose(config, facts).settings
+    found = (settings.bptt_chunks, settings.chunk_ctx, settings.grad_cp)
+    assert found == ("all", chunk_ctx, grad_cp)
+
+
+def test_a_guess_of_memory_is_of_a_chunk(config: TrainConfig) -> None:
+    facts = find_facts(config, read_weights(config.load_model))
+
+    def guess(**said: Any) -> float:
+        settings = choose(replace(config, grad_cp=0, micro_bsz=1, **said), facts).settings
+        return guess_memory(settings, facts.model_config, "torch", facts.num_weights, 1000)
+
+    long, longer = guess(chunk_ctx=512, ctx_len=5000), guess(chunk_ctx=512, ctx_len=1 << 20)
+    assert long == longer == guess(train_type="none", ctx_len=512)
+    assert guess(chunk_ctx=1024) > 1.5 * long
+
+
+def test_a_run_says_its_chunks_before_and_while_it_goes(
+    cli: Callable[..., SimpleNamespace],
+    config: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rwkv_peft.training.metrics.PLAIN_INTERVAL", 0.0)
+    line = ["train", config.load_model, config.data_file, "--accelerator", "cpu", "--merge", 0]
+    line += ["--epoch_count", 1, "--ctx_len", 600, "--data_shuffle", 0, "--epoch_steps", 1]
+    line += ["--proj_dir", tmp_path / "out"]
+    done = cli(*line, "--train_type", "infctx", "--chunk_ctx", 150, "--bptt_chunks", 2)
+    assert done.code == 0, done.err
+    assert (
+        "chunks: rows of up to 600 tokens go through in chunks of 150 (4), gradients back to the "
+        "beginning of each 2 chunks (--bptt_chunks 2)\n"
+    ) in done.err
+    assert "\nchunks: 1 states of " in done.err and "a chunk goes forward 1.5 times\n" in done.err
+    assert "\ntime: about " in done.err and " for 1 optimizer steps (a guess)\n" in done.err
+    # twice two chunks forward, the first of which again
+    for number in range(1, 7):
+        assert f"\nstep 1/1  chunk {number}/6\n" in done.err
+    assert "chunk 7/6" not in done.err and "\nstep 1/1  epoch 0" in done.err
+    saved = (tmp_path / "out" / "config.yaml").read_text()
+    assert "train_type: infctx\n" in saved and "bptt_chunks: 2\n" in saved
+    without = cli(*line, "--chunk_ctx", 150, "--overwrite", 1)
+    assert without.code == 0
+    assert "rows: --chunk_ctx 150 has no effect, as rows go through the model whole" in without.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--bptt_chunks 2", "--bptt_chunks 2 is for rows in chunks: give --train_type infctx"),
+        ("--train_type infctx --bptt_chunks -1", "--bptt_chunks must not be below 0, got -1"),
+        ("--train_type infctx --chunk_ctx -1", "--chunk_ctx must not be below 0, got -1"),
+        (
+            "--train_type infctx --bptt_chunks many",
+            "--bptt_chunks: got many, allowed is a whole number or all",
+        ),
+    ],
+)
+def test_a_flag_that_means_nothing_is_refused(
+    flags: str, message: str, cli: Callable[..., SimpleNamespace], model_file: Path, data_file: Path
+) -> None:
+    done = cli("train", model_file, data_file, *flags.split())
+    assert (done.code, done.err) == (2, f"error: {message}\n")

@@ -93,7 +93,16 @@ def test_a_run_that_goes_on_appends_to_its_losses(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("loss_data*"))) == 1
 
 
-@pytest.mark.parametrize("changes", [{}, {"peft": "state", "dataload": "auto"}, {"peft": "pissa"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"peft": "state", "dataload": "auto"},
+        {"peft": "pissa"},
+        {"train_type": "infctx"},
+        {"train_type": "fullstate", "bptt_chunks": "all"},
+    ],
+)
 def test_settings_as_a_config_are_chosen_as_they_are(
     changes: dict[str, Any], config: TrainConfig
 ) -> None:
