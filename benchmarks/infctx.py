@@ -27,7 +27,7 @@ from rwkv_peft.data.batching import Batch
 from rwkv_peft.device import free_host_memory, free_memory
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.training.borders import Room, border_bytes
+from rwkv_peft.training.borders import BorderSizes
 from rwkv_peft.training.infctx import InfctxStep
 from rwkv_peft.training.memory import room_for_borders
 from rwkv_peft.training.optim import Optimizer
@@ -129,7 +129,8 @@ class Bench:
             loss, seconds = timed(self.model, self.optimizer, batch, step)
         chunks = 1 if way == "whole, recomputed" else -(-tokens // self.chunk_ctx)
         borders = chunks - 1 if way == "exact" else 0
-        on_device, on_host = self.place(borders, self.room)
+        config, dtype = self.model.model_config, self.model.emb.weight.dtype
+        on_device, on_host = BorderSizes(config, 1, dtype, self.device).take(borders, self.room)
         peak = torch.accelerator.max_memory_allocated() / GIB if has_peak else 0.0
         pinned = host_peak() / GIB if has_peak else 0.0
         row = {
@@ -148,12 +149,6 @@ class Bench:
         self.found.append(row)
         print(line(row), flush=True)
         return row
-
-    def place(self, borders: int, room: Room) -> tuple[int, int]:
-        """Bytes of states on the device and on the host, as the plan of a run says them."""
-        size = border_bytes(self.model.model_config, 1, self.model.emb.weight.dtype)
-        on_device = borders if self.device.type == "cpu" else min(borders, room.device // size)
-        return on_device * size, (borders - on_device) * size
 
 
 def host_peak() -> int:

@@ -74,10 +74,43 @@ def num_bytes(state: RWKVState | None) -> int:
     return 0 if state is None else sum(x.nbytes for x in state)
 
 
-def border_bytes(model_config: ModelConfig, rows: int, dtype: torch.dtype) -> int:
-    """The memory that the state of so many rows takes: the operator's in float32, both shifts."""
-    heads = model_config.n_head * model_config.head_size**2 * 4
-    return model_config.n_layer * rows * (heads + 2 * model_config.n_embd * dtype.itemsize)
+class Taken(NamedTuple):
+    """Bytes that states at borders take."""
+
+    device: int
+    host: int
+
+
+class BorderSizes:
+    """How much memory the states of so many rows take.
+
+    Args:
+        dtype: of the shifts; the operator's states are float32.
+        device: where the model is.
+    """
+
+    def __init__(
+        self, model_config: ModelConfig, rows: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        L, D = model_config.n_layer, model_config.n_embd
+        heads = model_config.n_head * model_config.head_size**2
+        sizes = [L * rows * D * dtype.itemsize] * 2 + [L * rows * heads * 4]
+        self.each, self._is_cpu = sum(sizes), device.type == "cpu"
+        # PyTorch takes pinned memory in powers of two
+        self._pinned = sum(1 << (size - 1).bit_length() for size in sizes)
+
+    def count(self, room: Room) -> int:
+        """States that have room."""
+        if self._is_cpu:
+            return room.host // self.each
+        return room.device // self.each + room.host // self._pinned
+
+    def take(self, count: int, room: Room) -> Taken:
+        """What so many states take, the first of them on the device."""
+        if self._is_cpu:
+            return Taken(0, count * self.each)
+        on_device = min(count, room.device // self.each)
+        return Taken(on_device * self.each, (count - on_device) * self._pinned)
 
 
 def least_room(count: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from rwkv_peft.data.batching import Batches
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.config import ModelConfig
-from rwkv_peft.training.borders import Room, border_bytes, count_passes, least_room
+from rwkv_peft.training.borders import BorderSizes, Room, count_passes, least_room
 from rwkv_peft.training.choose import Plan
 from rwkv_peft.training.memory import guess_memory
 from rwkv_peft.training.settings import Settings
@@ -83,9 +83,10 @@ def describe_chunks(plan: Plan, model: RWKV, room: Room) -> Iterable[str]:
     sizes = batches.draw_rows(0).sizes
     count = -(-int(sizes.max()) // settings.chunk_ctx)
     group = count if settings.bptt_chunks == "all" else min(count, settings.bptt_chunks)
-    size = border_bytes(model.model_config, batches.micro_bsz, settings.dtype)
-    held = min(group - 1, max((room.device + room.host) // size, least_room(group)))
-    passes = count_passes(group, max(held, least_room(group))) / group
+    device = model.emb.weight.device
+    borders = BorderSizes(model.model_config, batches.micro_bsz, settings.dtype, device)
+    most = max(borders.count(room), least_room(group))
+    held, passes = min(group - 1, most), count_passes(group, most) / group
     group_is = "the chunk" if group == 1 else f"each {group:,} chunks"
     way = "the row" if group == count else group_is
     yield (
@@ -94,13 +95,17 @@ def describe_chunks(plan: Plan, model: RWKV, room: Room) -> Iterable[str]:
         f"(--bptt_chunks {settings.bptt_chunks})"
     )
     if held > 0:
-        on_device = min(held, room.device // size) * size
-        where = f", {_amount(on_device)} on the device, the rest on the host"
-        yield (
-            f"chunks: {held:,} states of {_amount(size)} are kept at a time: "
-            f"{_amount(held * size)}{where if room.device else ''}; a chunk goes forward "
-            f"{passes:.2g} times"
+        taken = borders.take(held, room)
+        places = {"the device": taken.device, "the host": taken.host}
+        where = " and ".join(
+            f"{_amount(size)} on {place}" for place, size in places.items() if size
         )
+        yield (
+            f"chunks: {held:,} states between chunks are kept at a time, {where}; a chunk goes "
+            f"forward {passes:.2g} times"
+        )
+    if not plan.steps:
+        return
     # a product with a frozen weight has one gradient, with a trained one two
     work = passes + (2 if settings.peft == "none" else 1) + settings.grad_cp
     share = plan.micro_batches * settings.epoch_count / len(batches)

@@ -21,8 +21,8 @@ from rwkv_peft.ops.autograd import once_differentiable
 from rwkv_peft.state import LayerState, RWKVState
 from rwkv_peft.training.borders import (
     Borders,
+    BorderSizes,
     Room,
-    border_bytes,
     count_passes,
     least_room,
     split,
@@ -77,7 +77,7 @@ class _Row:
         backward: Callable[[Tensor], None],
     ) -> None:
         self._model, self._l2wrap, self._backward = model, l2wrap, backward
-        device, dtype = model.emb.weight.device, model.emb.weight.dtype
+        device, rows = model.emb.weight.device, len(batch.tokens)
         is_trained = (batch.targets != IGNORE).any(0)
         # what stands behind the last trained token has no part in the loss
         width = int(is_trained.nonzero().max()) + 1 if is_trained.any() else 1
@@ -86,9 +86,9 @@ class _Row:
         self._has_loss = [bool(part.any()) for part in is_trained.split(step.chunk_ctx)]
         self._restarts = [_find_restarts(batch.segment_ids, at, device) for at in starts]
         self._group = step.bptt_chunks or len(starts)
-        size = border_bytes(model.model_config, len(batch.tokens), dtype)
-        fitting = (step.room.device + step.room.host) // size
-        self._room = max(fitting, least_room(min(self._group, len(starts))))
+        sizes = BorderSizes(model.model_config, rows, model.emb.weight.dtype, device)
+        least = least_room(min(self._group, len(starts)))
+        self._room = max(least, sizes.count(step.room))
         self._borders = Borders(step.room.device)
         self._random = RandomGenerators(device)
         self._loss = torch.zeros((), device=device)
