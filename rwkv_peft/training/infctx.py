@@ -143,11 +143,7 @@ class _Row:
 
     def _learn_chunk(self, i: int, state: RWKVState | None) -> None:
         """Takes one chunk forward and backward."""
-        # the state before a group is as it came: learned, or without a gradient
-        is_first = i == self._start
-        if state is not None and not is_first:
-            state = RWKVState(*(x.detach().requires_grad_() for x in state))
-        given, chunk = self._handed_back, self._chunks[i]
+        given, chunk, state = self._handed_back, self._chunks[i], self._enter(i, state)
         if self._has_loss[i] or given is None:
             sums, layers = forward_loss(self._model, chunk, state, l2wrap=self._l2wrap)
             objective = sums.objective
@@ -160,8 +156,16 @@ class _Row:
         else:
             objective = _hand_back(objective, given, layers)
         self._backward(objective)
+        is_first = i == self._start
         self._handed_back = None if is_first or state is None else self._gradient(i, state)
         self._tell()
+
+    def _enter(self, i: int, state: RWKVState | None) -> RWKVState | None:
+        """The state before a chunk, as one that gets a gradient unless a group begins there."""
+        # there it is as it came: learned, or without a gradient
+        if state is None or i == self._start:
+            return state
+        return RWKVState(*(x.detach().requires_grad_() for x in state))
 
     def _gradient(self, i: int, state: RWKVState) -> RWKVState:
         """The gradient of the state before a chunk, where that is of the chunk's documents."""
@@ -181,8 +185,13 @@ class _Row:
             if is_logged and self._has_loss[i]:
                 sums, layers = forward_loss(self._model, self._chunks[i], state)
                 self._loss = self._loss + sums.cross_entropy
-            else:
+            elif is_logged or not self._model.is_compiled:
                 layers = _forward(self._model, self._chunks[i], state)
+            else:
+                # compiled code for a graph may round otherwise than code without: when the chunk
+                # goes forward again, its state must be the same to the bit
+                with torch.enable_grad():
+                    layers = _forward(self._model, self._chunks[i], self._enter(i, state))
             state = self._hand_on(i, layers)
             self._tell()
         return state
