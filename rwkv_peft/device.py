@@ -208,3 +208,16 @@ def free_host_memory() -> int | None:
     # files that were read and can be read again
     cache = dict(line.split() for line in held).get("inactive_file", "0")
     return min(free, max(0, limit - used + int(cache)))
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Has products of float32 be exact to float32 inside, where a run may use TF32 otherwise."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -3,7 +3,7 @@
 Weights keep the names, order, shapes and dtypes of the official file that a model came from.
 Adapters are folders in peft's format: keys with the prefix `base_model.model.`, tensors of the
 model that were trained beside an adapter under their own names, and `rwkv_peft.json` with the
-fingerprint of the base.
+fingerprint of the base and a few numbers of what each layer computed (`methods.sketch`).
 
 A PiSSA or OLoRA adapter is saved as the plain LoRA of twice the rank on the original base that
 equals it, A over A0 and B beside -B0, because attaching again would draw another SVD; the halves

@@ -24,6 +24,7 @@ from rwkv_peft.methods.attach import (
     with_parts,
 )
 from rwkv_peft.methods.miss import lay_along_inputs
+from rwkv_peft.methods.sketch import sketch_layers
 from rwkv_peft.models.base import RWKV
 
 
@@ -50,7 +51,7 @@ def to_saved(
     """What belongs into the folder of an adapter, its values under the names of `attachment`."""
     assert attachment.peft_model is not None
     config = attachment.peft_model.peft_config[ADAPTER]
-    note = {"base": base_fingerprint}
+    note = {"base": base_fingerprint, "trained": sketch_layers(attachment, values)}
     if attachment.start:
         values = residual.join_start(values, attachment.start)
         config = residual.with_rank(config, 2)

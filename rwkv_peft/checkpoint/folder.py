@@ -36,8 +36,9 @@ class SavedAdapter(NamedTuple):
     Attributes:
         config: the method's config in peft.
         tensors: by the names of peft's files.
-        note: what this program adds: `base`, the fingerprint of the base model, and `init`, if
-            the first half of the factors is what was trained and the other what it began with.
+        note: what this program adds: `base`, the fingerprint of the base model; `init`, if the
+            first half of the factors is what was trained and the other what it began with; and
+            `trained`, what its layers computed when it was saved, see `methods.sketch`.
     """
 
     config: "PeftConfig"
@@ -64,11 +65,12 @@ def to_files(adapter: SavedAdapter, base: str | Path) -> dict[str, bytes]:
     config["inference_mode"] = True
     # clones, as the format refuses tensors that share memory
     tensors = {n: x.detach().cpu().clone().contiguous() for n, x in adapter.tensors.items()}
+    # a person reads the one; the other is mostly numbers
     texts = {
-        name: json.dumps(content, indent=2, default=_to_json).encode()
-        for name, content in ((CONFIG, config), (NOTE, adapter.note))
+        CONFIG: json.dumps(config, indent=2, default=_to_json),
+        NOTE: json.dumps(adapter.note),
     }
-    return {WEIGHTS: save(tensors), **texts}
+    return {WEIGHTS: save(tensors), **{name: text.encode() for name, text in texts.items()}}
 
 
 def to_config(text: str | bytes) -> "PeftConfig":

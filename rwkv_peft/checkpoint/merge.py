@@ -14,6 +14,7 @@ from torch import Tensor
 from rwkv_peft.checkpoint.adapter import attach_to_base, read_adapter
 from rwkv_peft.checkpoint.compare import Comparison, compare_models, draw_sample
 from rwkv_peft.checkpoint.fingerprint import fingerprint
+from rwkv_peft.checkpoint.folder import NOTE, SavedAdapter
 from rwkv_peft.checkpoint.mapped import build_mapped, upcast_on_use
 from rwkv_peft.checkpoint.older import LegacyAdapterHints
 from rwkv_peft.checkpoint.pth import STATE_SUFFIX, infer_model_config, read_weights
@@ -24,6 +25,7 @@ from rwkv_peft.device import dtype_of
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.guard import require_free
 from rwkv_peft.methods.merge import Addition, MergedWeights, split_rows
+from rwkv_peft.methods.sketch import AsTrained
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.writing import atomic_file
 
@@ -49,6 +51,9 @@ class MergeReport:
         changed: names of the tensors with a change, and the relative error of each.
         states: how many tensors of learned states were added.
         comparison: of the merged file's answers with the adapter model's; None if none was made.
+        as_trained: how many merged tensors were compared with what their layers computed when the
+            adapters were saved; 0 if the adapters do not tell.
+        as_trained_error: the largest difference found, relative to the tensor.
     """
 
     base_model: str
@@ -62,6 +67,8 @@ class MergeReport:
     changed: dict[str, float] = field(default_factory=dict)
     states: int = 0
     comparison: Comparison | None = None
+    as_trained: int = 0
+    as_trained_error: float = 0.0
 
     @property
     def is_lossy(self) -> bool:
@@ -76,6 +83,13 @@ class MergeReport:
         if self.states:
             first += f"; {self.states} tensors of a learned state added"
         second = "not made" if self.comparison is None else self.comparison.describe()
+        if self.as_trained:
+            second += (
+                f"; {self.as_trained} merged tensors are what their layers computed as they were "
+                f"trained, to {self.as_trained_error:.1g}"
+            )
+        elif self.changed and self.adapters:
+            second += "; what the layers computed as they were trained is not known, or not asked"
         return first, f"comparison: {second}", f"recommendation: {self.recommendation()}"
 
     def recommendation(self) -> str:
@@ -96,6 +110,11 @@ class MergeReport:
         if self.comparison is not None and not is_far:
             advice += "; on the text compared, the answers are still close"
         return advice
+
+    def note(self, checks: Sequence[AsTrained]) -> None:
+        """Takes the figures of finished comparisons with layers as they were trained."""
+        self.as_trained = sum(len(check.compared) for check in checks)
+        self.as_trained_error = max((check.worst for check in checks), default=0.0)
 
     def write(self) -> Path:
         """Writes merge_report.json beside the output."""
@@ -143,7 +162,7 @@ def merge(
         dtype: of the file's tensors; 'keep' leaves each as in the base.
         lora_alpha: of the training of an older LoRA file, which does not hold it.
         pissa_init: for PiSSA in its place, the run's init_pissa.pth.
-        force: add an adapter that was trained on another base.
+        force: add an adapter that was trained on another base, or that is not what it was then.
         compare: tokens on which the merged file is compared with the adapter model; 0 for none.
         data_file: held-out rows to compare on, in any form of training; a built-in text if empty.
         overwrite: replace what has the name of the output, if it is nothing that is read.
@@ -160,20 +179,20 @@ def merge(
     model_config = infer_model_config(base)
     text = draw_sample(model_config.vocab_size, compare, data_file)
     states = _add_up_states(base, pairs)
-    additions = _attach_adapters(base, pairs, LegacyAdapterHints(lora_alpha, pissa_init), force)
+    hints = LegacyAdapterHints(lora_alpha, pissa_init)
+    additions, checks = _attach_adapters(base, pairs, hints, force)
     merged = MergedWeights(base, additions)
-    names = [str(source) for source in sources]
-    report = MergeReport(str(base_model), names, factors, str(output), "", model_config.version)
-    report.states = len(states)
+    names, version = [str(source) for source in sources], model_config.version
+    report = MergeReport(str(base_model), names, factors, str(output), "", version)
     # not around the lines above: attaching may decompose whole matrices, which threads speed up
     with _use_one_thread():
         if not may_be_unchanged:
             _require_change(base, merged, states, sources)
         _write(base, merged, states, dtype, report)
+        report.note(checks)
         if text.rows:
             adapted = _build_adapter_model(base, merged, additions, states)
-            plain = upcast_on_use(build_mapped(read_weights(output)))
-            report.comparison = compare_models(adapted, plain, text)
+            report.comparison = compare_models(adapted, _map_whole(output), text)
     report.write()
     return report
 
@@ -212,8 +231,8 @@ def _write(
     dtype: StoredDtype,
     report: MergeReport,
 ) -> None:
-    """Writes the merged file and notes in the report what rounding took."""
-    names = merged.names
+    """Writes the merged file and notes in the report what was added and what rounding took."""
+    names, report.states = merged.names, len(states)
     stored = {n: x.dtype if dtype == "keep" else dtype_of(dtype) for n, x in base.items()}
     specs = {n: Spec(tuple(x.shape), stored[n]) for n, x in base.items()}
     specs |= {n: Spec(tuple(x.shape), torch.float32) for n, x in states.items()}
@@ -256,16 +275,28 @@ def _round(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _attach_adapters(
     base: Mapping[str, Tensor], pairs: Sequence[Source], hints: LegacyAdapterHints, force: bool
-) -> list[Addition]:
-    additions, own = [], fingerprint(base)
+) -> tuple[list[Addition], list[AsTrained]]:
+    additions, checks, own = [], [], fingerprint(base)
     sources = [pair for pair in pairs if not is_state_file(pair[0])]
     for folder, factor in sources:
         # hints for one of several adapters are for those that need some
         lacks_it = len(sources) == 1 or Path(folder).is_file()
         given = hints if lacks_it else None
         adapter = read_adapter(folder, given, base_fingerprint=own, force=force)
-        additions.append(Addition(*attach_to_base(base, adapter, folder), factor))
-    return additions
+        # on another base than that of training nothing is as it was trained
+        check = AsTrained({}) if force else _read_sketches(adapter, folder)
+        additions.append(Addition(*attach_to_base(base, adapter, folder), factor, check.check))
+        checks.append(check)
+    return additions, checks
+
+
+def _read_sketches(adapter: SavedAdapter, folder: str | Path) -> AsTrained:
+    try:
+        return AsTrained(adapter.note.get("trained", {}))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{Path(folder) / NOTE} is damaged: copy the adapter again"
+        ) from error
 
 
 def _add_up_states(base: Mapping[str, Tensor], sources: Sequence[Source]) -> dict[str, Tensor]:
@@ -293,6 +324,10 @@ def _build_adapter_model(
     if given:
         model.initial_state = model.version.state.to_state(given, model.model_config)
     return upcast_on_use(model) if is_one else upcast_on_use(model, merged)
+
+
+def _map_whole(path: str | Path) -> RWKV:
+    return upcast_on_use(build_mapped(read_weights(path)))
 
 
 def _require_change(

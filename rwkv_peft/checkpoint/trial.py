@@ -149,7 +149,7 @@ def _narrow(config: "PeftConfig", places: Mapping[str, _Place]) -> None:
 
 
 def _lay_out(places: Mapping[str, _Place]) -> nn.Module:
-    """A model of stand-ins under their names; models of the same places share the weights."""
+    """A model of stand-ins under their names, with weights of its own: attaching may alter them."""
     model = nn.Module()
     for name, (_, base) in places.items():
         *outer, leaf = name.split(".")
@@ -158,8 +158,7 @@ def _lay_out(places: Mapping[str, _Place]) -> nn.Module:
             if not hasattr(parent, part):
                 parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
-        shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in base.parameters()}
-        parent.add_module(leaf, copy.deepcopy(base, shared))
+        parent.add_module(leaf, copy.deepcopy(base).requires_grad_(False))
     return model
 
 

@@ -12,4 +12,4 @@ class AdapterOptions:
     pissa_init: str = ""
     """For PiSSA in its place, the init_pissa.pth of the run."""
     force: bool = False
-    """Take an adapter that was trained on another base."""
+    """Take an adapter that was trained on another base, or merges otherwise than it was trained."""

@@ -91,7 +91,8 @@ def follow(peft_model: "PeftModel", tensors: Mapping[str, Tensor]) -> None:
             continue
         for layer in layers:
             if layer.frod_V is buffers:
-                u, _ = layer._calculate_frod_u_and_lambda(v, layer.get_base_layer().dense())
-                (current,) = layer.frod_U.values()
                 # rounded as it was in training, even if this model has a finer dtype
+                weight = layer.get_base_layer().dense(v.dtype)
+                u, _ = layer._calculate_frod_u_and_lambda(v, weight)
+                (current,) = layer.frod_U.values()
                 current.copy_(u.to(v.dtype))

@@ -1,7 +1,7 @@
 """Weights with adapters added into them, a piece at a time, in float32."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +18,17 @@ PIECE = 1 << 18
 
 
 class Addition(NamedTuple):
-    """An adapted model and the weight with which its change is added."""
+    """An adapted model and the weight with which its change is added.
+
+    Attributes:
+        check: looks at the pieces of a merged tensor as they pass, given its name, the pieces and
+            the base's tensor; None: nobody does.
+    """
 
     model: RWKV
     attachment: Attachment
     weight: float = 1.0
+    check: Callable[[str, Iterator[Tensor], Tensor], Iterator[Tensor]] | None = None
 
 
 class MergedWeights:
@@ -35,7 +41,7 @@ class MergedWeights:
 
     def __init__(self, base: Mapping[str, Tensor], additions: Sequence[Addition]) -> None:
         self._base, self._additions = base, additions
-        self._owners = [_owners(a.model, a.attachment) for a in additions]
+        self._owners = [find_owners(a.model, a.attachment) for a in additions]
 
     @property
     def names(self) -> set[str]:
@@ -48,7 +54,7 @@ class MergedWeights:
         base + sum of weight x (merged with one adapter - base).
         """
         changed = [i for i, owners in enumerate(self._owners) if name in owners]
-        values = [self._merged(i, name) for i in changed]
+        values = [self._checked(i, name) for i in changed]
         weights = [self._additions[i].weight for i in changed]
         if weights == [1]:
             yield from values[0]
@@ -60,6 +66,10 @@ class MergedWeights:
                 total.add_(part.sub_(base), alpha=weight)
             yield total
 
+    def _checked(self, index: int, name: str) -> Iterator[Tensor]:
+        pieces, check = self._merged(index, name), self._additions[index].check
+        return pieces if check is None else check(name, pieces, self._base[name])
+
     @torch.no_grad()
     def _merged(self, index: int, name: str) -> Iterator[Tensor]:
         """The tensor with one adapter merged, as pieces of its own memory."""
@@ -70,7 +80,7 @@ class MergedWeights:
         if form := fast.form_of(owner):
             return _added(owner, form)
         with one_line(f"{name} cannot be merged"):
-            return iter(split_rows(_merged_by_peft(owner, leaf)))
+            return iter(split_rows(merge_by_peft(owner, leaf)))
 
 
 def split_rows(x: Tensor) -> tuple[Tensor, ...]:
@@ -95,7 +105,8 @@ def _added(owner: Any, form: fast.Form) -> Iterator[Tensor]:
         yield merged
 
 
-def _merged_by_peft(owner: Any, leaf: str) -> Tensor:
+def merge_by_peft(owner: Any, leaf: str) -> Tensor:
+    """The merged float32 tensor of a layer, by peft's own code; the layer stays as it was."""
     base = owner.get_base_layer()
     stored = dict(base.named_parameters(recurse=False))
     data = {key: parameter.data for key, parameter in stored.items()}
@@ -117,7 +128,7 @@ def _merged_by_peft(owner: Any, leaf: str) -> Tensor:
     return merged
 
 
-def _owners(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
+def find_owners(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
     """Official name -> what makes its merged value: a tuner's layer, or a tensor of its own."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper

@@ -4,14 +4,14 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rwkv_peft.device import full_float32
 from rwkv_peft.errors import BackendUnavailableError, TrainingError
 from rwkv_peft.ops import OPERATORS
 from rwkv_peft.ops.budget import BudgetUse, measure_error
@@ -78,7 +78,7 @@ def check(choice: Choice, request: Request, *, packed: bool = False, heads: int 
     case = join_cases([case] * copies)
     exact, baseline = ({n: _repeat(n, x, copies) for n, x in y.items()} for y in others)
     started = time.perf_counter()
-    with _full_float32():
+    with full_float32():
         found = _run(
             choice, request, lambda: run(case.to(request.dtype, request.device), choice.function)
         )
@@ -152,14 +152,3 @@ def _triton_errors() -> tuple[Any, ...]:
     # Triton's compiler has error classes of its own
     errors = sys.modules.get("triton.errors")
     return (errors.TritonError,) if errors else ()
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    # the budget is that of float32, and TF32 rounds more coarsely
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
