@@ -13,6 +13,7 @@ Memory is the peak of allocated and the reserved memory in GiB.
 
 import argparse
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from gpu_step import SIZES, device_name, make_model, random_batch
 from report import report
 from torch import Tensor
 
+from rwkv_peft.device import own_stream
 from rwkv_peft.methods import Method
 from rwkv_peft.methods.attach import attach
 from rwkv_peft.methods.state import LearnedStates
@@ -230,7 +232,6 @@ def main() -> None:
     parser.add_argument("--grad_cp", type=int, default=0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    torch.cuda.set_stream(torch.cuda.Stream())
     lines = [
         f"{device_name()}, PyTorch {torch.__version__}; one optimizer step, bf16",
         "",
@@ -238,14 +239,14 @@ def main() -> None:
         "(reserved) | loss | gradient | first s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for size in options.sizes:
-        for shape in options.shapes:
+    with own_stream(torch.device("cuda")):
+        for size, shape in itertools.product(options.sizes, options.shapes):
             ctx, rows = map(int, shape.split("x"))
             for method in options.methods:
-                args = (size, ctx, rows, method, options.ways, options.grad_cp)
-                for line in measure(*args):
+                for line in measure(size, ctx, rows, method, options.ways, options.grad_cp):
                     print(line, flush=True)
                     lines.append(line)
+                    # a run that is cut off leaves what it found
                     if options.output:
                         options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     report(lines, options.output)

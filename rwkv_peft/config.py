@@ -248,7 +248,7 @@ class TrainConfig(DataConfig):
     """How devices share the work; one device has nothing to share, so that all are the same."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Dtype of weights and activations; trained tensors are stepped in float32."""
-    num_workers: int = 0
+    num_workers: int = 1
     """Threads that prepare micro-batches ahead; 0 makes each when it is needed."""
     grad_cp: Switch | None = None
     """1 recomputes each block in backward: less memory, more time."""

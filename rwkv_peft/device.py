@@ -145,6 +145,8 @@ def own_stream(device: torch.device) -> Iterator[None]:
     stream, before = module.Stream(device), module.current_stream(device)
     stream.wait_stream(before)
     with module.stream(stream):
+        # autograd's thread gets its context from its first kernel, unless that is a product
+        torch.ones((), device=device, requires_grad=True).square().backward()
         yield
     before.wait_stream(stream)
 

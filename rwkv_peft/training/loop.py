@@ -115,6 +115,7 @@ def take_step(run: Run, batches: Iterator[Batch]) -> StepRecord:
             they were.
     """
     settings, progress, started = run.settings, run.progress, time.perf_counter()
+    after_step = run.target.after_step
     micro_batches = list(batches)
     epoch = settings.epoch_begin + run.epoch
     # counted first, so that a token weighs the same however the step is split; windows that are
@@ -138,12 +139,17 @@ def take_step(run: Run, batches: Iterator[Batch]) -> StepRecord:
         last=settings.weight_decay_final,
     )
     norms = run.optimizer.clip(lambda: run.target.before_clipping(micro_batches))
-    losses, grad_norm = _read(sums, norms)
+    results = torch.cat((torch.stack(sums).to(norms), norms))
+    # a device that can skip a step by itself goes on while the host waits for the results
+    is_ahead = progress.step > 0 and run.optimizer.can_skip
+    if is_ahead:
+        run.optimizer.step(lr, decay, is_finite=results.isfinite().all(), after=after_step)
+    losses, grad_norm = _read(results, len(sums))
     _require_finite(run, micro_batches, losses, grad_norm)
     if progress.step == 0 and weight and grad_norm == 0:
         _require_gradient(run)
-    is_finite = math.isfinite(grad_norm)
-    run.optimizer.step(lr, decay, is_finite=is_finite, after=run.target.after_step)
+    if not is_ahead:
+        run.optimizer.step(lr, decay, is_finite=math.isfinite(grad_norm), after=after_step)
 
     if progress.position % run.plan.micro_batches == 0:
         progress.begin_epoch()
@@ -190,10 +196,10 @@ def _step(run: Run, batch: Batch, divisor: float) -> Tensor:
     return output.loss_sum
 
 
-def _read(sums: list[Tensor], norms: Tensor) -> tuple[list[float], float]:
+def _read(results: Tensor, count: int) -> tuple[list[float], float]:
     """The losses and the gradient's norm on the host: the one wait for the device in a step."""
-    values = torch.cat((torch.stack(sums).to(norms), norms)).tolist()
-    return values[: len(sums)], math.hypot(*values[len(sums) :])
+    values = results.tolist()
+    return values[:count], math.hypot(*values[count:])
 
 
 def _require_finite(

@@ -94,6 +94,12 @@ class Optimizer:
             self._waiting.send(parameter, flat, i)
         return flat
 
+    @property
+    def can_skip(self) -> bool:
+        """Whether `step` may be told by a tensor that it is to change nothing."""
+        is_fused = self._device.type not in ("cpu", *PLUGINS)
+        return is_fused and not self.uses_loss_scale
+
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Gives the tensors of these names values, as fine as float32."""
@@ -159,7 +165,7 @@ class Optimizer:
         lr: float,
         weight_decay: float = 0.0,
         *,
-        is_finite: bool = True,
+        is_finite: bool | Tensor = True,
         after: Callable[["Optimizer"], None] | None = None,
     ) -> None:
         """Takes one step by the gradients that `clip` left, and clears them.
@@ -168,10 +174,15 @@ class Optimizer:
 
         Args:
             is_finite: whether the norms are; if not, no step is taken. With loss scaling that
-                happens now and then, and lowers the scale.
+                happens now and then, and lowers the scale. A tensor () bool is not waited for,
+                where `can_skip`.
             after: is called with the new values while the gradients are still there.
         """
-        if is_finite:
+        skips = ~is_finite if isinstance(is_finite, Tensor) else None
+        for part in self._parts:
+            # what PyTorch's fused kernels read as the sign to leave all as it is
+            part.adamw.found_inf = None if skips is None else skips.float()  # type: ignore[attr-defined]
+        if skips is not None or is_finite:
             for parameter, (flat, i) in self._places.items():
                 flat.hold(i, parameter)
             for part in self._parts:

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 import rwkv_peft
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.batching import IGNORE, Batch
+from rwkv_peft.device import own_stream
 from rwkv_peft.methods.attach import attach
 from rwkv_peft.methods.state import LearnedStates
 from rwkv_peft.training.graphs import HEAD_PARTS, GraphedStep, Inputs
@@ -20,6 +21,9 @@ from rwkv_peft.training.step import full_step
 from tests.models.test_versions import VERSIONS, make_segment_ids
 
 CPU = torch.device("cpu")
+# the compiler asks every tensor for its gradient, and the warning of those that keep none is not
+# shown outside of tests
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 
 
 def make_batch(rows: int, length: int, *, packed: bool, share: float = 0.5, seed: int = 1) -> Batch:
@@ -123,7 +127,7 @@ def test_a_graph_gives_the_bits_of_its_kernels(
 ) -> None:
     model, trained = load(make_model_file(**VERSIONS[name]), method)
     batches = [make_batch(2, 70, packed=packed, seed=seed) for seed in range(5)]
-    with torch.cuda.stream(torch.cuda.Stream()):
+    with own_stream(torch.device("cuda")):
         plain = GraphedStep(torch.device("cuda"), 96, is_captured=False)
         expected = [gradients(plain, model, trained, batch) for batch in batches]
         step = GraphedStep(torch.device("cuda"), 96)
