@@ -20,7 +20,17 @@ LAYERS = (
     ("methods", "quant", "data", "loss"),
     ("models",),
     ("ops", "state", "device"),
-    ("config", "errors", "guard", "recognise", "printing", "writing", "terminal", "assets"),
+    (
+        "config",
+        "errors",
+        "guard",
+        "recognise",
+        "printing",
+        "writing",
+        "terminal",
+        "deferred",
+        "assets",
+    ),
 )
 HEAVY = {"peft", "transformers", "datasets", "triton", "fla", "deepspeed", "bitsandbytes", "wandb"}
 # what only the module of a backend imports, which is loaded when the backend was chosen

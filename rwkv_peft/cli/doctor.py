@@ -16,6 +16,8 @@ from rwkv_peft.printing import print_json, print_text
 PACKAGES = ("torch", "peft", "triton", "fla-core")
 PRECISIONS = ("bf16", "fp16", "fp32")
 HEAD_SIZE = 64
+# backends whose kernels are tuned when they first run, for minutes
+SLOW = ("fla",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,8 @@ class DoctorOptions:
 
     accelerator: str = "auto"
     """Device: auto, gpu, cpu, cuda, mps, xpu, musa, npu, or one of several as in cuda:1."""
+    check_fla: bool = False
+    """Check fla too where it is not what auto takes; tuning its kernels takes minutes."""
     json: bool = False
     """Print one JSON object."""
 
@@ -31,7 +35,7 @@ class DoctorOptions:
 def run(args: Sequence[str]) -> int:
     """Prints devices, versions and backends, each checked; 2 if one that `auto` takes fails."""
     options = parse(DoctorOptions, args, command="doctor")
-    facts = examine(options.accelerator)
+    facts = examine(options.accelerator, checks_slow=options.check_fla)
     if options.json:
         print_json(facts)
     else:
@@ -40,9 +44,11 @@ def run(args: Sequence[str]) -> int:
     return 0 if facts["is_well"] else 2
 
 
-def examine(accelerator: str = "auto") -> dict[str, Any]:
+def examine(accelerator: str = "auto", *, checks_slow: bool = False) -> dict[str, Any]:
     """The facts of this machine, ready for JSON: versions, devices, and each backend's check.
 
+    Args:
+        checks_slow: check the backends too that take minutes to start and that `auto` passes over.
     Raises:
         BackendUnavailableError: there is no such device.
     """
@@ -55,7 +61,7 @@ def examine(accelerator: str = "auto") -> dict[str, Any]:
         fact
         for operator in OPERATORS
         for name in PRECISIONS
-        for fact in _backends(operator, name, device)
+        for fact in _backends(operator, name, device, checks_slow)
     ]
     return {
         "versions": _versions(),
@@ -100,6 +106,10 @@ def _say(name: str, value: Any) -> str:
 def _verdict(backend: dict[str, Any]) -> str:
     if backend["objection"] is not None:
         return f"- {backend['objection']}"
+    if not backend["is_checked"]:
+        return (
+            "can serve; not checked, as its kernels are tuned for minutes first: --check_fla true"
+        )
     if backend["failure"] is not None:
         return f"FAILS: {backend['failure']}"
     off, allowed = backend["error"], backend["allowed"]
@@ -109,7 +119,9 @@ def _verdict(backend: dict[str, Any]) -> str:
     )
 
 
-def _backends(operator: str, precision: str, device: Any) -> Iterator[dict[str, Any]]:
+def _backends(
+    operator: str, precision: str, device: Any, checks_slow: bool
+) -> Iterator[dict[str, Any]]:
     from rwkv_peft.device import dtype_of
     from rwkv_peft.ops import OPERATORS
     from rwkv_peft.ops.dispatch import Request
@@ -127,7 +139,10 @@ def _backends(operator: str, precision: str, device: Any) -> Iterator[dict[str, 
             "objection": objection,
             "failure": None,
         }
-        if objection is None:
+        fact["is_checked"] = objection is None and (
+            name not in SLOW or checks_slow or name == usable[0]
+        )
+        if fact["is_checked"]:
             fact.update(_check(operator, name, request))
         yield fact
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from rwkv_peft import __version__
+from rwkv_peft.deferred import defer_transformers
 from rwkv_peft.errors import RwkvPeftError, Stopped
 from rwkv_peft.printing import prepare_streams, print_line, print_text
 from rwkv_peft.terminal import drop_unwritten, whole_process
@@ -53,7 +54,7 @@ def _run_and_tell(arguments: list[str]) -> int:
     shows_trace = "--debug" in arguments
     command, *rest = [a for a in arguments if a != "--debug"] or ["--help"]
     try:
-        with Interrupt(), warnings.catch_warnings():
+        with Interrupt(), defer_transformers(), warnings.catch_warnings():
             warnings.showwarning = _as_note
             try:
                 return run(command, rest)

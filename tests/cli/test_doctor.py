@@ -31,7 +31,8 @@ def test_every_backend_is_checked_in_every_type_or_says_why_not(cli: Cli) -> Non
     assert [(b["operator"], b["precision"], b["name"]) for b in found] == expected
     assert sum(b["is_auto"] for b in found) == 6
     for backend in found:
-        if backend["objection"] is None:
+        assert backend["is_checked"] == (backend["objection"] is None)
+        if backend["is_checked"]:
             assert 0 < backend["error"] <= backend["allowed"] and backend["failure"] is None
             assert 0 < backend["seconds"] < 60
         else:
@@ -72,6 +73,25 @@ def test_a_backend_that_fails_is_shown_and_ends_with_2_if_auto_takes_it(
     (line,) = [line for line in done.out.splitlines() if " stub " in line]
     assert line.endswith(message) and line.startswith("  *" if is_first else "   ")
     assert ("one is WRONG" in done.out.splitlines()[-1]) == is_first
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_backend_that_is_tuned_for_minutes_is_checked_if_asked_for_or_taken(
+    is_asked: bool, is_first: bool, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "PRECISIONS", ("fp32",))
+    monkeypatch.setattr(doctor, "SLOW", ("stub",))
+    operator = OPERATORS["wkv7"]
+    row = Backend("stub", lambda: operator.chunked, lambda request: None, "of this test")
+    torch_row = next(b for b in operator.table if b.name == "torch")
+    table = (row, torch_row) if is_first else (torch_row, row)
+    monkeypatch.setitem(OPERATORS, "wkv7", operator._replace(table=table))
+    done = cli("doctor", "--accelerator", "cpu", "--check_fla", is_asked)
+    assert done.code == 0
+    (line,) = [line for line in done.out.splitlines() if " stub " in line]
+    assert ("is off by" in line) == (is_asked or is_first)
+    assert line.endswith("--check_fla true") == (not is_asked and not is_first)
 
 
 def test_devices_are_told_in_words() -> None:
