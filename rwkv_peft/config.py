@@ -7,6 +7,7 @@ A field that is None (or 'auto') is chosen when the model and the data are known
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ TEMPLATE_FILE = "template.jinja"
 # fields of TrainConfig with a lowest value
 POSITIVE = ["ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_save"]
 NOT_NEGATIVE = ["chunk_ctx", "epoch_count", "epoch_steps", "epoch_begin", "lr_init", "lr_final"]
+NOT_NEGATIVE += ["save_every_steps", "save_every_minutes", "keep"]
 NOT_NEGATIVE += ["warmup_steps", "num_workers", "weight_decay", "grad_clip", "l2wrap", "adam_eps"]
 DataType = Literal[
     "auto",
@@ -144,6 +146,21 @@ class TrainConfig(DataConfig):
     overwrite: Switch = 0
     """1 removes the files of the run that proj_dir holds, and no others, once the first step is
     done; 0 refuses such a folder."""
+
+    save_every_steps: int = 0
+    """Make a checkpoint, from which --resume goes on, after every so many optimizer steps; 0: only
+    where Ctrl-C or another signal ends the run."""
+    save_every_minutes: float = 0.0
+    """Make a checkpoint at the first step after every so many minutes; 0: not by time."""
+    keep: int = 2
+    """Newest checkpoints to keep; 0: all."""
+    on_save_error: Literal["skip", "stop"] = "skip"
+    """A checkpoint that cannot be written is skipped with a word, or stops the run."""
+    resume: str = ""
+    """Go on from a checkpoint as if the run had never stopped: its folder, or auto for the newest
+    whole one of proj_dir; where auto finds none, the run begins."""
+    resume_changes: list[str] = field(default_factory=list)
+    """Settings in which a resumed run may differ from the one that stopped, by name."""
 
     peft: str = "auto"
     """Method: none for full tuning, state, or one of Hugging Face peft's by its name there, such as
@@ -280,6 +297,16 @@ class TrainConfig(DataConfig):
         for name in ("devices", "num_nodes"):
             if (value := getattr(self, name)) != 1:
                 raise ConfigError(f"--{name} {value}: only one device can be used so far: use 1")
+        known = [f.name for f in fields(TrainConfig)]
+        for name in self.resume_changes:
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]}?" if near else "give names of settings"
+                raise ConfigError(f"--resume_changes: there is no setting {name}: {hint}")
+        if self.resume_changes and not self.resume:
+            raise ConfigError("--resume_changes needs --resume: auto, or a checkpoint's folder")
+        if self.resume == "auto" and not self.proj_dir:
+            raise ConfigError("--resume auto needs --proj_dir: the folder of the run")
         if self.epoch_unit == "samples" and not self.epoch_steps:
             raise ConfigError("--epoch_unit samples needs --epoch_steps: how many documents to use")
         if self.dataload == "only" and self.micro_bsz not in (None, 1):

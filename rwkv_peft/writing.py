@@ -98,14 +98,14 @@ def restore_files(*paths: Path) -> None:
     *others, last = paths
     with suppress(FileNotFoundError), _hold(_next(last)):
         last.unlink(missing_ok=True)
-        _flush(last.parent)
+        flush(last.parent)
         for path in others:
             # moved already, if a writer died here
             with suppress(FileNotFoundError):
                 os.replace(_next(path), path)
-        _flush(last.parent)
+        flush(last.parent)
         os.replace(_next(last), last)
-        _flush(last.parent)
+        flush(last.parent)
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def atomic_folder(path: str | Path, *, keeps_first: bool = False) -> Iterator[Pa
         yield temporary
         for folder, _, names in os.walk(temporary, topdown=False):
             for name in (*names, ""):
-                _flush(Path(folder, name))
+                flush(Path(folder, name))
         _put_in_place(temporary, path, keeps_first)
 
 
@@ -167,7 +167,7 @@ def _temporary(path: Path) -> Iterator[Path]:
             try:
                 yield temporary
                 kept = ""
-                _flush(path.parent)
+                flush(path.parent)
             finally:
                 # the unfinished content, or what had the name before
                 _remove(temporary)
@@ -233,10 +233,10 @@ def _make_folders(folder: Path) -> None:
     if not folder.is_dir():
         _make_folders(folder.parent)
         folder.mkdir(exist_ok=True)
-        _flush(folder.parent)
+        flush(folder.parent)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Has the disk take in the content of a file, or the names in a folder."""
     is_folder = path.is_dir()
     try:

@@ -99,6 +99,8 @@ def test_no_file_imports_itself_through_others() -> None:
             # a name that is not a module is something in the module before its last dot
             name if name in modules else name.rpartition(".")[0]
             for name, _ in imports(ast.parse(path.read_text(encoding="utf-8")))
+            # a constant, for which nothing else is read
+            if name != "rwkv_peft.__version__"
         }
         for module, path in modules.items()
     }

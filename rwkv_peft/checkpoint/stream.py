@@ -75,13 +75,17 @@ def write_tensors(
             has no place in the format, or a number is not finite.
     """
     require_ending(path)
+    _require_types(specs)
+    is_safetensors = Path(path).suffix == ".safetensors"
+    with atomic_file(path) as file:
+        write = write_safetensors if is_safetensors else _write_pth
+        write(file, specs, lambda name: _iterate_bytes(name, specs[name], tensor(name)))
+
+
+def _require_types(specs: Mapping[str, Spec]) -> None:
     for name, spec in specs.items():
         if spec.dtype not in _NAMES:
             raise CheckpointError(f"{name} is {spec.dtype}, which weight files do not hold")
-    is_safetensors = Path(path).suffix == ".safetensors"
-    with atomic_file(path) as file:
-        write = _write_safetensors if is_safetensors else _write_pth
-        write(file, specs, lambda name: _iterate_bytes(name, specs[name], tensor(name)))
 
 
 def require_finite(
@@ -136,16 +140,27 @@ def _iterate_bytes(
         if not is_finite(x):
             raise CheckpointError(f"{name} holds NaN or infinity: nothing was written")
         count += x.numel()
-        # flat, as a scalar cannot be viewed as bytes; as bytes, since numpy has no bf16
-        data: Any = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        yield memoryview(data)
+        yield as_bytes(x)
     if count != spec.numel:
         raise CheckpointError(f"{name} has {count} elements, announced as {spec}")
 
 
-def _write_safetensors(
-    file: IO[bytes], specs: Mapping[str, Spec], content: Callable[[str], Iterator[memoryview]]
+def as_bytes(x: Tensor) -> memoryview:
+    """The bytes of a tensor; those of one on the host are not copied."""
+    # flat, as a scalar cannot be viewed as bytes; as bytes, since numpy has no bf16
+    data: Any = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(data)
+
+
+def write_safetensors(
+    file: IO[bytes], specs: Mapping[str, Spec], content: Callable[[str], Iterable[memoryview]]
 ) -> None:
+    """Writes the bytes of each tensor, in the order of `specs`, behind a header that names them.
+
+    Raises:
+        CheckpointError: a type has no place in the format.
+    """
+    _require_types(specs)
     header, end = {}, 0
     for name, spec in specs.items():
         start, end = end, end + spec.numel * spec.dtype.itemsize

@@ -1,7 +1,7 @@
 """From an argument list to a dataclass, with errors of one line."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,7 +14,12 @@ T = TypeVar("T")
 
 
 def parse(
-    options: type[T], args: Sequence[str], *, command: str, positional: Sequence[str] = ()
+    options: type[T],
+    args: Sequence[str],
+    *,
+    command: str,
+    positional: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> T:
     """An instance of the dataclass `options` from flags named like its fields.
 
@@ -22,6 +27,8 @@ def parse(
     `--config file.yaml` gives values that flags overrule; arguments before the first flag fill the
     fields named in `positional`.
 
+    Args:
+        defaults: take the place of the fields' own; names that are no fields are left out.
     Raises:
         ConfigError: a flag, key or value is not allowed.
     """
@@ -34,6 +41,8 @@ def parse(
     )
     parser.add_argument("--config", action="config", help="YAML file of the keys below.")
     parser.add_class_arguments(options)
+    names = {f.name for f in fields(options)}  # type: ignore[arg-type]
+    parser.set_defaults({n: x for n, x in (defaults or {}).items() if n in names})
     named = _name_positionals([_underscored(a) for a in args], positional, command)
     try:
         values = parser.parse_args(_complete_switches(named, options))

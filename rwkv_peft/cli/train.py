@@ -13,7 +13,16 @@ from rwkv_peft.printing import print_line
 def run(args: Sequence[str]) -> int:
     """Trains, and exits with 128 + the number of a signal that ended the run early."""
     arguments, notes, model_flags = translate_train(args)
-    config = parse(TrainConfig, arguments, command="train", positional=("load_model", "data_file"))
+    positional = ("load_model", "data_file")
+    config = parse(TrainConfig, arguments, command="train", positional=positional)
+    if config.resume:
+        from rwkv_peft.training.resume import find_settings
+
+        # what the line does not say is as the run had it
+        saved = find_settings(config.resume, config.proj_dir)
+        config = parse(
+            TrainConfig, arguments, command="train", positional=positional, defaults=saved
+        )
     config.require_files()
 
     from rwkv_peft.training.inputs import require_kept_config, require_kept_inputs

@@ -71,4 +71,5 @@ class AdaLora:
         self._tuner.peft_config[ADAPTER].rank_pattern = state["rank_pattern"]
         device = next(iter(self._attachment.values())).device
         for name, values in state["importance"].items():
-            setattr(self._tuner.rankallocator, name, {n: x.to(device) for n, x in values.items()})
+            copies = {n: x.to(device, copy=True) for n, x in values.items()}
+            setattr(self._tuner.rankallocator, name, copies)

@@ -74,6 +74,30 @@ def take_out(model: nn.Module, start: Mapping[str, Tensor], sign: int = -1) -> N
         base.store(torch.addmm(weight, b.to(weight.device), a, alpha=scale))
 
 
+@torch.no_grad()
+def begin_again(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    start: dict[str, Tensor],
+    saved: Mapping[str, Tensor],
+) -> None:
+    """Takes the first values of a saved run out of the base, in place of those drawn here.
+
+    Another machine or number of threads may have drawn other ones.
+
+    Args:
+        weights: of the base, as they are without any residual.
+        start: drawn here; becomes `saved`, by the same names.
+    """
+    if all(torch.equal(start[name].cpu(), x.cpu()) for name, x in saved.items()):
+        return
+    for name, layer in layers(model):
+        base: Any = layer.get_base_layer()
+        base.store(weights[f"{name}.weight"].to(base.weight.device))
+    start.update({name: x.to(start[name], copy=True) for name, x in saved.items()})
+    take_out(model, start)
+
+
 def join_start(values: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Values of the plain LoRA of twice the rank that equals values less their start.
 

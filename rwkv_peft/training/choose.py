@@ -56,7 +56,7 @@ def choose(config: TrainConfig, facts: Facts) -> Plan:
         ConfigError: settings contradict each other or the facts.
         DataError: the documents give no row.
     """
-    chooser = _Chooser(_with_method(config, facts))
+    chooser = _Chooser(with_method(config, facts.saved_method))
     _choose_run(chooser, facts, is_open=config.peft == "auto")
     _choose_rows(chooser, facts.documents)
     _choose_training(chooser, facts.documents, facts.model_config)
@@ -108,16 +108,20 @@ class _Chooser:
         self.choices.append(Choice(name, value, reason))
 
 
-def _with_method(config: TrainConfig, facts: Facts) -> TrainConfig:
-    """The method under its name in peft, and the kind of training that goes with it."""
+def with_method(config: TrainConfig, saved_method: str) -> TrainConfig:
+    """The method under its name in peft, and the kind of training that goes with it.
+
+    Args:
+        saved_method: of the adapter or state to train further; "" if there is none.
+    """
     method, options = resolve(config.peft, config.peft_config)
     if config.load_adapter:
-        if method not in ("auto", facts.saved_method):
+        if method not in ("auto", saved_method):
             raise ConfigError(
-                f"--peft {config.peft}: {config.load_adapter} holds {facts.saved_method}; leave "
+                f"--peft {config.peft}: {config.load_adapter} holds {saved_method}; leave "
                 "--peft out"
             )
-        method, options = facts.saved_method, dict(config.peft_config)
+        method, options = saved_method, dict(config.peft_config)
     train_type = config.train_type
     if train_type in ("state", "fullstate") and method in ("auto", "none"):
         method = "state"

@@ -140,6 +140,14 @@ def _duration(seconds: float) -> str:
     return f"{max(1, round(seconds))} s"
 
 
+def describe_end(steps: int, resume: str) -> str:
+    """What is to be said of a run that is resumed and has nothing left to do."""
+    return (
+        f"the run is complete: all of its {steps:,} steps are taken. To train on: --resume "
+        f"{resume} --epoch_count N --resume_changes epoch_count"
+    )
+
+
 def _describe_shares(batches: Batches) -> Iterable[str]:
     """How much of each file of a mixture a pass takes."""
     if batches.documents.shares is None:

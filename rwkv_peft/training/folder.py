@@ -15,9 +15,10 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rwkv_peft.checkpoint.state import holds_state_alone
+from rwkv_peft.checkpoint.tree import MANIFEST
 from rwkv_peft.config import TEMPLATE_FILE
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.guard import find_clash
@@ -43,6 +44,7 @@ _PLACES = ("*", "rwkv-*-adapter/*", "checkpoints/step-*/*", "checkpoints/step-*/
 _NAME = re.compile(
     r"(?P<log>(config\.yaml|train_log\.txt|loss_data(-\d+)?\.jsonl|template\.jinja)"
     r"|(checkpoints/step-\d+/)?merge_report\.json)"
+    r"|checkpoints/step-\d+/(manifest\.json|run\.json|tensors\.safetensors)"
     r"|(checkpoints/step-\d+/rwkv|rwkv-(?P<epoch>\d+))"
     r"(\.pth|-(?P<state>.+)\.pth"
     r"|-adapter/(adapter_config\.json|adapter_model\.safetensors|rwkv_peft\.json))",
@@ -68,9 +70,11 @@ class Contents(NamedTuple):
 class Claim:
     """A folder that no other run can take until this one ends."""
 
-    def __init__(self, path: Path, *, overwrite: bool, inputs: Collection[Path]) -> None:
-        self.path, self._overwrite, self._inputs = path, overwrite, inputs
-        self._require_free(_list_contents(path))
+    def __init__(
+        self, path: Path, *, overwrite: bool, inputs: Collection[Path], goes_on: bool
+    ) -> None:
+        self.path, self._overwrite, self._inputs = path, overwrite and not goes_on, inputs
+        self._require_free(_list_contents(path), goes_on)
 
     def clear(self) -> None:
         """With `overwrite`, removes the files of the run that the folder held."""
@@ -102,13 +106,15 @@ class Claim:
         finally:
             shutil.rmtree(trial, ignore_errors=True)
 
-    def _require_free(self, contents: Contents) -> None:
+    def _require_free(self, contents: Contents, goes_on: bool) -> None:
         logs, results, strangers = contents
         folder, another = f"--proj_dir {self.path}", "give another --proj_dir"
-        if results and not self._overwrite:
+        if results and not self._overwrite and not goes_on:
+            is_resumable = any(path.name == MANIFEST for path in results)
+            resume = ", or --resume auto to go on with it" * is_resumable
             raise ConfigError(
-                f"{folder} holds a run ({_few(results, self.path)}): {another}, or --overwrite 1, "
-                "which removes that run's files and no others"
+                f"{folder} holds a run ({_few(results, self.path)}): {another}{resume}, or "
+                "--overwrite 1, which removes that run's files and no others"
             )
         strangers = [p for p in strangers if not self._is_template(p)]
         if strangers:
@@ -145,7 +151,11 @@ class Claim:
 
 @contextmanager
 def take_folder(
-    proj_dir: str, *, overwrite: bool = False, inputs: Collection[Path] = ()
+    proj_dir: str,
+    *,
+    overwrite: bool = False,
+    inputs: Collection[Path] = (),
+    goes_on: bool = False,
 ) -> Iterator[Claim]:
     """Takes a folder for one run; folders that were made and stayed empty are removed at the end.
 
@@ -153,6 +163,8 @@ def take_folder(
         proj_dir: its path; the first of out, out-2, out-3 … that does not exist, if empty.
         overwrite: whether `Claim.clear` is to remove the run that the folder holds.
         inputs: files and folders that the run reads.
+        goes_on: whether the run that the folder holds is this one, so that its files stay and
+            take the new ones.
     Raises:
         ConfigError: another process has it, it holds another run, or it cannot be written.
     """
@@ -164,7 +176,7 @@ def take_folder(
                 f"cannot write in --proj_dir {error.filename or proj_dir}: {error.strerror}: give "
                 "another --proj_dir"
             ) from error
-        yield Claim(path, overwrite=overwrite, inputs=inputs)
+        yield Claim(path, overwrite=overwrite, inputs=inputs, goes_on=goes_on)
 
 
 def new_folders(stem: str) -> Iterator[Path]:
@@ -278,7 +290,10 @@ def _lock_descriptor(descriptor: int) -> None:
 
 def _list_contents(folder: Path) -> Contents:
     found = Contents([], [], [])
-    epochs = _read_epochs(folder / "config.yaml")
+    settings = read_settings(folder)
+    epochs = settings and range(
+        settings["epoch_begin"], settings["epoch_begin"] + settings["epoch_count"]
+    )
     for path in sorted(p for place in _PLACES for p in folder.glob(place)):
         parts = _NAME.fullmatch(path.relative_to(folder).as_posix())
         if parts is None or path.is_dir():
@@ -298,20 +313,17 @@ def _list_contents(folder: Path) -> Contents:
     return found
 
 
-def _read_epochs(config: Path) -> range | None:
-    """Numbers of the epochs of the run that wrote a config.yaml, None if no run did."""
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run that wrote config.yaml in a folder, None if no run did."""
     import yaml
 
     try:
-        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
-    if not isinstance(settings, dict) or "proj_dir" not in settings:
-        return None
-    begin, number = settings.get("epoch_begin"), settings.get("epoch_count")
-    if not isinstance(begin, int) or not isinstance(number, int):
-        return None
-    return range(begin, begin + number)
+    is_own = isinstance(settings, dict) and "proj_dir" in settings
+    numbers = ("epoch_begin", "epoch_count")
+    return settings if is_own and all(isinstance(settings.get(n), int) for n in numbers) else None
 
 
 def _try_name(path: Path, folder: Path) -> None:

@@ -30,6 +30,7 @@ class Run:
     Attributes:
         saved: files of the last save, None before the first.
         saved_loss: mean loss of the epoch, or the part of one, that they end.
+        saved_step: optimizer steps that had been taken then.
         stopped_by: number of the signal that ends it after this step, 0 if none does.
         remarks: what came up during a step, to be told to the user after it.
     """
@@ -42,6 +43,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     saved: Saved | None = None
     saved_loss: float = math.nan
+    saved_step: int = 0
     stopped_by: int = 0
     remarks: list[str] = field(default_factory=list)
 

@@ -2,12 +2,14 @@
 
 import io
 import json
+import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,8 +17,9 @@ from rwkv_peft.config import TEMPLATE_FILE
 from rwkv_peft.printing import escape, print_text
 from rwkv_peft.terminal import Unbreakable
 from rwkv_peft.training.settings import Settings
-from rwkv_peft.writing import atomic_file
+from rwkv_peft.writing import atomic_file, flush
 
+LOGS = ("loss_data.jsonl", "train_log.txt")
 # without a terminal, at most one line of progress in so many seconds
 PLAIN_INTERVAL = 10.0
 
@@ -46,18 +49,32 @@ class StepRecord:
     peak_memory: int
 
 
+class LogPlaces(NamedTuple):
+    """Where the logs of a run stood.
+
+    Attributes:
+        folder: that they are in.
+        lengths: their bytes at that time, by name.
+    """
+
+    folder: Path
+    lengths: Mapping[str, int]
+
+
 class RunFolder:
     """The logs of a run in `proj_dir`, which are not made before the first step is recorded.
 
-    Losses of an earlier run are renamed, not overwritten; a run that goes on appends to its own.
+    Losses of an earlier run are renamed, not overwritten. A run that goes on appends to its own
+    logs, as they were where it goes on: what was written after that is cut off.
+
+    Args:
+        places: of the logs of a run that goes on.
     """
 
-    def __init__(self, folder: str | Path, *, appends: bool = False) -> None:
+    def __init__(self, folder: str | Path, *, places: LogPlaces | None = None) -> None:
         self.path = Path(folder)
-        self._appends = appends
-        self._losses, self._log = (
-            _GrowingFile(self.path / name) for name in ("loss_data.jsonl", "train_log.txt")
-        )
+        self._places = places
+        self._losses, self._log = (_GrowingFile(self.path / name) for name in LOGS)
         self._waiting: list[str] | None = [f"run begins {time.strftime('%Y-%m-%d %H:%M:%S')}"]
 
     def write_config(self, settings: Settings) -> None:
@@ -68,7 +85,7 @@ class RunFolder:
         import yaml
 
         # who repeats the run has not said that its results may go
-        settings = replace(settings, overwrite=0)
+        settings = replace(settings, overwrite=0, resume="", resume_changes=[])
         copy = self.path / TEMPLATE_FILE
         if (template := Path(settings.template)).is_file():
             source = template.read_bytes()
@@ -92,12 +109,27 @@ class RunFolder:
 
     def begin(self) -> None:
         """Makes the logs, and writes what was logged so far."""
-        if self._waiting is not None:
-            if self._losses.path.exists() and not self._appends:
-                self._losses.path.rename(_free_name(self._losses.path))
-            for line in self._waiting:
-                self._log.append(line)
-            self._waiting = None
+        if self._waiting is None:
+            return
+        for file in (self._losses, self._log):
+            if self._places:
+                _cut(self._places.folder / file.path.name, file.path, self._places.lengths)
+            elif file is self._losses and file.path.exists():
+                file.path.rename(free_name(file.path))
+        # a log that goes on has them
+        for line in [] if self._places and any(self._places.lengths.values()) else self._waiting:
+            self._log.append(line)
+        self._waiting = None
+
+    def lengths(self) -> dict[str, int]:
+        """Bytes of each log so far, by name."""
+        return {file.path.name: file.length for file in (self._losses, self._log)}
+
+    def flush(self) -> None:
+        """Has the disk take in what was written to the logs."""
+        for file in (self._losses, self._log):
+            if file.path.exists():
+                flush(file.path)
 
     def record(self, record: StepRecord) -> None:
         """Appends a step to loss_data.jsonl."""
@@ -124,6 +156,11 @@ class _GrowingFile:
         self._file: io.FileIO | None = None
         self._unwritten = b""
 
+    @property
+    def length(self) -> int:
+        """Bytes of the file, once all has been written."""
+        return (self.path.stat().st_size if self.path.exists() else 0) + len(self._unwritten)
+
     def append(self, line: str) -> None:
         """Writes a line at the end."""
         self._unwritten += line.encode(errors="backslashreplace") + b"\n"
@@ -142,7 +179,20 @@ class _GrowingFile:
             self._file.close()
 
 
-def _free_name(path: Path) -> Path:
+def _cut(source: Path, target: Path, lengths: Mapping[str, int]) -> None:
+    """Makes a log what another was when it had so many bytes, without a line that is not whole."""
+    if source != target and source.exists():
+        shutil.copyfile(source, target)
+    if not target.exists():
+        return
+    with open(target, "r+b") as file:
+        file.truncate(min(lengths.get(target.name, 0), target.stat().st_size))
+        if rest := len(file.read().rpartition(b"\n")[2]):
+            file.truncate(file.tell() - rest)
+
+
+def free_name(path: Path) -> Path:
+    """The first of NAME-1, NAME-2 … beside a path that is not taken."""
     number = 1
     while (free := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
         number += 1
@@ -150,14 +200,19 @@ def _free_name(path: Path) -> Path:
 
 
 class Display:
-    """Progress for a person: a bar on a terminal, a line now and then elsewhere."""
+    """Progress for a person: a bar on a terminal, a line now and then elsewhere.
 
-    def __init__(self, total: int) -> None:
-        self._total, self._done, self._last_line, self._last_chunk = total, 0, 0.0, 0.0
-        self._summary = ""
+    Args:
+        total: steps of the run.
+        done: those that were taken before.
+    """
+
+    def __init__(self, total: int, done: int = 0) -> None:
+        self._total, self._done, self._last_line, self._last_chunk = total, done, 0.0, 0.0
+        self._before, self._summary = done, ""
         self._start = time.monotonic()
         self._stream = Unbreakable(sys.stderr)
-        self._bar = _rich_bar(total, self._stream) if self._stream.isatty() else None
+        self._bar = _rich_bar(total, done, self._stream) if self._stream.isatty() else None
 
     def line(self, text: str) -> None:
         """Prints a line above the progress."""
@@ -176,7 +231,7 @@ class Display:
         now = time.monotonic()
         if now - self._last_line >= PLAIN_INTERVAL or done == self._total:
             self._last_line = now
-            left = (now - self._start) / done * (self._total - done)
+            left = (now - self._start) / (done - self._before) * (self._total - done)
             self.line(f"step {done}/{self._total}  {self._summary}  {left:.0f} s left")
 
     def show_chunk(self, done: int, total: int) -> None:
@@ -215,7 +270,7 @@ def _summary(record: StepRecord) -> str:
     )
 
 
-def _rich_bar(total: int, stream: Unbreakable) -> Any:
+def _rich_bar(total: int, done: int, stream: Unbreakable) -> Any:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -235,7 +290,7 @@ def _rich_bar(total: int, stream: Unbreakable) -> Any:
         TimeRemainingColumn(),
         console=Console(file=stream),  # type: ignore[arg-type]
     )
-    bar.add_task("", total=total, text="")
+    bar.add_task("", total=total, completed=done, text="")
     return bar
 
 

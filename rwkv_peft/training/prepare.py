@@ -36,19 +36,25 @@ from rwkv_peft.training.inputs import mark_file, require_kept_inputs
 from rwkv_peft.training.loop import Run
 from rwkv_peft.training.memory import room_for_borders
 from rwkv_peft.training.optim import Optimizer
+from rwkv_peft.training.resume import Start
 from rwkv_peft.training.settings import Facts, Settings
 from rwkv_peft.training.step import Step, full_step
 from rwkv_peft.training.target import TrainTarget, make_target, saved_endings
 
 
 def prepare_run(
-    config: TrainConfig, *, step: Step | None = None, claim: Claim | None = None
+    config: TrainConfig,
+    *,
+    step: Step | None = None,
+    claim: Claim | None = None,
+    start: Start | None = None,
 ) -> tuple[Run, list[str]]:
     """A run that is ready for its first step, and what a person should read before it.
 
     Args:
         step: forward, loss and backward of a micro-batch; None: that of the settings.
         claim: of its folder; None if nothing is to be saved.
+        start: where it goes on; None if it begins.
     Raises:
         RwkvPeftError: a file, a setting or the data cannot be used.
     """
@@ -57,7 +63,11 @@ def prepare_run(
     require_kept_inputs(config)
     mark = mark_file(config.load_model)
     base = read_weights(config.load_model)
+    if start:
+        start.require_base(base)
     facts = find_facts(config, base, str(claim.path) if claim else DEFAULT_FOLDER)
+    if start:
+        start.require_data(facts.documents)
     plan = choose(config, facts)
     settings, states = plan.settings, facts.documents.states
     names = set() if states is None else set(states.tolist())
@@ -87,7 +97,8 @@ def prepare_run(
         step = make_graphed_step(settings, facts.device, optimizer, remarks)
     if claim:
         lines += describe_space(settings, claim.path, _count(target.parameters))
-    return Run(plan, model, target, optimizer, step or full_step, remarks=remarks), lines
+    run = Run(plan, model, target, optimizer, step or full_step, remarks=remarks)
+    return run, lines + (start.restore(run) if start else [])
 
 
 def find_facts(

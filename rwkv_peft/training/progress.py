@@ -60,7 +60,9 @@ class RandomGenerators:
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Takes up what `state_dict` gave, as far as this device has such a generator."""
-        torch.set_rng_state(state["cpu"])
+        # copies, as PyTorch reads the storage of such a tensor from its beginning, where a tensor
+        # that is mapped from a file does not begin
+        torch.set_rng_state(state["cpu"].clone())
         if self._device.type != "cpu" and self._device.type in state:
             module = torch.get_device_module(self._device)
-            module.set_rng_state(state[self._device.type], self._device)
+            module.set_rng_state(state[self._device.type].clone(), self._device)

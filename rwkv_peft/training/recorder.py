@@ -1,12 +1,41 @@
-"""What happens after a step: logging, showing, saving."""
+"""What happens after a step: logging, showing, saving; and what that leaves behind."""
 
-from collections.abc import Iterable
+import shlex
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
+from rwkv_peft.errors import CheckpointError
+from rwkv_peft.training.checkpoints import Checkpoints, folder_name
 from rwkv_peft.training.folder import Claim
 from rwkv_peft.training.infctx import InfctxStep
 from rwkv_peft.training.interrupt import Interrupt
 from rwkv_peft.training.loop import Run
 from rwkv_peft.training.metrics import Display, RunFolder, StepRecord
+from rwkv_peft.training.progress import RandomGenerators
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run left behind.
+
+    Attributes:
+        proj_dir: its folder.
+        weights: the last full or merged model, or state file, None if none was written.
+        adapter: the last adapter folder, None where there is no adapter.
+        loss: mean cross-entropy of the last epoch's trained tokens, in nats.
+        steps: optimizer steps taken, those before it was resumed too.
+        signal: number of the signal that ended it early, 0 if none did.
+        checkpoint: the newest, from which `TrainConfig.resume` goes on; None if there is none.
+    """
+
+    proj_dir: Path
+    weights: Path | None
+    adapter: Path | None
+    loss: float
+    steps: int
+    signal: int = 0
+    checkpoint: Path | None = None
 
 
 class Recorder:
@@ -17,11 +46,18 @@ class Recorder:
     """
 
     def __init__(
-        self, claim: Claim, folder: RunFolder, display: Display, interrupt: Interrupt
+        self,
+        claim: Claim,
+        folder: RunFolder,
+        display: Display,
+        interrupt: Interrupt,
+        checkpoints: Checkpoints,
     ) -> None:
-        self._claim, self._folder = claim, folder
+        self._claim, self._folder, self._checkpoints = claim, folder, checkpoints
         self._display, self._interrupt = display, interrupt
         self._has_begun = self._has_problem = False
+        # a run that goes on leaves later checkpoints until it has taken a step of its own
+        self._first_step = checkpoints.step
 
     def say(self, line: str) -> None:
         """Shows a line to the user and keeps it in the log."""
@@ -39,7 +75,8 @@ class Recorder:
         """Notes every step."""
         self._begin(run)
         while run.remarks:
-            self.say(run.remarks.pop(0))
+            # the log of a run that goes on is that of one that never stopped
+            (self._display.line if self._first_step else self.say)(run.remarks.pop(0))
         self._folder.record(record)
         if self._folder.problem and not self._has_problem:
             self._has_problem = True
@@ -51,25 +88,56 @@ class Recorder:
         if not self._has_begun:
             self._has_begun = True
             self._claim.clear()
+            self._checkpoints.discard_later(self._first_step)
             self._folder.write_config(run.settings)
             self._folder.begin()
 
-    def save_stopped(self, run: Run, record: StepRecord) -> None:
-        """Saves what was learned, and stops the run, when a signal asks for it."""
-        if not self._interrupt.signal:
-            return
-        run.stopped_by, step = self._interrupt.signal, run.progress.step
-        files = self._save(run, f"checkpoints/step-{step:06d}/rwkv")
-        self.say(f"stopped by signal {run.stopped_by} after step {step}, saved {files}")
-
     def end_epoch(self, run: Run, record: StepRecord) -> None:
         """Tells the loss of an epoch that is complete, and saves if it is its turn."""
-        if run.progress.position % run.plan.micro_batches or run.stopped_by:
+        if run.progress.position % run.plan.micro_batches:
             return
         line = f"epoch {record.epoch}: loss {run.progress.loss:.4f}"
         if run.is_done or run.epoch % run.settings.epoch_save == 0:
             line += f", saved {self._save(run, f'rwkv-{record.epoch}')}"
         self.say(line)
+
+    def save_checkpoint(self, run: Run, record: StepRecord) -> None:
+        """Makes a checkpoint when it is due."""
+        self._try(run, self._checkpoints.require_written)
+        if self._checkpoints.is_due():
+            self._try(run, self._checkpoints.wait)
+            self._try(run, lambda: self._checkpoints.save(record))
+
+    def stop(self, run: Run, record: StepRecord) -> None:
+        """Makes a checkpoint, saves what was learned and stops the run, if a signal asks for it."""
+        if not self._interrupt.signal or run.is_done:
+            return
+        run.stopped_by, step = self._interrupt.signal, run.progress.step
+        # first of all: who sent the signal may not wait long
+        if self._checkpoints.step != step:
+            self._try(run, self._checkpoints.wait)
+            self._try(run, lambda: self._checkpoints.save(record))
+        self._try(run, self._checkpoints.wait)
+        what = f"stopped by signal {run.stopped_by} after step {step}"
+        if self._checkpoints.last:
+            command = shlex.join(["rwkv-peft", "train", "--resume", str(self._checkpoints.last)])
+            self.say(f"{what}; to go on: {command}")
+        if run.saved_step != step:
+            self.say(f"{what}, saved {self._save(run, f'{folder_name(step)}/rwkv')}")
+
+    def finish(self, run: Run) -> None:
+        """Waits for the last checkpoint."""
+        self._try(run, self._checkpoints.wait)
+
+    def _try(self, run: Run, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except CheckpointError as error:
+            if run.settings.on_save_error == "stop":
+                raise
+            self.say(
+                f"warning: no checkpoint was made: {error} (--on_save_error stop ends a run here)"
+            )
 
     def save_start(self, run: Run) -> None:
         """Saves what a run of no steps begins with."""
@@ -78,7 +146,11 @@ class Recorder:
         self.say(f"no steps to take, saved {files}")
 
     def _save(self, run: Run, name: str) -> str:
+        generators = RandomGenerators(run.device)
+        state = generators.state_dict()
         saved = run.target.save(self._folder.path / name, run.optimizer.values)
-        run.saved, run.saved_loss = saved, run.progress.loss
+        # merging attaches an adapter, which draws: a run is the same however often it saves
+        generators.load_state_dict(state)
+        run.saved, run.saved_loss, run.saved_step = saved, run.progress.loss, run.progress.step
         files = " and ".join(str(p) for p in (saved.weights, saved.adapter) if p)
         return "; ".join((files, *saved.remarks))

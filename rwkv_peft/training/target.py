@@ -10,14 +10,16 @@ from rwkv_peft.checkpoint.adapter import attach_saved, write_adapter
 from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.merge import merge
 from rwkv_peft.checkpoint.older import LegacyAdapterHints
-from rwkv_peft.checkpoint.pth import STATE_SUFFIX, write_like
+from rwkv_peft.checkpoint.pth import STATE_SUFFIX, read_weights, write_like
 from rwkv_peft.checkpoint.state import read_state, write_state
 from rwkv_peft.checkpoint.stream import Spec, write_tensors
 from rwkv_peft.checkpoint.trial import try_cycle
 from rwkv_peft.data.batching import IGNORE, Batch
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.methods import residual
 from rwkv_peft.methods.adalora import AdaLora
 from rwkv_peft.methods.attach import Attachment, attach
+from rwkv_peft.methods.buffers import Buffers
 from rwkv_peft.methods.penalty import penalty
 from rwkv_peft.methods.state import LearnedStates
 from rwkv_peft.models.base import RWKV
@@ -143,6 +145,7 @@ class Weights:
     def __init__(self, settings: Settings, model: RWKV, base: Base, steps: int) -> None:
         self._settings, self._model, self._base = settings, model, base
         self.initial_values: Mapping[str, Tensor] = {}
+        own = list(model.parameters())
         if settings.load_adapter:
             attachment, self.initial_values = attach_saved(
                 model,
@@ -168,6 +171,7 @@ class Weights:
         self.parameters: Attachment = attachment
         self.plain = attachment.plain
         self._adalora = AdaLora(attachment) if AdaLora.is_in(attachment) else None
+        self._buffers = Buffers(attachment.peft_model or model, [*own, *attachment.values()])
 
     def begin(self, values: Mapping[str, Tensor]) -> None:
         """Notes the values with which training begins."""
@@ -238,11 +242,21 @@ class Weights:
         return Saved(path, None, (f"{remark}, in {self._settings.precision}",))
 
     def state_dict(self) -> dict[str, Any]:
-        """What AdaLoRA remembers of earlier steps."""
-        return {"adalora": self._adalora.state_dict()} if self._adalora else {}
+        """What the method holds beside its trained values, and what these began as."""
+        return {
+            "first": self._first,
+            "start": self.parameters.start,
+            "buffers": self._buffers.state_dict(),
+            "adalora": self._adalora.state_dict() if self._adalora else None,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up what `state_dict` gave."""
+        self._first = state["first"]
+        self._buffers.load_state_dict(state["buffers"])
+        if start := self.parameters.start:
+            weights = read_weights(self._settings.load_model)
+            residual.begin_again(self._model, weights, start, state["start"])
         if self._adalora:
             self._adalora.load_state_dict(state["adalora"])
 
@@ -318,11 +332,12 @@ class States:
         return Saved(paths[0], None, more)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered from step to step: nothing but the states themselves."""
-        return {}
+        """What is remembered from step to step: nothing but what the states began as."""
+        return {"first": self._first}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up what `state_dict` gave."""
+        self._first = state["first"]
 
     def _names(self, batch: Batch) -> list[str]:
         return batch.states or [self.parameters.names[0]] * len(batch.tokens)

@@ -14,7 +14,7 @@ from rwkv_peft.checkpoint.pth import read_weights
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.training.choose import choose
 from rwkv_peft.training.loop import Run, run_steps
-from rwkv_peft.training.metrics import RunFolder, StepRecord
+from rwkv_peft.training.metrics import LogPlaces, RunFolder, StepRecord
 from rwkv_peft.training.prepare import find_facts, prepare_run
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -83,13 +83,27 @@ def test_a_run_taken_up_from_its_state_ends_with_the_same_bits(
         assert torch.equal(value, second.optimizer.values[name]), name
 
 
-def test_a_run_that_goes_on_appends_to_its_losses(tmp_path: Path) -> None:
-    record = StepRecord(1, 0, 1.0, 0.1, 1.0, 5, 5, 0.1, 0.05, 0)
-    for appends in (False, True):
-        with RunFolder(tmp_path, appends=appends) as folder:
-            folder.record(record)
-    lines = (tmp_path / "loss_data.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 1]
+def test_a_run_that_goes_on_cuts_its_logs_and_appends(tmp_path: Path) -> None:
+    def record(folder: RunFolder, *steps: int) -> None:
+        for step in steps:
+            folder.record(StepRecord(step, 0, 1.0, 0.1, 1.0, 5, 5, 0.1, 0.05, 0))
+            folder.log(f"line {step}")
+
+    with RunFolder(tmp_path) as folder:
+        record(folder, 1, 2)
+        lengths = folder.lengths()
+        record(folder, 3, 4)
+    for shorter in (0, 3):
+        # lines that a power cut took are cut off whole
+        lengths = {name: length - shorter for name, length in lengths.items()}
+        with RunFolder(tmp_path, places=LogPlaces(tmp_path, lengths)) as folder:
+            folder.log("said again")
+            record(folder, 5)
+        lines = (tmp_path / "loss_data.jsonl").read_text().splitlines()
+        kept = [1, 2] if not shorter else [1]
+        assert [json.loads(line)["step"] for line in lines] == [*kept, 5]
+        lines = (tmp_path / "train_log.txt").read_text().splitlines()
+        assert lines[1:] == [f"line {x}" for x in (*kept, 5)]
     assert len(list(tmp_path.glob("loss_data*"))) == 1
 
 

@@ -1,0 +1,248 @@
+"""Going on with a run that stopped: which checkpoint, whether it is the same run, and its state."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rwkv_peft.checkpoint.adapter import saved_method
+from rwkv_peft.checkpoint.fingerprint import fingerprint
+from rwkv_peft.checkpoint.tree import find_damage, read_tree, read_values
+from rwkv_peft.config import DataConfig, TrainConfig
+from rwkv_peft.data.documents import Documents
+from rwkv_peft.data.fingerprint import hash_documents
+from rwkv_peft.errors import CheckpointError, ConfigError
+from rwkv_peft.training.checkpoints import FOLDER, find_versions, list_checkpoints
+from rwkv_peft.training.choose import with_method
+from rwkv_peft.training.folder import read_settings
+from rwkv_peft.training.loop import Run
+from rwkv_peft.training.metrics import LOGS, LogPlaces
+from rwkv_peft.training.target import Saved
+
+AUTO = "auto"
+# settings that change no bit of what is learned: where and when files are written, how many threads
+# help, and what the hashes of base and data tell better than their names
+HARMLESS = {
+    "proj_dir",
+    "overwrite",
+    "resume",
+    "resume_changes",
+    "save_every_steps",
+    "save_every_minutes",
+    "keep",
+    "on_save_error",
+    "epoch_save",
+    "merge",
+    "force",
+    "strategy",
+    "num_workers",
+    "load_model",
+    *(f.name for f in fields(DataConfig)),
+}
+_DATA = [f.name for f in fields(DataConfig)]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run goes on.
+
+    Attributes:
+        config: with what was left open as the run had it.
+        folder: of the checkpoint; None: the run begins again, having made none.
+        values: of the checkpoint, tensors included; only `settings` without one.
+        lines: what a person should read first.
+    """
+
+    config: TrainConfig
+    folder: Path | None
+    values: Mapping[str, Any]
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def places(self) -> LogPlaces:
+        """Where the logs stood."""
+        if self.folder is None:
+            return LogPlaces(Path(self.config.proj_dir), dict.fromkeys(LOGS, 0))
+        return LogPlaces(self.folder.parent.parent, self.values["logs"])
+
+    def require_base(self, weights: Mapping[str, Tensor]) -> None:
+        """Raises ConfigError if these are not the weights that the run trains."""
+        now, then = fingerprint(weights), self.values.get("base")
+        if then not in (None, now) and "load_model" not in self.config.resume_changes:
+            raise ConfigError(
+                f"--resume {self.folder}: {self.config.load_model} is another base than the run's, "
+                f"{self.values['settings']['load_model']} as it was (fingerprint {now[:8]}, was "
+                f"{then[:8]}): give that file, or allow it: --resume_changes load_model"
+            )
+
+    def require_data(self, documents: Documents) -> None:
+        """Raises ConfigError if these are not the documents that the run learns."""
+        then = self.values.get("data")
+        if then is None or then == hash_documents(documents):
+            return
+        settings, config = self.values["settings"], asdict(self.config)
+        changed = [n for n in _DATA if n in settings and settings[n] != config[n]]
+        if set(changed or _DATA) & set(self.config.resume_changes):
+            return
+        what = "a file of it was changed, or another version of the program reads it otherwise"
+        if changed:
+            what = _name_changes({n: (config[n], settings[n]) for n in changed})
+        names = ",".join(changed or ["data_file"])
+        raise ConfigError(
+            f"--resume {self.folder}: the data is other than the run's: {what}. Give it as it was, "
+            f"or allow it: --resume_changes {names}"
+        )
+
+    def restore(self, run: Run) -> list[str]:
+        """Takes up the run's state, and gives what a person should read before it goes on."""
+        if self.folder is None:
+            return [*self.lines, "resume: there is no checkpoint yet, the run begins again"]
+        state = self.values["run"]
+        saved = {n: tuple(x.shape) for n, x in state["optimizer"]["values"].items()}
+        here = {n: tuple(x.shape) for n, x in run.target.parameters.items()}
+        if saved != here:
+            differ = [n for n in {**here, **saved} if saved.get(n) != here.get(n)]
+            raise ConfigError(
+                f"--resume {self.folder}: {differ[0]} is {here.get(differ[0], 'not trained')} and "
+                f"was {saved.get(differ[0], 'not trained')}, {len(differ)} tensors differ: begin a "
+                "new run, or give the method and its options as they were"
+            )
+        run.load_state_dict(state)
+        weights, adapter = (x and Path(run.settings.proj_dir, x) for x in self.values["saved"])
+        if weights or adapter:
+            run.saved = Saved(weights, adapter)
+        run.saved_loss = self.values["saved_loss"]
+        step, steps = run.progress.step, run.plan.steps
+        return [
+            *self.lines,
+            *self._compare_versions(run),
+            f"resume: goes on after step {step:,} of {steps:,}, from {self.folder}",
+        ]
+
+    def _compare_versions(self, run: Run) -> Iterator[str]:
+        now, then = find_versions(run.device), self.values["versions"]
+        changed = {n: (now.get(n), then.get(n)) for n in {**then, **now}}
+        changed = {n: pair for n, pair in changed.items() if pair[0] != pair[1]}
+        if changed:
+            yield (
+                f"resume: {_name_changes(changed)}: the run goes on where it was, but not with the "
+                "bits that it would have had there"
+            )
+
+
+def find_start(config: TrainConfig) -> Start | None:
+    """Where a run goes on that is to be resumed; None: it begins.
+
+    Raises:
+        ConfigError: `--resume` names no checkpoint, or the settings are those of another run.
+        CheckpointError: the checkpoint is damaged, or of a newer version of the program.
+    """
+    if not config.resume:
+        return None
+    folder, lines = _find_checkpoint(config)
+    if folder is None:
+        return _begin_again(config, lines)
+    values = read_tree(folder)
+    config = _fill(config, values["settings"], folder)
+    changes = _find_changes(config, values["settings"])
+    wrong = {n: x for n, x in changes.items() if n not in config.resume_changes}
+    if wrong:
+        raise ConfigError(
+            f"--resume {folder}: other settings than the run's: {_name_changes(wrong)}. Leave "
+            f"them out, or allow them: --resume_changes {','.join(wrong)}"
+        )
+    if changes:
+        lines.append(f"resume: changed by --resume_changes: {_name_changes(changes)}")
+    return Start(config, folder, values, lines)
+
+
+def find_settings(resume: str, proj_dir: str) -> dict[str, Any]:
+    """The settings of the run that `--resume` means, {} if it means none yet.
+
+    They are the defaults of a command line. Nothing is checked here.
+    """
+    folders = list_checkpoints(Path(proj_dir)) if resume == AUTO else [Path(resume)]
+    for folder in folders:
+        try:
+            settings = read_values(folder)["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return {**settings, "resume": resume, "proj_dir": proj_dir or _home(folder)}
+    settings = read_settings(Path(proj_dir)) if resume == AUTO and proj_dir else None
+    return {**settings, "resume": resume, "proj_dir": proj_dir} if settings else {}
+
+
+def _find_checkpoint(config: TrainConfig) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and a line for each that was passed over."""
+    lines: list[str] = []
+    if config.resume == AUTO:
+        for folder in list_checkpoints(Path(config.proj_dir)):
+            damage = find_damage(folder)
+            if not damage:
+                return folder, lines
+            lines.append(f"resume: {folder} is passed over: {damage}")
+        return None, lines
+    folder = Path(config.resume)
+    if not folder.is_dir():
+        what = "is no folder" if folder.exists() else "does not exist"
+        raise ConfigError(
+            f"--resume {folder} {what}: give the folder of a checkpoint, such as "
+            f"out/{FOLDER}/step-000100, or auto with the run's --proj_dir"
+        )
+    if damage := find_damage(folder):
+        whole = [x for x in list_checkpoints(folder) if not find_damage(x)]
+        hint = f"give {whole[0]}" if whole else "give an earlier one, or --resume auto"
+        raise CheckpointError(f"--resume {folder} is no whole checkpoint: {damage}: {hint}")
+    return folder, lines
+
+
+def _begin_again(config: TrainConfig, lines: list[str]) -> Start | None:
+    """The beginning of a run that was stopped before its first checkpoint, if it is this one."""
+    settings = read_settings(Path(config.proj_dir))
+    makes_them = ("save_every_steps", "save_every_minutes")
+    if settings is None or config.overwrite or not any(settings.get(n) for n in makes_them):
+        return None
+    again = _fill(config, settings, Path(config.proj_dir))
+    if _find_changes(again, settings):
+        return None
+    return Start(again, None, {"settings": settings}, lines)
+
+
+def _fill(config: TrainConfig, settings: Mapping[str, Any], folder: Path) -> TrainConfig:
+    """A config with what was left open taken from the settings of a run."""
+    given = {f.name: getattr(config, f.name) for f in fields(config)}
+    left_open = {n for n, x in given.items() if x in (None, "", AUTO)} - {"resume"}
+    if given["random_seed"] < 0:
+        left_open.add("random_seed")
+    if not given["peft_config"] and given["peft"] in (AUTO, settings.get("peft")):
+        left_open.add("peft_config")
+    filled = {n: settings[n] for n in left_open if n in settings}
+    if "proj_dir" in left_open:
+        filled["proj_dir"] = _home(folder)
+    return replace(config, **filled)
+
+
+def _home(folder: Path) -> str:
+    """The run's folder that a checkpoint lies in."""
+    if folder.absolute().parent.name != FOLDER:
+        raise ConfigError(f"--resume {folder} lies in no run's folder: give --proj_dir")
+    return str(folder.parent.parent)
+
+
+def _find_changes(
+    config: TrainConfig, settings: Mapping[str, Any]
+) -> dict[str, tuple[object, object]]:
+    """Settings that change a run, each now and then."""
+    method = saved_method(config.load_adapter) if config.load_adapter else ""
+    now = asdict(with_method(config, method))
+    return {
+        name: (now[name], value)
+        for name, value in settings.items()
+        if name in now and name not in HARMLESS and now[name] != value
+    }
+
+
+def _name_changes(changes: Mapping[str, tuple[object, object]]) -> str:
+    return ", ".join(f"{name} is {now} and was {then}" for name, (now, then) in changes.items())
