@@ -1,5 +1,6 @@
 """A micro-batch's forward and backward as a CUDA graph: one launch for its thousands of kernels."""
 
+import gc
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -230,6 +231,8 @@ class _Captured:
             # leaves, as the graph that leads from the trained states to them is made anew each time
             copies = (x.detach().clone().requires_grad_(x.requires_grad) for x in state)
             self._state = RWKVState(*copies)
+        # objects of an earlier run that are collected meanwhile would end the capture
+        gc.collect()
         with self._module.graph(
             self._graph,
             pool=self._pool,

@@ -17,7 +17,7 @@ from rwkv_peft.training.choose import Plan
 from rwkv_peft.training.metrics import StepRecord, peak_memory
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.progress import Progress, RandomGenerators
-from rwkv_peft.training.schedule import learning_rate, weight_decay
+from rwkv_peft.training.schedule import rates
 from rwkv_peft.training.settings import Settings
 from rwkv_peft.training.step import Step
 from rwkv_peft.training.target import Saved, TrainTarget
@@ -126,20 +126,7 @@ def take_step(run: Run, batches: Iterator[Batch]) -> StepRecord:
     sums = [_step(run, batch, weight or 1.0) for batch in micro_batches]
     if (penalty := run.target.penalty()) is not None:
         run.optimizer.backward(penalty)
-    lr = learning_rate(
-        progress.step,
-        total=run.plan.steps,
-        schedule=settings.lr_schedule,
-        lr_init=settings.lr_init,
-        lr_final=settings.lr_final,
-        warmup_steps=settings.warmup_steps,
-    )
-    decay = weight_decay(
-        progress.step,
-        total=run.plan.steps,
-        first=settings.weight_decay,
-        last=settings.weight_decay_final,
-    )
+    lr, decay = rates(settings, progress.step, run.plan.steps)
     norms = run.optimizer.clip(lambda: run.target.before_clipping(micro_batches))
     results = torch.cat((torch.stack(sums).to(norms), norms))
     # a device that can skip a step by itself goes on while the host waits for the results

@@ -2,8 +2,24 @@
 
 import math
 
+from rwkv_peft.training.settings import Settings
+
 # share of the steps over which `wsd` falls at the end
 WSD_DECAY = 0.2
+
+
+def rates(settings: Settings, step: int, total: int) -> tuple[float, float]:
+    """Learning rate and weight decay of optimizer step `step` (from 0) of `total`."""
+    lr = learning_rate(
+        step,
+        total=total,
+        schedule=settings.lr_schedule,
+        lr_init=settings.lr_init,
+        lr_final=settings.lr_final,
+        warmup_steps=settings.warmup_steps,
+    )
+    first, last = settings.weight_decay, settings.weight_decay_final
+    return lr, weight_decay(step, total=total, first=first, last=last)
 
 
 def learning_rate(

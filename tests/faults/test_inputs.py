@@ -263,11 +263,11 @@ def test_adapters_and_states_that_are_not_finite_are_neither_saved_nor_read(
 def test_a_run_saves_nothing_that_is_not_finite(
     peft: str, model_file: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rwkv_peft.training import loop
+    from rwkv_peft.training import schedule
 
-    rate = loop.learning_rate
+    rate = schedule.learning_rate
     steps = iter([1.0, float("inf")])
-    monkeypatch.setattr(loop, "learning_rate", lambda *a, **k: rate(*a, **k) * next(steps))
+    monkeypatch.setattr(schedule, "learning_rate", lambda *a, **k: rate(*a, **k) * next(steps))
     config = config_of(model_file, data_file, proj_dir=str(tmp_path / "out"), peft=peft)
     with pytest.raises(CheckpointError, match=r"blocks\..* holds NaN or infinity|emb.weight holds"):
         rwkv_peft.train(config)

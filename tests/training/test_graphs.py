@@ -219,3 +219,19 @@ def test_a_compiled_and_captured_run_is_near_the_plain_one_and_compiles_nothing_
     assert fast == losses(config, tmp_path, "again", compile=1, cuda_graph=1, **options)
     for one, other in zip(fast, plain, strict=True):
         assert abs(one - other) <= 0.02 * other
+
+
+@gpu
+@pytest.mark.parametrize("peft", ["lora", "none"])
+def test_a_compiled_and_captured_run_that_is_resumed_is_one_that_never_stopped(
+    peft: Any, config: TrainConfig, tmp_path: Path
+) -> None:
+    options = {"peft_config": {"r": 4, "lora_dropout": 0.1}} if peft == "lora" else {}
+    torch._dynamo.reset()
+    config = replace(config, peft=peft, peft_config={}, compile=1, cuda_graph=1, epoch_count=4)
+    config = replace(config, save_every_steps=7, keep=0, **options)
+    found = losses(config, tmp_path, "out")
+    written = (tmp_path / "out" / "rwkv-3.pth").read_bytes()
+    checkpoint = tmp_path / "out" / "checkpoints" / "step-000007"
+    assert losses(config, tmp_path, "out", resume=str(checkpoint)) == found
+    assert (tmp_path / "out" / "rwkv-3.pth").read_bytes() == written
