@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_peft.errors import CheckpointError
+from rwkv_peft.training.aside import Aside, Finished
 from rwkv_peft.training.checkpoints import Checkpoints, folder_name
 from rwkv_peft.training.folder import Claim
 from rwkv_peft.training.infctx import InfctxStep
@@ -52,8 +53,10 @@ class Recorder:
         display: Display,
         interrupt: Interrupt,
         checkpoints: Checkpoints,
+        aside: Aside,
     ) -> None:
-        self._claim, self._folder, self._checkpoints = claim, folder, checkpoints
+        self._claim, self._folder = claim, folder
+        self._checkpoints, self._aside = checkpoints, aside
         self._display, self._interrupt = display, interrupt
         self._has_begun = self._has_problem = False
         # a run that goes on leaves later checkpoints until it has taken a step of its own
@@ -74,6 +77,7 @@ class Recorder:
     def log(self, run: Run, record: StepRecord) -> None:
         """Notes every step."""
         self._begin(run)
+        self._collect(run, waits=False)
         while run.remarks:
             # the log of a run that goes on is that of one that never stopped
             (self._display.line if self._first_step else self.say)(run.remarks.pop(0))
@@ -98,13 +102,15 @@ class Recorder:
             return
         line = f"epoch {record.epoch}: loss {run.progress.loss:.4f}"
         if run.is_done or run.epoch % run.settings.epoch_save == 0:
-            line += f", saved {self._save(run, f'rwkv-{record.epoch}')}"
+            line += f", {self._save(run, f'rwkv-{record.epoch}')}"
         self.say(line)
 
     def save_checkpoint(self, run: Run, record: StepRecord) -> None:
         """Makes a checkpoint when it is due."""
         self._try(run, self._checkpoints.require_written)
         if self._checkpoints.is_due():
+            # a run that goes on from it does not save again what was saved before it
+            self._collect(run, waits=True)
             self._try(run, self._checkpoints.wait)
             self._try(run, lambda: self._checkpoints.save(record))
 
@@ -118,15 +124,16 @@ class Recorder:
             self._try(run, self._checkpoints.wait)
             self._try(run, lambda: self._checkpoints.save(record))
         self._try(run, self._checkpoints.wait)
+        self._collect(run, waits=True)
         what = f"stopped by signal {run.stopped_by} after step {step}"
         if self._checkpoints.last:
             command = shlex.join(["rwkv-peft", "train", "--resume", str(self._checkpoints.last)])
             self.say(f"{what}; to go on: {command}")
         if run.saved_step != step:
-            self.say(f"{what}, saved {self._save(run, f'{folder_name(step)}/rwkv')}")
+            self.say(f"{what}, {self._save(run, f'{folder_name(step)}/rwkv')}")
 
     def finish(self, run: Run) -> None:
-        """Waits for the last checkpoint."""
+        """Waits for the last checkpoint; the last save is written by then."""
         self._try(run, self._checkpoints.wait)
 
     def _try(self, run: Run, action: Callable[[], None]) -> None:
@@ -143,14 +150,30 @@ class Recorder:
         """Saves what a run of no steps begins with."""
         self._begin(run)
         files = self._save(run, f"rwkv-{run.settings.epoch_begin}")
-        self.say(f"no steps to take, saved {files}")
+        self.say(f"no steps to take, {files}")
 
     def _save(self, run: Run, name: str) -> str:
+        """Saves, or begins to, and says which; at the end of a run nothing goes on meanwhile."""
+        self._collect(run, waits=True)
+        stem, values = self._folder.path / name, run.optimizer.values
+        loss, step = run.progress.loss, run.progress.step
+        if not (run.is_done or run.stopped_by) and (write := run.target.put_aside(stem, values)):
+            self._aside.begin(write, loss, step)
+            return f"saving {stem} while training goes on"
         generators = RandomGenerators(run.device)
         state = generators.state_dict()
-        saved = run.target.save(self._folder.path / name, run.optimizer.values)
+        saved = run.target.save(stem, values)
         # merging attaches an adapter, which draws: a run is the same however often it saves
         generators.load_state_dict(state)
-        run.saved, run.saved_loss, run.saved_step = saved, run.progress.loss, run.progress.step
+        return self._note(run, Finished(saved, loss, step))
+
+    def _collect(self, run: Run, *, waits: bool) -> None:
+        """Tells of a save that was written aside."""
+        if finished := self._aside.collect(waits=waits):
+            self.say(self._note(run, finished))
+
+    def _note(self, run: Run, finished: Finished) -> str:
+        saved, run.saved_loss, run.saved_step = finished
+        run.saved = saved
         files = " and ".join(str(p) for p in (saved.weights, saved.adapter) if p)
-        return "; ".join((files, *saved.remarks))
+        return "; ".join((f"saved {files}", *saved.remarks))

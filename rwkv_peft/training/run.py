@@ -4,6 +4,7 @@ from rwkv_peft.config import TrainConfig
 from rwkv_peft.device import own_stream, resolve_device
 from rwkv_peft.errors import CheckpointError
 from rwkv_peft.terminal import keep_going
+from rwkv_peft.training.aside import Aside
 from rwkv_peft.training.checkpoints import Checkpoints
 from rwkv_peft.training.describe import describe_end
 from rwkv_peft.training.folder import take_folder
@@ -53,8 +54,9 @@ def train(config: TrainConfig, *, step: Step | None = None) -> Result:
             RunFolder(claim.path, places=start.places if start else None) as folder,
             Display(run.plan.steps, run.progress.step) as display,
             Checkpoints(run, folder, start.folder if start else None) as checkpoints,
+            Aside() as aside,
         ):
-            recorder = Recorder(claim, folder, display, interrupt, checkpoints)
+            recorder = Recorder(claim, folder, display, interrupt, checkpoints, aside)
             recorder.introduce(run, lines)
             interrupt.defer()
             if run.is_done and run.progress.step:

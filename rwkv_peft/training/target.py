@@ -1,20 +1,25 @@
 """What a run trains: all weights, an adapter or states, each with its files."""
 
-from collections.abc import Collection, Mapping, Sequence
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from rwkv_peft.checkpoint.adapter import attach_saved, write_adapter
+from rwkv_peft.checkpoint.adapter import attach_saved, to_saved
+from rwkv_peft.checkpoint.apart import merge_apart
 from rwkv_peft.checkpoint.fingerprint import fingerprint
-from rwkv_peft.checkpoint.merge import merge
+from rwkv_peft.checkpoint.folder import SavedAdapter, write_folder
+from rwkv_peft.checkpoint.merge import MergeReport, merge
 from rwkv_peft.checkpoint.older import LegacyAdapterHints
 from rwkv_peft.checkpoint.pth import STATE_SUFFIX, read_weights, write_like
 from rwkv_peft.checkpoint.state import read_state, write_state
 from rwkv_peft.checkpoint.stream import Spec, write_tensors
 from rwkv_peft.checkpoint.trial import try_cycle
 from rwkv_peft.data.batching import IGNORE, Batch
+from rwkv_peft.device import free_host_memory
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods import residual
 from rwkv_peft.methods.adalora import AdaLora
@@ -28,6 +33,11 @@ from rwkv_peft.training.change import NOTHING_LEARNED, digest
 from rwkv_peft.training.inputs import FileMark, find_change
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.settings import Settings
+
+# bytes of a base below which merging takes less than a second
+ASIDE = 1 << 28
+# host memory that a trained number must find free to be put aside: twice its bytes in float32
+HELD = 8
 
 
 class Saved(NamedTuple):
@@ -80,6 +90,12 @@ class TrainTarget(Protocol):
     def save(self, stem: Path, values: Mapping[str, Tensor]) -> Saved:
         """Writes the files whose names begin with `stem`."""
 
+    def put_aside(self, stem: Path, values: Mapping[str, Tensor]) -> Callable[[], Saved] | None:
+        """Copies what `save` would write to host memory, and gives its writing, for a thread.
+
+        None where that is not worth it: `save` takes a moment, or memory is short.
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """What it remembers from step to step, beside the values of its parameters."""
 
@@ -122,6 +138,10 @@ class Base:
         self.mark, self.fingerprint = mark, fingerprint(weights)
         self.specs = {name: Spec(tuple(x.shape), x.dtype) for name, x in weights.items()}
         self.states = {n: x.clone() for n, x in weights.items() if n.endswith(STATE_SUFFIX)}
+
+
+def _copy_to_host(x: Tensor) -> Tensor:
+    return x.detach().to("cpu", copy=True)
 
 
 def saved_endings(settings: Settings, names: Collection[str]) -> list[str]:
@@ -195,34 +215,61 @@ class Weights:
 
     def save(self, stem: Path, values: Mapping[str, Tensor]) -> Saved:
         """Writes `stem`.pth with all weights, and the folder `stem`-adapter of an adapter."""
-        settings, weights = self._settings, stem.with_name(stem.name + ".pth")
-        change = find_change(settings.load_model, self._base.mark)
-        remarks: tuple[str, ...] = (NOTHING_LEARNED,) if self._first == digest(values) else ()
+        remarks = self._remarks(values)
         if self.parameters.peft_model is None:
-            if change:
-                return self._save_alone(weights, values, change)
-            write_like(weights, settings.load_model, values)
-            return Saved(weights, None, remarks)
-        adapter = stem.with_name(stem.name + "-adapter")
-        write_adapter(
-            adapter,
-            self.parameters,
-            values,
-            base=settings.load_model,
-            base_fingerprint=self._base.fingerprint,
-        )
-        if not settings.merge:
+            return self._write_weights(stem, values, remarks)
+        saved = to_saved(self.parameters, values, self._base.fingerprint)
+        return self._write_adapter(stem, saved, remarks, merge)
+
+    def put_aside(self, stem: Path, values: Mapping[str, Tensor]) -> Callable[[], Saved] | None:
+        """Copies what `save` would write to host memory; None for a small base."""
+        specs, is_whole = self._base.specs, self.parameters.peft_model is None
+        trained = sum(parameter.numel() for parameter in self.parameters.values())
+        base = sum(spec.numel * spec.dtype.itemsize for spec in specs.values())
+        free = free_host_memory()
+        if base < ASIDE or (free is not None and trained * HELD > free):
+            return None
+        remarks = self._remarks(values)
+        if is_whole:
+            held = {n: _copy_to_host(values[n].to(specs[n].dtype)) for n in values}
+            return partial(self._write_weights, stem, held, remarks)
+        found = to_saved(self.parameters, values, self._base.fingerprint)
+        tensors = {n: _copy_to_host(x) for n, x in found.tensors.items()}
+        saved = found._replace(config=copy.deepcopy(found.config), tensors=tensors)
+        return partial(self._write_adapter, stem, saved, remarks, merge_apart)
+
+    def _remarks(self, values: Mapping[str, Tensor]) -> tuple[str, ...]:
+        return (NOTHING_LEARNED,) if self._first == digest(values) else ()
+
+    def _write_weights(
+        self, stem: Path, values: Mapping[str, Tensor], remarks: tuple[str, ...]
+    ) -> Saved:
+        weights = stem.with_name(stem.name + ".pth")
+        if change := find_change(self._settings.load_model, self._base.mark):
+            return self._save_alone(weights, values, change)
+        write_like(weights, self._settings.load_model, values)
+        return Saved(weights, None, remarks)
+
+    def _write_adapter(
+        self,
+        stem: Path,
+        saved: SavedAdapter,
+        remarks: tuple[str, ...],
+        merge: Callable[..., MergeReport],
+    ) -> Saved:
+        base = self._settings.load_model
+        adapter, weights = (stem.with_name(stem.name + end) for end in ("-adapter", ".pth"))
+        change = find_change(base, self._base.mark)
+        write_folder(adapter, saved, base)
+        if not self._settings.merge:
             return Saved(None, adapter, remarks)
         if change:
             failure = (
                 f"{change} while the run went on, so that nothing was merged; with the base as it "
-                f"was: rwkv-peft merge --base_model {settings.load_model} --adapter {adapter} "
-                f"--output {weights}"
+                f"was: rwkv-peft merge --base_model {base} --adapter {adapter} --output {weights}"
             )
             return Saved(None, adapter, (failure, *remarks), failure)
-        report = merge(
-            settings.load_model, adapter, weights, overwrite=True, compare=0, may_be_unchanged=True
-        )
+        report = merge(base, adapter, weights, overwrite=True, compare=0, may_be_unchanged=True)
         if not report.changed and not remarks:
             remarks = ("the merged file equals the base: --lr_init is too small to change it",)
         if report.is_lossy:
@@ -330,6 +377,9 @@ class States:
         if digest(values) == self._first:
             more += (NOTHING_LEARNED,)
         return Saved(paths[0], None, more)
+
+    def put_aside(self, stem: Path, values: Mapping[str, Tensor]) -> None:
+        """States are small: nothing is put aside."""
 
     def state_dict(self) -> dict[str, Any]:
         """What is remembered from step to step: nothing but what the states began as."""
