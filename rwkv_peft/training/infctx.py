@@ -10,15 +10,13 @@ gradient ends where a group begins; if all chunks of a row are one group, it is 
 
 from collections.abc import Callable
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rwkv_peft.data.batching import IGNORE, Batch
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.ops.autograd import once_differentiable
-from rwkv_peft.state import LayerState, RWKVState
+from rwkv_peft.state import RWKVState
 from rwkv_peft.training.borders import (
     Borders,
     BorderSizes,
@@ -27,6 +25,7 @@ from rwkv_peft.training.borders import (
     least_room,
     split,
 )
+from rwkv_peft.training.chunks import Chunks, Task, stack
 from rwkv_peft.training.progress import RandomGenerators
 from rwkv_peft.training.step import StepOutput, copy_to, forward_loss
 
@@ -40,14 +39,21 @@ class InfctxStep:
         chunk_ctx: tokens of a chunk; the last of a row may have fewer.
         bptt_chunks: chunks of a group, over which gradients go back; None: all of a row.
         room: memory for the states at the borders of a group.
+        way: takes a chunk through the model.
         after_chunk: called whenever a chunk has gone forward, and backward where it does, with how
             often one has in this micro-batch, and how often one will have.
     """
 
     def __init__(
-        self, chunk_ctx: int, bptt_chunks: int | None = 1, *, room: Room = NO_LIMIT
+        self,
+        chunk_ctx: int,
+        bptt_chunks: int | None = 1,
+        *,
+        room: Room = NO_LIMIT,
+        way: Chunks | None = None,
     ) -> None:
         self.chunk_ctx, self.bptt_chunks, self.room = chunk_ctx, bptt_chunks, room
+        self.way = way or Chunks()
         self.after_chunk: Callable[[int, int], None] = lambda done, total: None
 
     def __call__(
@@ -61,8 +67,8 @@ class InfctxStep:
         backward: Callable[[Tensor], None],
     ) -> StepOutput:
         """Takes rows through the model chunk by chunk; see `Step`."""
-        row = _Row(self, model, batch, l2wrap, lambda objective: backward(objective / divisor))
-        return StepOutput(row.learn(state), batch.num_trained)
+        task = Task(True, None, False, divisor, l2wrap, backward)
+        return StepOutput(_Row(self, model, batch, task).learn(state), batch.num_trained)
 
 
 class _Row:
@@ -73,10 +79,9 @@ class _Row:
         step: InfctxStep,
         model: RWKV,
         batch: Batch,
-        l2wrap: float,
-        backward: Callable[[Tensor], None],
+        task: Task,
     ) -> None:
-        self._model, self._l2wrap, self._backward = model, l2wrap, backward
+        self._model, self._way, self._task = model, step.way, task
         device, rows = model.emb.weight.device, len(batch.tokens)
         is_trained = (batch.targets != IGNORE).any(0)
         # what stands behind the last trained token has no part in the loss
@@ -143,34 +148,20 @@ class _Row:
 
     def _learn_chunk(self, i: int, state: RWKVState | None) -> None:
         """Takes one chunk forward and backward."""
-        given, chunk, state = self._handed_back, self._chunks[i], self._enter(i, state)
-        if self._has_loss[i] or given is None:
-            sums, layers = forward_loss(self._model, chunk, state, l2wrap=self._l2wrap)
-            objective = sums.objective
-            self._loss = self._loss + sums.cross_entropy
-        else:
-            layers = _forward(self._model, chunk, state)
-            objective = torch.zeros((), device=self._loss.device)
-        if given is None:
-            self._state = self._hand_on(i, layers)
-        else:
-            objective = _hand_back(objective, given, layers)
-        self._backward(objective)
-        is_first = i == self._start
-        self._handed_back = None if is_first or state is None else self._gradient(i, state)
+        given = self._handed_back
+        task = self._task._replace(
+            # a row without a loss has a gradient of zero, which is not no gradient
+            has_loss=self._has_loss[i] or given is None,
+            given=given,
+            is_first=i == self._start,
+        )
+        loss_sum, after, gradient = self._way.learn(self._model, self._chunks[i], state, task)
+        if loss_sum is not None:
+            self._loss = self._loss + loss_sum
+        if after is not None:
+            self._state = self._hand_on(i, after)
+        self._handed_back = None if gradient is None else self._restart(i, gradient)
         self._tell()
-
-    def _enter(self, i: int, state: RWKVState | None) -> RWKVState | None:
-        """The state before a chunk, as one that gets a gradient unless a group begins there."""
-        # there it is as it came: learned, or without a gradient
-        if state is None or i == self._start:
-            return state
-        return RWKVState(*(x.detach().requires_grad_() for x in state))
-
-    def _gradient(self, i: int, state: RWKVState) -> RWKVState:
-        """The gradient of the state before a chunk, where that is of the chunk's documents."""
-        found = (torch.zeros_like(x) if x.grad is None else x.grad for x in state)
-        return self._restart(i, RWKVState(*found))
 
     @torch.no_grad()
     def _go_on(
@@ -182,26 +173,21 @@ class _Row:
             is_logged: they never will be, so that this is where their loss is found.
         """
         for i in range(start, end):
+            chunk = self._chunks[i]
             if is_logged and self._has_loss[i]:
-                sums, layers = forward_loss(self._model, self._chunks[i], state)
+                sums, layers = forward_loss(self._model, chunk, state)
                 self._loss = self._loss + sums.cross_entropy
-            elif is_logged or not self._model.is_compiled:
-                layers = _forward(self._model, self._chunks[i], state)
+                state = self._hand_on(i, stack(layers))
             else:
-                # compiled code for a graph may round otherwise than code without: when the chunk
-                # goes forward again, its state must be the same to the bit
-                with torch.enable_grad():
-                    layers = _forward(self._model, self._chunks[i], self._enter(i, state))
-            state = self._hand_on(i, layers)
+                is_first = is_logged or i == self._start
+                after = self._way.forward(self._model, chunk, state, is_first=is_first)
+                state = self._hand_on(i, after)
             self._tell()
         return state
 
-    @torch.no_grad()
-    def _hand_on(self, i: int, layers: list[LayerState]) -> RWKVState | None:
-        """The state in which the chunk behind chunk i begins, of memory of its own."""
-        if i + 1 == len(self._chunks):
-            return None
-        return self._restart(i + 1, RWKVState.from_layers(layers))
+    def _hand_on(self, i: int, after: RWKVState) -> RWKVState | None:
+        """The state in which the chunk behind chunk i begins."""
+        return None if i + 1 == len(self._chunks) else self._restart(i + 1, after)
 
     def _restart(self, i: int, state: RWKVState) -> RWKVState:
         """The state with zeros in the rows whose document begins with chunk i."""
@@ -234,35 +220,5 @@ def _find_restarts(
     return copy_to(found, device) if found.any() else None
 
 
-def _forward(model: RWKV, chunk: Batch, state: RWKVState | None) -> list[LayerState]:
-    """The layers' states behind a chunk whose loss is not looked at."""
-    device = model.emb.weight.device
-    ids = None if chunk.segment_ids is None else copy_to(chunk.segment_ids, device)
-    _, layers = model.hidden(copy_to(chunk.tokens, device), state, segment_ids=ids)
-    return layers
-
-
 def _has_graph(state: RWKVState | None) -> bool:
     return state is not None and any(x.requires_grad for x in state)
-
-
-def _hand_back(objective: Tensor, gradients: RWKVState, layers: list[LayerState]) -> Tensor:
-    """The objective, whose backward gives the layers' states these gradients too."""
-    states = [x for layer in layers for x in layer]
-    given = [x for layer in gradients.layers() for x in layer]
-    handed: Tensor = _HandBack.apply(objective, given, *states)
-    return handed
-
-
-class _HandBack(torch.autograd.Function):
-    """Adds no <state, gradient> to the objective: the gradients have its loss scale already."""
-
-    @staticmethod
-    def forward(ctx: Any, objective, gradients, *states):  # type: ignore[no-untyped-def]
-        ctx.gradients = gradients
-        return objective.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
-        return grad, None, *ctx.gradients
