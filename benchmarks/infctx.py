@@ -3,13 +3,13 @@
     python benchmarks/infctx.py [--size 1.5b] [--chunk_ctx 4096] [--output FILE.md]
 
 Random bf16 weights of a released shape, random tokens, one row, LoRA of rank 32, whole optimizer
-steps. First loss and gradient of a whole row and of exact chunks are compared with those of a whole
-row in float64: nothing is measured if chunks are off by more than twice as much as the whole row.
-Then: both ways at one length (--compared);
-rows of rising --lengths, truncated and exact, whose peak should not rise but by the states at the
-borders; one very long row (--long), exact. Peaks are of allocated tensors; the host's is of pinned
-memory. Results are written after each part, as a table and, beside it, as FILE.json. On a CPU,
-where nobody counts memory, only time is measured.
+steps; with --cuda_graph 1 they are captured. First loss and gradient of a whole row and of exact
+chunks are compared with those of a whole row in float64: nothing is measured if chunks are off by
+more than twice as much as the whole row. Then: both ways at one length (--compared), blocks of the
+whole row being recomputed; rows of rising --lengths, truncated and exact, whose peak should not
+rise but by the states at the borders; one very long row (--long), exact. Peaks are of allocated
+tensors; the host's is of pinned memory. Results are written after each part, as a table and, beside
+it, as FILE.json. On a CPU, where nobody counts memory, only time is measured.
 """
 
 import argparse
@@ -24,10 +24,12 @@ from gpu_step import timed_step as timed
 from report import report
 
 from rwkv_peft.data.batching import Batch
-from rwkv_peft.device import free_host_memory, free_memory
+from rwkv_peft.device import free_host_memory, free_memory, own_stream
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.training.borders import BorderSizes
+from rwkv_peft.training.chunk_graphs import GraphedChunks
+from rwkv_peft.training.graphs import GraphedStep
 from rwkv_peft.training.infctx import InfctxStep
 from rwkv_peft.training.memory import room_for_borders
 from rwkv_peft.training.optim import Optimizer
@@ -52,20 +54,23 @@ COLUMNS = {
 class Bench:
     """A model with an adapter, and what was measured of it."""
 
-    def __init__(self, size: str, op: str, chunk_ctx: int) -> None:
+    def __init__(self, size: str, op: str, chunk_ctx: int, *, is_captured: bool) -> None:
         self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
         self.size, self.chunk_ctx, self.vocab_size = size, chunk_ctx, SIZES[size][-1]
         self.room = room_for_borders(self.device, free_memory(self.device), free_host_memory())
         self.model: RWKV = make_model(size, op, self.device)
         self.optimizer: Optimizer = make_optimizer(self.model, "lora")
+        self.optimizer.keeps_gradients = is_captured
+        self.chunks = GraphedChunks(self.device, chunk_ctx) if is_captured else None
         self.found: list[dict[str, Any]] = []
 
-    def step(self, way: str) -> Step:
-        """Whole rows with recompute, or chunks without."""
+    def step(self, way: str, tokens: int) -> Step:
+        """Whole rows with recompute, or chunks without, as they are or captured."""
         self.model.grad_cp = way == "whole, recomputed"
         if self.model.grad_cp:
-            return full_step
-        return InfctxStep(self.chunk_ctx, 1 if way == "truncated" else None, room=self.room)
+            return GraphedStep(self.device, tokens) if self.chunks else full_step
+        group = 1 if way == "truncated" else None
+        return InfctxStep(self.chunk_ctx, group, room=self.room, way=self.chunks)
 
     def check(self, tokens: int) -> dict[str, float]:
         """Errors of loss and gradient of a whole row and of exact chunks, as parts.
@@ -80,7 +85,11 @@ class Bench:
         batch = random_batch(1, tokens, self.vocab_size)
         loss, gradient = self.exact(batch)
         errors = {}
-        for way, step in {"whole": full_step, "chunks": InfctxStep(tokens // 4, None)}.items():
+        ways = {"whole": full_step, "chunks": InfctxStep(tokens // 4, None)}
+        if self.chunks:
+            captured = GraphedChunks(self.device, tokens // 8)
+            ways["chunks"] = InfctxStep(tokens // 8, None, way=captured)
+        for way, step in ways.items():
             output = step(
                 self.model,
                 batch,
@@ -119,7 +128,7 @@ class Bench:
 
     def measure(self, way: str, tokens: int, steps: int = 1) -> dict[str, Any]:
         """Seconds of the last of some steps, and peaks of memory over all."""
-        step, has_peak = self.step(way), self.device.type == "cuda"
+        step, has_peak = self.step(way, tokens), self.device.type == "cuda"
         if has_peak:
             torch.accelerator.empty_cache()
             torch.accelerator.reset_peak_memory_stats()
@@ -164,9 +173,9 @@ def line(row: dict[str, Any]) -> str:
 
 def parts(bench: Bench, options: argparse.Namespace) -> Iterator[str]:
     """Measures part after part, and says what each shows."""
-    bench.measure("exact", options.compared)
+    # what is laid out at first calls, or captured, is not timed
     exact = bench.measure("exact", options.compared, 2)
-    whole = bench.measure("whole, recomputed", options.compared, 2)
+    whole = bench.measure("whole, recomputed", options.compared, 4 if options.cuda_graph else 2)
     yield (
         f"Exact chunks take {exact['seconds'] / whole['seconds']:.3f} times as long as a whole row "
         f"of {options.compared:,} tokens whose blocks are recomputed."
@@ -189,7 +198,7 @@ def parts(bench: Bench, options: argparse.Namespace) -> Iterator[str]:
 
 
 def main() -> None:
-    """Prints the table, and writes it to files if asked."""
+    """Reads what to measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="1.5b", choices=list(SIZES))
     parser.add_argument("--op", default="auto")
@@ -198,13 +207,22 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768, 262144])
     parser.add_argument("--long", type=int, default=1048576, help="0: no such row")
     parser.add_argument("--long_steps", type=int, default=2)
+    parser.add_argument("--cuda_graph", type=int, choices=[0, 1], default=0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    bench = Bench(options.size, options.op, options.chunk_ctx)
+    # where graphs can be captured
+    with own_stream(torch.accelerator.current_accelerator() or torch.device("cpu")):
+        measure_all(options)
+
+
+def measure_all(options: argparse.Namespace) -> None:
+    """Prints the table of all parts, and writes it to files if asked."""
+    bench = Bench(options.size, options.op, options.chunk_ctx, is_captured=bool(options.cuda_graph))
     errors = bench.check(min(options.chunk_ctx, 1024))
     head = [
         f"{device_name()}, torch {torch.__version__}, {options.size}, op {bench.model.op.name}, "
-        f"LoRA of rank 32, chunks of {options.chunk_ctx:,} tokens",
+        f"LoRA of rank 32, chunks of {options.chunk_ctx:,} tokens, "
+        + ("captured as CUDA graphs" if options.cuda_graph else "not captured"),
         "",
         "Errors against float64: " + ", ".join(f"{n} {x:.1e}" for n, x in errors.items()) + ".",
     ]

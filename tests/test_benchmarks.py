@@ -146,7 +146,7 @@ def test_rows_in_chunks_are_measured_beside_whole_ones(
     monkeypatch.setattr(sys, "argv", ["infctx.py", *line, "--output", str(tmp_path / "report.md")])
     infctx.main()
     found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert [row["chunks"] for row in found["rows"]] == [2, 2, 1, 1, 2, 3, 1, 2, 3, 4]
+    assert [row["chunks"] for row in found["rows"]] == [2, 1, 1, 2, 3, 1, 2, 3, 4]
     assert all(0 <= error < 1e-4 for error in found["errors"].values())
     assert "Exact chunks take " in (tmp_path / "report.md").read_text(encoding="utf-8")
 

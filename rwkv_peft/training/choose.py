@@ -225,9 +225,8 @@ def _choose_step(chooser: _Chooser, facts: Facts, positions: int) -> None:
     values, missing = chooser.values, missing_compiler(facts.device)
     if missing and values["compile"] == 1:
         raise ConfigError(f"--compile 1 needs {missing}: install it, or give --compile 0")
-    if values["cuda_graph"] == 1 and (not has_graphs(facts.device) or _is_infctx(values)):
-        what = "rows in chunks" if _is_infctx(values) else f"{facts.device.type}"
-        raise ConfigError(f"--cuda_graph 1 is not for {what}: give --cuda_graph 0")
+    if values["cuda_graph"] == 1 and not has_graphs(facts.device):
+        raise ConfigError(f"--cuda_graph 1 is not for {facts.device.type}: give --cuda_graph 0")
     is_long = facts.num_weights * positions >= LONG_RUN
     if facts.device.type == "cpu":
         compiles, reason = False, "on a CPU it seldom pays"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rwkv_peft.data.batching import IGNORE, Batch
 from rwkv_peft.loss import LossSums, head_loss
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.state import RWKVState
+from rwkv_peft.state import LayerState, RWKVState
 from rwkv_peft.training.step import StepOutput, copy_to
 
 # of one shape, that run before it is captured: what is compiled, tuned or laid out at a first call
@@ -91,7 +91,7 @@ class GraphedStep:
         backward: Callable[[Tensor], None],
     ) -> "_Captured | None":
         """The graph of a shape; None if its kernels cannot be captured, as when one waits."""
-        if model.grad_cp and not model.is_compiled and _draws(model):
+        if model.grad_cp and not model.is_compiled and draws(model):
             # a recomputed block must draw again what it drew, which a graph cannot
             self._is_captured = False
             return None
@@ -184,14 +184,27 @@ def _choose_positions(is_trained: Tensor) -> Tensor | None:
     return torch.cat((is_trained.nonzero().squeeze(1), others))
 
 
-def _draws(model: RWKV) -> bool:
+def draws(model: RWKV) -> bool:
     """Whether a model draws random numbers in training."""
     return any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
 
 
-def _forward(model: RWKV, inputs: Inputs, state: RWKVState | None, l2wrap: float) -> LossSums:
-    """The loss sums of a micro-batch, of which the objective is divided already."""
-    hidden, _ = model.hidden(inputs.tokens, state, segment_ids=inputs.segment_ids)
+def forward_inputs(
+    model: RWKV,
+    inputs: Inputs,
+    state: RWKVState | None,
+    l2wrap: float,
+    *,
+    has_loss: bool = True,
+) -> tuple[LossSums | None, list[LayerState]]:
+    """Loss sums of a micro-batch, whose objective is divided already, and the layers' last states.
+
+    Args:
+        has_loss: some position is trained; None in place of the sums if not.
+    """
+    hidden, layers = model.hidden(inputs.tokens, state, segment_ids=inputs.segment_ids)
+    if not has_loss:
+        return None, layers
     rows = hidden.flatten(0, 1)
     if inputs.trained is not None:
         rows = rows.index_select(0, inputs.trained)
@@ -203,7 +216,13 @@ def _forward(model: RWKV, inputs: Inputs, state: RWKVState | None, l2wrap: float
         l2wrap=l2wrap,
         is_compiled=model.is_compiled,
     )
-    return LossSums(sums.objective / inputs.divisor, sums.cross_entropy)
+    return LossSums(sums.objective / inputs.divisor, sums.cross_entropy), layers
+
+
+def _forward(model: RWKV, inputs: Inputs, state: RWKVState | None, l2wrap: float) -> LossSums:
+    sums, _ = forward_inputs(model, inputs, state, l2wrap)
+    assert sums is not None
+    return sums
 
 
 class _Captured:

@@ -21,8 +21,9 @@ from rwkv_peft.models.compile import compile_blocks
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.ops.dispatch import Request
 from rwkv_peft.ops.selfcheck import require_right
-from rwkv_peft.training.borders import Room
 from rwkv_peft.training.choose import Plan, choose
+from rwkv_peft.training.chunk_graphs import GraphedChunks
+from rwkv_peft.training.chunks import Chunks
 from rwkv_peft.training.describe import (
     describe_chunks,
     describe_model,
@@ -86,18 +87,16 @@ def prepare_run(
     optimizer.load(target.initial_values)
     target.begin(optimizer.values)
     lines = list(_describe(plan, facts.model_config, model, checked, _count(base), target))
-    if step is None and settings.is_infctx:
-        room = room_for_borders(facts.device, facts.memory, free_host_memory())
-        lines += describe_chunks(plan, model, room)
-        step = make_infctx_step(settings, room)
     remarks: list[str] = []
     if settings.compile:
         compile_model(settings, model, plan.batches, remarks)
-    if step is None and (settings.compile or settings.cuda_graph):
-        step = make_graphed_step(settings, facts.device, optimizer, remarks)
+    if step is None:
+        step = make_step(settings, facts, optimizer, remarks)
+    if isinstance(step, InfctxStep):
+        lines += describe_chunks(plan, model, step.room)
     if claim:
         lines += describe_space(settings, claim.path, _count(target.parameters))
-    run = Run(plan, model, target, optimizer, step or full_step, remarks=remarks)
+    run = Run(plan, model, target, optimizer, step, remarks=remarks)
     return run, lines + (start.restore(run) if start else [])
 
 
@@ -132,12 +131,6 @@ def load_base(settings: Settings, facts: Facts, base: Mapping[str, Tensor]) -> R
     return model
 
 
-def make_infctx_step(settings: Settings, room: Room) -> InfctxStep:
-    """The step of a run whose rows go through the model in chunks."""
-    group = None if settings.bptt_chunks == "all" else settings.bptt_chunks
-    return InfctxStep(settings.chunk_ctx, group, room=room)
-
-
 def compile_model(settings: Settings, model: RWKV, batches: Batches, remarks: list[str]) -> None:
     """Has the blocks of a model compiled in the first steps; remarks are made if that fails."""
     dynamic = None if settings.is_infctx else not batches.is_static
@@ -150,18 +143,28 @@ def compile_model(settings: Settings, model: RWKV, batches: Batches, remarks: li
     )
 
 
-def make_graphed_step(
-    settings: Settings, device: torch.device, optimizer: Optimizer, remarks: list[str]
-) -> GraphedStep:
-    """The step of a run whose micro-batches have few shapes, each captured if asked."""
+def make_step(settings: Settings, facts: Facts, optimizer: Optimizer, remarks: list[str]) -> Step:
+    """The step of a run: whole rows or chunks, as they are or in few shapes that are captured."""
 
     def fail(why: str) -> None:
         optimizer.forget()
         remarks.append(f"steps cannot be captured as graphs, and run as they are: {why}")
 
+    device, is_captured = facts.device, bool(settings.cuda_graph)
     # the gradients of a state are computed outside of the graph
-    optimizer.keeps_gradients = bool(settings.cuda_graph) and settings.peft != "state"
-    is_captured = bool(settings.cuda_graph)
+    optimizer.keeps_gradients = is_captured and settings.peft != "state"
+    is_plain = not (settings.compile or settings.cuda_graph)
+    if settings.is_infctx:
+        group = None if settings.bptt_chunks == "all" else settings.bptt_chunks
+        way = Chunks()
+        if not is_plain:
+            way = GraphedChunks(
+                device, settings.chunk_ctx, is_captured=is_captured, on_failure=fail
+            )
+        room = room_for_borders(device, facts.memory, free_host_memory())
+        return InfctxStep(settings.chunk_ctx, group, room=room, way=way)
+    if is_plain:
+        return full_step
     return GraphedStep(device, settings.ctx_len, is_captured=is_captured, on_failure=fail)
 
 

@@ -23,6 +23,7 @@ from rwkv_peft.models.compile import compile_blocks
 from rwkv_peft.state import RWKVState
 from rwkv_peft.training.borders import BorderSizes, Room, count_passes, least_room, split
 from rwkv_peft.training.choose import choose
+from rwkv_peft.training.chunk_graphs import GraphedChunks
 from rwkv_peft.training.infctx import InfctxStep
 from rwkv_peft.training.memory import guess_memory
 from rwkv_peft.training.prepare import find_facts
@@ -578,3 +579,96 @@ def test_a_flag_that_means_nothing_is_refused(
 ) -> None:
     done = cli("train", model_file, data_file, *flags.split())
     assert (done.code, done.err) == (2, f"error: {message}\n")
+
+
+class Repeated:
+    """In place of a CUDA graph: runs its function again on the same tensors."""
+
+    def __init__(self, device: Any, pool: Any, function: Any, given: list[Tensor | None]) -> None:
+        self._function, self._given = function, given
+
+    def replay(self, given: Any) -> list[Tensor | None]:
+        with torch.no_grad():
+            for own, x in zip(self._given, given, strict=True):
+                assert (own is None) == (x is None)
+                if own is not None:
+                    own.grad = None
+                    assert own.shape == x.shape and own.dtype == x.dtype
+                    own.copy_(x)
+        with torch.enable_grad():
+            return [None if x is None else x.clone() for x in self._function(self._given)]
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+@pytest.mark.parametrize("bptt_chunks", [2, None])
+@pytest.mark.parametrize(("method", "packed"), [("none", True), ("lora", False), ("state", False)])
+def test_chunks_in_few_shapes_give_the_same_gradients(
+    method: str,
+    packed: bool,
+    bptt_chunks: int | None,
+    is_captured: bool,
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rwkv_peft.training.chunk_graphs.Captured", Repeated)
+    model, trained = make("x070", method)
+    batches = [make_batch(packed=packed, seed=seed) for seed in range(3)]
+    plain = InfctxStep(CHUNK, bptt_chunks)
+    way = GraphedChunks(torch.device("cpu"), CHUNK, is_captured=False)
+    way._is_captured = is_captured
+    step = InfctxStep(CHUNK, bptt_chunks, way=way)
+    for batch in batches:
+        expected = gradients(plain, model, trained, batch)
+        assert_same(gradients(step, model, trained, batch), expected)
+    assert (way.num_graphs > 1) == is_captured
+    # the first, an inner and the last chunk of a group, with several numbers of trained tokens
+    assert way.num_graphs <= 12
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["lora", "none", "state"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_captured_chunks_give_the_bits_of_their_kernels(
+    version: str, method: str, make_model_file: Callable[..., Path]
+) -> None:
+    device = torch.device("cuda")
+    path = make_model_file(**VERSIONS[version])
+    model = rwkv_peft.load_model(path, device=device, dtype="bfloat16").train()
+    torch.manual_seed(1)
+    trained: dict[str, Tensor]
+    if method == "state":
+        trained = LearnedStates(model, ("a", "b"))
+        for parameter in trained.values():
+            parameter.data.normal_(0, 0.1)
+    else:
+        options = {"lora_dropout": 0.2} if method == "lora" else {}
+        trained = dict(attach(model, method, METHODS[method] | options))  # type: ignore[arg-type]
+    found = []
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for is_captured in (False, True):
+            way = GraphedChunks(device, CHUNK, is_captured=is_captured)
+            step = InfctxStep(CHUNK, None, way=way, room=Room(0, 1 << 30))
+            for parameter in trained.values():
+                parameter.grad = None
+            torch.manual_seed(2)
+            for seed in range(4):
+                for parameter in trained.values():
+                    if parameter.grad is not None:
+                        parameter.grad.zero_()
+                batch = make_batch(packed=method != "state", seed=seed)
+                state = trained.rows(batch.states) if isinstance(trained, LearnedStates) else None
+                output = step(
+                    model,
+                    batch,
+                    state=state,
+                    divisor=DIVISOR,
+                    l2wrap=1e-3,
+                    backward=Tensor.backward,
+                )
+            grads = {n: x.grad.clone() for n, x in trained.items() if x.grad is not None}
+            found.append((output.loss_sum.item(), grads))
+        assert way.num_graphs > 1
+    (loss, expected), (other, got) = found
+    assert other == loss and got.keys() == expected.keys()
+    for name, x in expected.items():
+        assert torch.equal(got[name], x), name
