@@ -87,8 +87,8 @@ def describe_chunks(plan: Plan, model: RWKV, room: Room) -> Iterable[str]:
     borders = BorderSizes(model.model_config, batches.micro_bsz, settings.dtype, device)
     most = max(borders.count(room), least_room(group))
     held, passes = min(group - 1, most), count_passes(group, most) / group
-    group_is = "the chunk" if group == 1 else f"each {group:,} chunks"
-    way = "the row" if group == count else group_is
+    of_group = "each chunk" if group == 1 else f"each group of {group:,}"
+    way = "the row" if group == count else of_group
     yield (
         f"chunks: rows of up to {sizes.max():,} tokens go through in chunks of "
         f"{settings.chunk_ctx:,} ({count:,}), gradients back to the beginning of {way} "
@@ -118,12 +118,12 @@ def _time_token(model: RWKV, settings: Settings) -> float:
     """Seconds that a token of a chunk takes to go forward."""
     device = model.emb.weight.device
     is_cpu = device.type == "cpu"
-    # a CPU is busy with few tokens
-    width = min(settings.chunk_ctx, settings.ctx_len, 64 if is_cpu else settings.chunk_ctx)
-    tokens = torch.zeros((settings.micro_bsz, width), dtype=torch.int64, device=device)
+    # a CPU is busy with few tokens, and its first call does little more than others
+    width = min(settings.chunk_ctx, settings.ctx_len, 128 if is_cpu else settings.chunk_ctx)
     was_training = model.training
     model.eval()
-    for _ in range(2):
+    for length in (16 if is_cpu else width, width):
+        tokens = torch.zeros((settings.micro_bsz, length), dtype=torch.int64, device=device)
         started = time.perf_counter()
         model.hidden(tokens)
         if not is_cpu:

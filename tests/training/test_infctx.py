@@ -546,7 +546,7 @@ def test_a_run_says_its_chunks_before_and_while_it_goes(
     assert done.code == 0, done.err
     assert (
         "chunks: rows of up to 600 tokens go through in chunks of 150 (4), gradients back to the "
-        "beginning of each 2 chunks (--bptt_chunks 2)\n"
+        "beginning of each group of 2 (--bptt_chunks 2)\n"
     ) in done.err
     kept = r"\nchunks: 1 states between chunks are kept at a time, \S+ MiB on the host; "
     assert re.search(kept + r"a chunk goes forward 1\.5 times\n", done.err)
