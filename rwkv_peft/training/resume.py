@@ -214,6 +214,7 @@ def _fill(config: TrainConfig, settings: Mapping[str, Any], folder: Path) -> Tra
     """A config with what was left open taken from the settings of a run."""
     given = {f.name: getattr(config, f.name) for f in fields(config)}
     left_open = {n for n, x in given.items() if x in (None, "", AUTO)} - {"resume"}
+    left_open |= {n for n in ("chunk_ctx", "bptt_chunks") if not given[n]}
     if given["random_seed"] < 0:
         left_open.add("random_seed")
     if not given["peft_config"] and given["peft"] in (AUTO, settings.get("peft")):

@@ -1,6 +1,7 @@
 """Rows that go through the model in chunks: truncated and exact gradients."""
 
 import re
+import signal
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -411,9 +412,9 @@ def run(
         grad_cp=0,
     )
 
-    def start(name: str, **changes: Any) -> tuple[Any, dict[str, Tensor]]:
-        result = train(replace(base, proj_dir=str(tmp_path / name), **changes))
-        return result, read_weights(result.weights)
+    def start(name: str, step: Step | None = None, **changes: Any) -> tuple[Any, dict[str, Tensor]]:
+        result = train(replace(base, proj_dir=str(tmp_path / name), **changes), step=step)
+        return result, read_weights(result.weights) if result.weights else {}
 
     return start
 
@@ -672,3 +673,25 @@ def test_captured_chunks_give_the_bits_of_their_kernels(
     assert other == loss and got.keys() == expected.keys()
     for name, x in expected.items():
         assert torch.equal(got[name], x), name
+
+
+@pytest.mark.parametrize("chunks", [{}, {"chunk_ctx": 24, "bptt_chunks": "all"}])
+def test_a_run_in_chunks_goes_on_where_it_was_stopped(chunks: dict[str, Any], run: Run) -> None:
+    changes = {"peft": "lora", "peft_config": {"r": 4, "lora_dropout": 0.2}, **chunks}
+    changes |= {"train_type": "infctx", "epoch_count": 2}
+    whole, expected = run("whole", **changes)
+    count, step = 0, InfctxStep(24, None) if chunks else InfctxStep(512, 1)
+
+    def stopping(*args: Any, **options: Any) -> StepOutput:
+        nonlocal count
+        count += 1
+        if count == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*args, **options)
+
+    first, _ = run("parts", step=stopping, **changes)
+    assert first.signal == signal.SIGTERM and first.steps == 2 < whole.steps
+    torch.manual_seed(99)
+    result, found = run("parts", resume="auto", **changes)
+    assert result.steps == whole.steps
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
