@@ -162,7 +162,7 @@ class Bench:
 
 def host_peak() -> int:
     """Most bytes of pinned memory on the host since its peak was reset."""
-    return int(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0))
+    return int(torch.cuda.host_memory_stats().get("active_bytes.peak", 0))
 
 
 def line(row: dict[str, Any]) -> str:

@@ -43,6 +43,8 @@ class GraphedChunks(Chunks):
         """
         self._device, self._chunk_ctx, self._is_captured = device, chunk_ctx, is_captured
         self._on_failure = on_failure
+        # graphs read it as long as they live
+        self._zero = torch.zeros((), device=device)
         self._seen: Counter[tuple[object, ...]] = Counter()
         self._graphs: dict[tuple[object, ...], Captured] = {}
         self._pool = torch.get_device_module(device).graph_pool_handle() if is_captured else None
@@ -76,8 +78,7 @@ class GraphedChunks(Chunks):
 
     def learn(self, model: RWKV, chunk: Batch, state: RWKVState | None, task: Task) -> Learned:
         """Forward, loss and backward of a chunk; see `Chunks`."""
-        size = len(Inputs._fields)
-        zero = torch.zeros((), device=self._device)
+        size, zero = len(Inputs._fields), self._zero
 
         def run(given: list[Tensor | None]) -> list[Tensor | None]:
             inputs, before = Inputs(*given[:size]), as_state(given[size : size + 3])  # type: ignore[arg-type]
