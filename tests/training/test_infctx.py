@@ -601,8 +601,10 @@ class Repeated:
 
 
 @pytest.mark.parametrize("is_captured", [False, True])
-@pytest.mark.parametrize("bptt_chunks", [2, None])
-@pytest.mark.parametrize(("method", "packed"), [("none", True), ("lora", False), ("state", False)])
+@pytest.mark.parametrize(
+    ("method", "packed", "bptt_chunks"),
+    [("none", True, None), ("lora", False, 2), ("state", False, None)],
+)
 def test_chunks_in_few_shapes_give_the_same_gradients(
     method: str,
     packed: bool,
