@@ -41,7 +41,8 @@ HARMLESS = {
     "load_model",
     *(f.name for f in fields(DataConfig)),
 }
-_DATA = [f.name for f in fields(DataConfig)]
+# those that say which documents are learned
+_DATA = [f.name for f in fields(DataConfig) if f.name not in ("data_cache", "prepare_workers")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,8 @@ class Start:
             return
         settings, config = self.values["settings"], asdict(self.config)
         changed = [n for n in _DATA if n in settings and settings[n] != config[n]]
+        # a file that was moved explains nothing
+        changed = [n for n in changed if n != "data_file"] or changed
         if set(changed or _DATA) & set(self.config.resume_changes):
             return
         what = "a file of it was changed, or another version of the program reads it otherwise"
