@@ -13,6 +13,7 @@ from torch import Tensor
 from rwkv_peft.data.batching import Batch, load
 from rwkv_peft.errors import TrainingError
 from rwkv_peft.models.base import RWKV
+from rwkv_peft.training.checks import require_finite_step, require_gradient
 from rwkv_peft.training.choose import Plan
 from rwkv_peft.training.metrics import StepRecord, peak_memory
 from rwkv_peft.training.optim import Optimizer
@@ -134,9 +135,9 @@ def take_step(run: Run, batches: Iterator[Batch]) -> StepRecord:
     if is_ahead:
         run.optimizer.step(lr, decay, is_finite=results.isfinite().all(), after=after_step)
     losses, grad_norm = _read(results, len(sums))
-    _require_finite(run, micro_batches, losses, grad_norm)
+    require_finite_step(micro_batches, losses, grad_norm, progress.step + 1, settings)
     if progress.step == 0 and weight and grad_norm == 0:
-        _require_gradient(run)
+        require_gradient(run.target.parameters)
     if not is_ahead:
         run.optimizer.step(lr, decay, is_finite=math.isfinite(grad_norm), after=after_step)
 
@@ -189,34 +190,3 @@ def _read(results: Tensor, count: int) -> tuple[list[float], float]:
     """The losses and the gradient's norm on the host: the one wait for the device in a step."""
     values = results.tolist()
     return values[:count], math.hypot(*values[count:])
-
-
-def _require_finite(
-    run: Run, micro_batches: list[Batch], losses: list[float], grad_norm: float
-) -> None:
-    for batch, loss in zip(micro_batches, losses, strict=True):
-        if not math.isfinite(loss):
-            raise _not_finite(run, f"the loss is {loss}", batch.lines)
-    if not math.isfinite(grad_norm) and not run.optimizer.uses_loss_scale:
-        lines = [line for batch in micro_batches for line in batch.lines]
-        raise _not_finite(run, f"the gradient is {grad_norm}", lines)
-
-
-def _require_gradient(run: Run) -> None:
-    """Ends a run in whose first step no trained tensor got a gradient: it would learn nothing."""
-    # rows of an embedding have one in the steps in which their tokens occur
-    names = [n for n in run.target.parameters if "trainable_tokens" not in n]
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise TrainingError(
-            f"the gradient of the first step is zero: {', '.join(names[:3])}{more} got none, and "
-            "nothing would be learned. Try other --peft_config or --train_parts"
-        )
-
-
-def _not_finite(run: Run, what: str, lines: list[int]) -> TrainingError:
-    return TrainingError(
-        f"{what} at step {run.progress.step + 1}, in the rows from lines "
-        f"{', '.join(map(str, lines))} of {run.settings.data_file}: nothing of this step was "
-        "learned. Try a lower --lr_init, or --precision bf16 in place of fp16"
-    )
