@@ -51,7 +51,9 @@ def compile_blocks(
             except (TorchDynamoException, InductorError) as error:
                 if on_failure is None:
                     raise
-                on_failure(str(error).strip().splitlines()[0])
+                # its second line, where the first says only in which part of the compiler
+                first, *others = str(error).strip().splitlines()
+                on_failure(others[0] if first.endswith(":") and others else first)
         model.compiled = None
         return model.run_block(*args)
 

@@ -18,7 +18,7 @@ from rwkv_peft.training.step import StepOutput, copy_to
 # is then there, and shapes that come seldom cost no capture
 UNCAPTURED = 2
 # graphs that are kept; shapes beyond that run as they are
-MAX_GRAPHS = 48
+MAX_GRAPHS = 24
 # parts of a micro-batch's positions, to whose multiples the number of trained ones is filled up
 HEAD_PARTS = 8
 

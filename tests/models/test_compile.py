@@ -100,6 +100,22 @@ def test_blocks_that_are_alike_share_their_code_and_lengths_too_if_asked(
         assert counters["stats"]["unique_graphs"] == 2
 
 
+def test_blocks_that_cannot_be_compiled_run_as_they_are_and_the_reason_is_told(
+    make_model_file: Callable[..., Path],
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    model, trained = load(make_model_file(), "lora")
+    batch, told = make_batch(2, 20, packed=True), []
+    plain = gradients(model, trained, batch)
+    compile_blocks(model, backend=broken, on_failure=told.append)  # type: ignore[arg-type]
+    require_equal(gradients(model, trained, batch), plain, 0)
+    assert len(told) == 1
+    assert "no compiler here" in told[0]
+    assert not model.is_compiled
+
+
 @pytest.mark.slow
 def test_the_compiler_itself_keeps_to_the_error_budget_of_float32(
     make_model_file: Callable[..., Path],

@@ -213,12 +213,12 @@ def test_a_compiled_and_captured_run_is_near_the_plain_one_and_compiles_nothing_
     options = {"dataload": dataload, "ctx_len": 128, "epoch_count": 60}
     plain = losses(config, tmp_path, "plain", **options)
     fast = losses(config, tmp_path, "fast", compile=1, cuda_graph=1, **options)
-    # of the first block, of the others, and of the loss
-    assert counters["stats"]["unique_graphs"] <= 4
+    # of the first block, of the others, and of the loss for few and for many rows
+    assert counters["stats"]["unique_graphs"] <= 6
     assert len(plain) >= 200
     assert fast == losses(config, tmp_path, "again", compile=1, cuda_graph=1, **options)
     for one, other in zip(fast, plain, strict=True):
-        assert abs(one - other) <= 0.02 * other
+        assert abs(one - other) <= 0.05
 
 
 @gpu
