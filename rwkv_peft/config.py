@@ -24,6 +24,7 @@ POSITIVE = ["ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_save"]
 NOT_NEGATIVE = ["chunk_ctx", "epoch_count", "epoch_steps", "epoch_begin", "lr_init", "lr_final"]
 NOT_NEGATIVE += ["save_every_steps", "save_every_minutes", "keep"]
 NOT_NEGATIVE += ["warmup_steps", "num_workers", "weight_decay", "grad_clip", "l2wrap", "adam_eps"]
+NOT_NEGATIVE += ["val_every_steps", "early_stopping_patience"]
 DataType = Literal[
     "auto",
     "jsonl",
@@ -216,6 +217,20 @@ class TrainConfig(DataConfig):
     epoch_save: int = 1
     """Save after every so many epochs, and after the last."""
 
+    val_file: str = ""
+    """Files or folders to evaluate on before the first step, in training and at each epoch's end,
+    as in data_file; they are not trained."""
+    val_split: float = 0.0
+    """In its place: the share of all documents that is kept aside, chosen by a hash of their
+    texts."""
+    val_every_steps: int = 0
+    """Evaluate after every so many optimizer steps too."""
+    val_prompts: str = ""
+    """File of prompts that are continued at each evaluation by the likeliest tokens: texts, one a
+    line, or JSON rows with a "prompt" or a "user"'s turn."""
+    early_stopping_patience: int = 0
+    """End the run after so many evaluations in a row without a new best; 0: never."""
+
     lr_init: float | None = None
     """Learning rate at the start; 0 with --lr_final 0 moves nothing."""
     lr_final: float | None = None
@@ -307,6 +322,7 @@ class TrainConfig(DataConfig):
             raise ConfigError("--resume_changes needs --resume: auto, or a checkpoint's folder")
         if self.resume == "auto" and not self.proj_dir:
             raise ConfigError("--resume auto needs --proj_dir: the folder of the run")
+        self._require_validation()
         if self.epoch_unit == "samples" and not self.epoch_steps:
             raise ConfigError("--epoch_unit samples needs --epoch_steps: how many documents to use")
         if self.dataload == "only" and self.micro_bsz not in (None, 1):
@@ -323,6 +339,25 @@ class TrainConfig(DataConfig):
             )
         if self.peft in ("none", "state") and self.peft_config:
             raise ConfigError("--peft_config needs a method: give --peft lora, or leave it out")
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether documents are kept aside, on which the best of a run is found."""
+        return bool(self.val_file or self.val_split)
+
+    def _require_validation(self) -> None:
+        """Raises ConfigError if what is said of evaluation lacks something to evaluate."""
+        if not 0 <= self.val_split < 1:
+            raise ConfigError(f"--val_split must lie in [0, 1), got {self.val_split}")
+        if self.val_file and self.val_split:
+            raise ConfigError("--val_file and --val_split exclude each other: give one of them")
+        if self.early_stopping_patience and not self.is_evaluated:
+            raise ConfigError("--early_stopping_patience needs --val_file or --val_split")
+        if self.val_every_steps and not (self.is_evaluated or self.val_prompts):
+            raise ConfigError(
+                "--val_every_steps has nothing to evaluate: give --val_file, --val_split or "
+                "--val_prompts"
+            )
 
     def require_files(self) -> None:
         """Raises ConfigError unless both files are named, and that of the model exists."""

@@ -1,3 +1,4 @@
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +8,13 @@ import pytest
 import torch
 
 import rwkv_peft
-from rwkv_peft.assets import BASE_MODEL
-from rwkv_peft.cli.demo import answer, held_out_loss, questions
+from rwkv_peft.assets import BASE_MODEL, HELD_OUT_DIALOGUES
+from rwkv_peft.cli.demo import answer, questions
 from rwkv_peft.cli.main import main
+from rwkv_peft.config import DataConfig
+from rwkv_peft.data.prepare import read_documents
+from rwkv_peft.models.base import RWKV
+from rwkv_peft.training.evaluate import evaluate_loss
 
 # a headword in capitals, its part of speech, a definition, the closing phrase
 HABIT = re.compile(
@@ -24,11 +29,25 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(code=main(["demo", "--proj_dir", str(folder)]), folder=folder)
 
 
+def held_out_loss(model: RWKV) -> float:
+    documents = read_documents(
+        DataConfig(data_file=str(HELD_OUT_DIALOGUES)),
+        rwkv_peft.Tokenizer(model.model_config.vocab_size),
+    )
+    loss, num_tokens = evaluate_loss(model, documents)
+    return loss / num_tokens
+
+
 def test_the_demo_at_least_halves_the_loss_on_dialogues_kept_aside(demo: SimpleNamespace) -> None:
     assert demo.code == 0
     before = held_out_loss(rwkv_peft.load_model(BASE_MODEL))
     after = held_out_loss(rwkv_peft.load_model(demo.folder / "rwkv-2.pth"))
     assert after <= before / 2
+    lines = (demo.folder / "val_data.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert losses[0] == pytest.approx(before, rel=1e-4)
+    # the merged file is rounded to bf16
+    assert losses[-1] == pytest.approx(after, rel=1e-2)
 
 
 def test_the_tuned_model_has_the_habit_and_the_base_has_not(demo: SimpleNamespace) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rwkv_peft.assets import BASE_MODEL, DIALOGUES, HELD_OUT_DIALOGUES
 from rwkv_peft.cli.parse import parse
-from rwkv_peft.config import DataConfig, Switch, TrainConfig
+from rwkv_peft.config import Switch, TrainConfig
 from rwkv_peft.printing import print_text
 from rwkv_peft.terminal import drop_unwritten, keep_going
 
@@ -57,23 +57,22 @@ def _run(options: DemoOptions) -> int:
         "Devil's\n"
         "Dictionary does: a headword in capitals, its kind, a definition, a closing phrase.\n"
     )
-    before = load_model(BASE_MODEL, device=device)
-    loss_before = held_out_loss(before)
     folder = nullcontext(options.proj_dir) if options.proj_dir else new_folder("demo")
     with folder as proj_dir:
         result = train(_train_config(options, str(proj_dir)))
     if result.signal or result.weights is None:
         return 128 + result.signal
+    before = load_model(BASE_MODEL, device=device)
     after = load_model(result.weights, device=device)
-    loss_after = held_out_loss(after)
+    losses = [x.loss for x in result.evaluations if x.loss is not None]
 
     print_text("\nThe same questions, about words that were not in the dialogues:")
     for question in questions(NUM_SHOWN):
         print_text(f"\n{question}\n  before: {answer(before, question)}")
         print_text(f"  after:  {answer(after, question)}")
     print_text(
-        f"\nLoss on {_count(HELD_OUT_DIALOGUES)} dialogues kept aside: {loss_before:.2f} before, "
-        f"{loss_after:.2f} after (nats per token).\n"
+        f"\nLoss on {_count(HELD_OUT_DIALOGUES)} dialogues kept aside: {losses[0]:.2f} before, "
+        f"{losses[-1]:.2f} after (nats per token).\n"
         f"The tuned model is {result.weights}; talk with it:\n"
         f"  rwkv-peft chat {result.weights} --temperature 0.5"
     )
@@ -84,6 +83,7 @@ def _train_config(options: DemoOptions, proj_dir: str) -> TrainConfig:
     return TrainConfig(
         load_model=str(BASE_MODEL),
         data_file=str(DIALOGUES),
+        val_file=str(HELD_OUT_DIALOGUES),
         proj_dir=proj_dir,
         overwrite=options.overwrite,
         peft="lora",
@@ -96,19 +96,6 @@ def _train_config(options: DemoOptions, proj_dir: str) -> TrainConfig:
         precision="fp32",
         random_seed=0,
     )
-
-
-def held_out_loss(model: "RWKV") -> float:
-    """Mean loss per token on the dialogues kept aside, in nats."""
-    from rwkv_peft.data.prepare import read_documents
-    from rwkv_peft.data.tokenizer import Tokenizer
-    from rwkv_peft.training.evaluate import evaluate_loss
-
-    documents = read_documents(
-        DataConfig(data_file=str(HELD_OUT_DIALOGUES)), Tokenizer(model.model_config.vocab_size)
-    )
-    loss, num_tokens = evaluate_loss(model, documents)
-    return loss / num_tokens
 
 
 def questions(count: int) -> list[str]:

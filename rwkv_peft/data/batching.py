@@ -81,6 +81,7 @@ class Batches:
         ctx_len: most positions of a row.
         micro_bsz: rows of a micro-batch.
         accumulate: micro-batches of an optimizer step; 'pad' gives it rows of similar lengths.
+        keeps_width: a static batch has `micro_bsz` rows also where there are not as many.
         rank, world_size: which share of each position's rows this process takes.
     Raises:
         DataError: no row has a token to train.
@@ -96,6 +97,7 @@ class Batches:
         seed: int,
         is_shuffled: bool,
         accumulate: int = 1,
+        keeps_width: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -112,7 +114,8 @@ class Batches:
         self.rows_of_pass = _count_rows(self.layouts, documents.shares)
         self.num_rows = sum(self.rows_of_pass)
         # a batch is never wider than the data
-        self.micro_bsz = min(micro_bsz, -(-self.num_rows // world_size))
+        is_kept = keeps_width and self.is_static
+        self.micro_bsz = micro_bsz if is_kept else min(micro_bsz, -(-self.num_rows // world_size))
         self._rows_of_step = micro_bsz * accumulate * world_size
         self.draw_rows = lru_cache(maxsize=2)(self._draw_rows)
 

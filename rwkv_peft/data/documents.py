@@ -96,6 +96,7 @@ class Documents:
         weights: (tokens,) float32 or uint8, the loss weight of each token as a target, 0 if it is
             masked; None: all 1. A document's first token is never a target, whatever its weight.
         states: (documents,) name of the state that each trains, "" for none; None: no names.
+        chosen: indices of the documents that are used, rising, which alone are counted; None: all.
         report: what was read and what was left out.
     """
 
@@ -108,39 +109,63 @@ class Documents:
     shares: tuple[float, ...] | None = None
     weights: NDArray[np.float32] | NDArray[np.uint8] | None = None
     states: NDArray[np.str_] | None = None
+    chosen: NDArray[np.int64] | None = None
     report: Report = Report()
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.indices)
+
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        """The documents that are used."""
+        return np.arange(len(self.lines)) if self.chosen is None else self.chosen
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Tokens of each document that is used."""
+        sizes = np.diff(self.starts)
+        return sizes if self.chosen is None else sizes[self.chosen]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents that are used."""
+        return int(self.sizes.sum())
 
     @property
     def num_targets(self) -> int:
         """Tokens that follow another token of their document, masked or not."""
-        return len(self.tokens) - len(self)
+        return self.num_tokens - len(self)
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the states that the documents train; empty if they name none."""
+        return set() if self.states is None else set(self.states[self.indices].tolist())
 
     @property
     def num_trained(self) -> int:
         """Targets whose loss weight is not 0."""
         if self.weights is None:
             return self.num_targets
-        first = np.count_nonzero(self.weights[self.starts[:-1]])
-        return int(np.count_nonzero(self.weights) - first)
+        is_trained, starts = self.weights != 0, self.starts[:-1]
+        counts = np.add.reduceat(is_trained, starts, dtype=np.int64) - is_trained[starts]
+        return int(counts[self.indices].sum())
 
     @property
     def longest(self) -> int:
         """Most targets in one document."""
-        return int(np.diff(self.starts).max()) - 1
+        return int(self.sizes.max()) - 1
 
     @property
     def groups(self) -> list[tuple[str, NDArray[np.int64]]]:
         """Name and documents of each part of a mixture; without shares all documents are one."""
         entries = self.entries or tuple((path, 1) for path in self.paths)
         if self.shares is None:
-            return [(", ".join(name for name, _ in entries), np.arange(len(self)))]
+            return [(", ".join(name for name, _ in entries), self.indices)]
         found, start = [], 0
+        sources = self.sources[self.indices]
         for name, count in entries:
-            is_in = (self.sources >= start) & (self.sources < start + count)
-            found.append((name, np.flatnonzero(is_in)))
+            is_in = (sources >= start) & (sources < start + count)
+            found.append((name, self.indices[is_in]))
             start += count
         return found
 
@@ -150,15 +175,5 @@ class Documents:
 
 
 def first_documents(documents: Documents, count: int) -> Documents:
-    """The first `count` documents, or all if there are fewer; arrays are views."""
-    end = documents.starts[min(count, len(documents))]
-    weights, states = documents.weights, documents.states
-    return replace(
-        documents,
-        tokens=documents.tokens[:end],
-        starts=documents.starts[: count + 1],
-        lines=documents.lines[:count],
-        sources=documents.sources[:count],
-        weights=None if weights is None else weights[:end],
-        states=None if states is None else states[:count],
-    )
+    """The first `count` documents, or all if there are fewer."""
+    return replace(documents, chosen=documents.indices[:count])

@@ -107,10 +107,6 @@ class Encoder:
             vocabulary=tokenizer.vocabulary,
         )
         self.dtype = np.dtype(np.uint16 if tokenizer.num_tokens <= 1 << 16 else np.int32)
-        # bytes of each token
-        self._lengths = np.zeros(tokenizer.num_tokens, dtype=np.int64)
-        for token, text in tokenizer.vocabulary.items():
-            self._lengths[token] = len(text)
 
     @property
     def trains_all_text(self) -> bool:
@@ -252,7 +248,7 @@ class Encoder:
         if mask.is_all and all(piece.weight == 1 for piece in pieces):
             return None
         spans, weight_of_end = mask.find_spans(pieces)
-        weights = weigh_tokens(ids, self._lengths, spans)
+        weights = weigh_tokens(ids, self.tokenizer.token_sizes, spans)
         if ids[-1] == self.tokenizer.eod:
             weights[-1] = weight_of_end
         return weights
@@ -261,7 +257,7 @@ class Encoder:
         """Tokens of the start of a text that no text behind it can change, and the rest."""
         data = text.encode()
         ids = self.tokenizer.encode(text)
-        ends = np.cumsum(self._lengths[ids]) if ids else np.zeros(0, dtype=np.int64)
+        ends = np.cumsum(self.tokenizer.token_sizes[ids]) if ids else np.zeros(0, dtype=np.int64)
         count = int(np.searchsorted(ends, len(data) - LONGEST_TOKEN, side="right"))
         # a token may end inside a character, where a text cannot be cut
         while count and ends[count - 1] < len(data) and data[ends[count - 1]] & 0xC0 == 0x80:

@@ -26,6 +26,8 @@ def hash_documents(documents: Documents) -> str:
         "sources": (documents.sources, "<i4"),
         "weights": (documents.weights, "<f4"),
     }
+    if documents.chosen is not None:
+        arrays["chosen"] = (documents.chosen, "<i8")
     for name, (array, dtype) in arrays.items():
         sha256.update(f"{name}{-1 if array is None else len(array)};".encode())
         for start in range(0, 0 if array is None else len(array), _BLOCK):

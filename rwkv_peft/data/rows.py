@@ -127,25 +127,33 @@ def pack_rows(slices: Rows, ctx_len: int, make_rng: MakeRng) -> Layout:
 
 
 def cut_windows(documents: Documents, chosen: Indices, ctx_len: int, make_rng: MakeRng) -> Layout:
-    """The layout of windows of `ctx_len`, cut from the documents end to end.
+    """The layout of windows of `ctx_len`, cut from the chosen documents end to end.
 
     The documents are read as a ring, so that every token is read once wherever the first window
     begins; a generator draws another beginning for every pass.
 
     Args:
-        chosen: (documents chosen,) indices of documents that follow one another.
+        chosen: (documents chosen,) indices, rising.
     """
-    start, end = int(documents.starts[chosen[0]]), int(documents.starts[chosen[-1] + 1])
-    size = end - start
+    # where documents follow one another their tokens do: such a run begins at `run_starts` in the
+    # tokens, and at `run_places` in the ring
+    is_first = np.diff(chosen, prepend=-2) > 1
+    places = np.cumsum(np.append(0, np.diff(documents.starts)[chosen]))
+    run_starts, run_places = documents.starts[chosen[is_first]], places[:-1][is_first]
+    size = int(places[-1])
     num_rows = -(-size // ctx_len)
 
     def draw_rows(number: int) -> Rows:
         rng = make_rng(number) if make_rng else None
         offset = int(rng.integers(size)) if rng else 0
         cuts = np.append(np.arange(num_rows) * ctx_len, size) + offset
-        # the window that reaches the end of the ring goes on at its beginning, as a second slice
-        edges = np.union1d(cuts, size)
-        first, length = start + edges[:-1] % size, np.diff(edges)
+        # a window that reaches the end of a run goes on at the beginning of the next, and behind
+        # the last at that of the first, as another slice
+        borders = np.concatenate([run_places, run_places + size])
+        edges = np.union1d(cuts, borders[(borders > cuts[0]) & (borders < cuts[-1])])
+        place, length = edges[:-1] % size, np.diff(edges)
+        run = np.searchsorted(run_places, place, side="right") - 1
+        first = run_starts[run] + place - run_places[run]
         document = np.searchsorted(documents.starts, first, side="right") - 1
         begins = np.searchsorted(edges, cuts)
         rows = Rows(begins, document, first, length)

@@ -65,18 +65,29 @@ class Source(NamedTuple):
         return sum(file.stat().st_size for file in self.files)
 
 
-def find_sources(data_file: str, data_type: str = "auto") -> list[Source]:
+def find_sources(
+    data_file: str, data_type: str = "auto", *, flag: str = "data_file"
+) -> list[Source]:
     """The files of --data_file: one, or several as a.jsonl,b.jsonl or a.jsonl:0.7,b.jsonl:0.3.
 
     An ending may be left out: of the pair of binidx, with _text_document too, and .jsonl. A folder
     stands for its files, each of the kind that its ending tells.
 
+    Args:
+        flag: that names them, for messages.
     Raises:
         ConfigError: a file is missing, a folder holds none, or some files have shares and others
             none.
     """
     if not data_file:
         raise ConfigError("no data given: rwkv-peft train model.pth data.jsonl")
+    try:
+        return _find_sound(data_file, data_type)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--data_file", f"--{flag}", 1)) from error
+
+
+def _find_sound(data_file: str, data_type: str) -> list[Source]:
     sources = list(_find_each(data_file, data_type))
     for source in sources:
         _require_kind(source)

@@ -5,11 +5,14 @@ import codecs
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import accumulate, pairwise
 from operator import index
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rwkv_peft.errors import ConfigError, DataError
 
@@ -100,6 +103,14 @@ class Tokenizer:
     def vocabulary(self) -> Mapping[int, bytes]:
         """Bytes of every id."""
         return self._tables.pieces
+
+    @cached_property
+    def token_sizes(self) -> NDArray[np.int64]:
+        """(V,) bytes of the text of each id; 0 for the end-of-document token."""
+        sizes = np.zeros(max(self.num_tokens, self.vocab_size), dtype=np.int64)
+        for token, text in self.vocabulary.items():
+            sizes[token] = len(text)
+        return sizes
 
     # built again where it is unpickled: the tables are large, and the package's path may differ
     def __reduce__(self) -> tuple[partial["Tokenizer"], tuple[()]]:

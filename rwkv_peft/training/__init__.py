@@ -21,10 +21,16 @@ step is a few launches for all of them. Float32 tensors are stepped as they are;
 gradient, such as a state that no row of the step begins with, does not move, while in a buffer that
 has a gradient a tensor without one counts as zeros.
 
+**Evaluation** (`validation`, `validator`) lays held-out documents out as those of training, so that
+shapes are the same, and leaves weights, generators and the mode of the model as they were. What
+later evaluations depend on, the list of the earlier ones, is in `Run.state_dict()`.
+
 **A run's folder** (`proj_dir`) holds `config.yaml` (all settings), `train_log.txt`,
 `loss_data.jsonl` (a `metrics.StepRecord` a line; the names that users plot stay), after epoch k
 `rwkv-{k}.pth` (the merged model, the full model or the state) and `rwkv-{k}-adapter/` in peft's
-format, `merge_report.json` of the last merge, and in `checkpoints/step-NNN/` what a run that was
-interrupted had learned. `folder` takes it before anything is read, locks it while the run lasts,
-and refuses one that holds a run; nothing is written before the first step is done.
+format, `rwkv-best…` alike of the best evaluation, `val_data.jsonl` and `val_samples.jsonl` (a
+`validation.Evaluation` or `Sample` a line), `merge_report.json` of the last merge, and in
+`checkpoints/step-NNN/` what a run that was interrupted had learned. `folder` takes it before
+anything is read, locks it while the run lasts, and refuses one that holds a run; nothing is written
+before the first step is done.
 """

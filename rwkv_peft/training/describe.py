@@ -5,10 +5,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from rwkv_peft.data.batching import Batches
+from rwkv_peft.data.documents import Documents
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.training.borders import BorderSizes, Room, count_passes, least_room
@@ -39,10 +39,10 @@ def describe_plan(plan: Plan) -> Iterable[str]:
     settings, batches = plan.settings, plan.batches
     yield from (f"chosen: {c.name} = {c.value} ({c.reason})" for c in plan.choices)
     documents = batches.documents
-    split = int((np.diff(documents.starts) - 1 > settings.ctx_len).sum())
+    split = int((documents.sizes - 1 > settings.ctx_len).sum())
     is_split = split and settings.dataload != "get"
     yield (
-        f"data: {len(documents):,} documents, {len(documents.tokens):,} tokens, "
+        f"data: {len(documents):,} documents, {documents.num_tokens:,} tokens, "
         f"{documents.num_trained:,} of them trained in each pass"
         + (f"; {split:,} longer than ctx_len are split" if is_split else "")
     )
@@ -158,6 +158,20 @@ def _describe_shares(batches: Batches) -> Iterable[str]:
             f"mixture: {name} gives {count:,} rows of a pass ({100 * count / batches.num_rows:.1f} "
             f"%), {count / layout.num_rows:.2f} times what it holds"
         )
+
+
+def describe_validation(settings: Settings, documents: Documents | None) -> Iterable[str]:
+    """What is evaluated and when, in a line for a person."""
+    if documents is None:
+        return
+    every = settings.val_every_steps
+    yield (
+        f"validation: {len(documents):,} documents, {documents.num_tokens:,} tokens, "
+        f"{documents.num_trained:,} of them counted, before the first step"
+        + (f", every {every:,} steps" if every else "")
+        + " and at each epoch's end"
+    )
+    yield from documents.report.describe(documents.paths)
 
 
 def describe_space(settings: Settings, folder: Path, num_trained: int) -> Iterable[str]:

@@ -40,12 +40,14 @@ _LOCKED_BYTE = 1 << 20
 _HELD = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}
 # logs that are kept: a later run appends to them, or renames them
 _KEPT = ("train_log.txt", "merge_report.json")
+_KEPT_ALIKE = ("loss_data", "val_data", "val_samples")
 _PLACES = ("*", "rwkv-*-adapter/*", "checkpoints/step-*/*", "checkpoints/step-*/rwkv-adapter/*")
 _NAME = re.compile(
-    r"(?P<log>(config\.yaml|train_log\.txt|loss_data(-\d+)?\.jsonl|template\.jinja)"
+    r"(?P<log>(config\.yaml|train_log\.txt|template\.jinja"
+    r"|(loss_data|val_data|val_samples)(-\d+)?\.jsonl)"
     r"|(checkpoints/step-\d+/)?merge_report\.json)"
     r"|checkpoints/step-\d+/(manifest\.json|run\.json|tensors\.safetensors)"
-    r"|(checkpoints/step-\d+/rwkv|rwkv-(?P<epoch>\d+))"
+    r"|(checkpoints/step-\d+/rwkv|rwkv-(best|(?P<epoch>\d+)))"
     r"(\.pth|-(?P<state>.+)\.pth"
     r"|-adapter/(adapter_config\.json|adapter_model\.safetensors|rwkv_peft\.json))",
     re.DOTALL,
@@ -132,9 +134,10 @@ class Claim:
     def _require_no_file(self, settings: Settings, endings: Collection[str]) -> None:
         results = set(_list_contents(self.path).results)
         epochs = range(settings.epoch_begin, settings.epoch_begin + settings.epoch_count)
+        numbers = [*map(str, epochs), *["best"] * settings.is_evaluated]
         for path in self.path.glob("rwkv-*"):
-            found = re.fullmatch(r"rwkv-(\d+)(.*)", path.name, re.DOTALL)
-            if not found or int(found[1]) not in epochs or found[2] not in endings:
+            found = re.fullmatch(r"rwkv-(best|\d+)(.*)", path.name, re.DOTALL)
+            if not found or found[1] not in numbers or found[2] not in endings:
                 continue
             # of a folder all would be replaced, also what a user laid into it
             lost = {p for p in (path, *path.rglob("*")) if p.is_symlink() or not p.is_dir()}
@@ -308,7 +311,7 @@ def _list_contents(folder: Path) -> Contents:
                 found.results.append(path)
         elif is_own:
             (found.logs if parts["log"] else found.results).append(path)
-        elif path.name not in _KEPT and not path.name.startswith("loss_data"):
+        elif path.name not in _KEPT and not path.name.startswith(_KEPT_ALIKE):
             found.strangers.append(path)
     return found
 

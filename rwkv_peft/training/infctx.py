@@ -87,9 +87,9 @@ class _Row:
         # what stands behind the last trained token has no part in the loss
         width = int(is_trained.nonzero().max()) + 1 if is_trained.any() else 1
         starts = range(0, width, step.chunk_ctx)
-        self._chunks = [_window(batch, slice(at, at + step.chunk_ctx)) for at in starts]
+        self._chunks = [cut_window(batch, slice(at, at + step.chunk_ctx)) for at in starts]
         self._has_loss = [bool(part.any()) for part in is_trained.split(step.chunk_ctx)]
-        self._restarts = [_find_restarts(batch.segment_ids, at, device) for at in starts]
+        self._restarts = [find_restarts(batch.segment_ids, at, device) for at in starts]
         self._group = step.bptt_chunks or len(starts)
         sizes = BorderSizes(model.model_config, rows, model.emb.weight.dtype, device)
         least = least_room(min(self._group, len(starts)))
@@ -199,7 +199,7 @@ class _Row:
         self._after_chunk(self._done, self._total)
 
 
-def _window(batch: Batch, window: slice) -> Batch:
+def cut_window(batch: Batch, window: slice) -> Batch:
     """Some positions of all rows."""
     weights, ids = batch.weights, batch.segment_ids
     return batch._replace(
@@ -210,9 +210,7 @@ def _window(batch: Batch, window: slice) -> Batch:
     )
 
 
-def _find_restarts(
-    segment_ids: Tensor | None, position: int, device: torch.device
-) -> Tensor | None:
+def find_restarts(segment_ids: Tensor | None, position: int, device: torch.device) -> Tensor | None:
     """(B,) bool: the rows in which a further document begins at a position; None: in no row."""
     if segment_ids is None or position == 0:
         return None

@@ -13,9 +13,10 @@ from rwkv_peft.errors import ConfigError
 from rwkv_peft.guard import find_clash
 
 # what a run writes whatever its epochs; its template is copied, if at all, onto itself
-_FIXED = ("config.yaml", "train_log.txt", "loss_data.jsonl", "merge_report.json", "checkpoints")
-# the weights, state or adapter of an epoch
-_OF_EPOCH = re.compile(r"rwkv-(0|[1-9]\d*)(|-.+?)(\.pth|-adapter)", re.IGNORECASE)
+_FIXED = ["config.yaml", "train_log.txt", "loss_data.jsonl", "merge_report.json", "checkpoints"]
+_FIXED += ["val_data.jsonl", "val_samples.jsonl"]
+# the weights, state or adapter of an epoch, or of the best evaluation
+_OF_EPOCH = re.compile(r"rwkv-(best|0|[1-9]\d*)(|-.+?)(\.pth|-adapter)", re.IGNORECASE)
 
 
 class FileMark(NamedTuple):
@@ -47,8 +48,12 @@ def find_change(path: str | Path, mark: FileMark) -> str:
 def find_inputs(config: TrainConfig) -> list[Path]:
     """The files and folders that a run reads."""
     names = [config.load_model, config.load_adapter, str(config.peft_config.get("pissa_init", ""))]
-    data = [file for x in find_sources(config.data_file, config.data_type) for file in x.files]
+    sources = find_sources(config.data_file, config.data_type)
+    if config.val_file:
+        sources += find_sources(config.val_file, config.data_type, flag="val_file")
+    data = [file for source in sources for file in source.files]
     names += [config.template] if Path(config.template).is_file() else []
+    names += [config.val_prompts]
     return [Path(name) for name in names if name] + data
 
 
@@ -63,8 +68,10 @@ def list_outputs(config: TrainConfig, folder: str | Path) -> Iterator[Path]:
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         if found := _OF_EPOCH.fullmatch(name):
             epoch, state, ending = found.groups()
-            written = Path(folder, f"rwkv-{epoch}{state}{ending.lower()}")
-            if first <= int(epoch) <= last and written.exists():
+            written = Path(folder, f"rwkv-{epoch.lower()}{state}{ending.lower()}")
+            is_best = epoch.lower() == "best"
+            is_written = config.is_evaluated if is_best else first <= int(epoch) <= last
+            if is_written and written.exists():
                 yield written
 
 

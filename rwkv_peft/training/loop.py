@@ -22,6 +22,7 @@ from rwkv_peft.training.schedule import rates
 from rwkv_peft.training.settings import Settings
 from rwkv_peft.training.step import Step
 from rwkv_peft.training.target import Saved, TrainTarget
+from rwkv_peft.training.validation import Validation
 
 
 @dataclass(slots=True)
@@ -34,6 +35,8 @@ class Run:
         saved_step: optimizer steps that had been taken then.
         stopped_by: number of the signal that ends it after this step, 0 if none does.
         remarks: what came up during a step, to be told to the user after it.
+        validation: what is evaluated while it goes on, None if nothing is.
+        best: files of the best evaluation, None before the end.
     """
 
     plan: Plan
@@ -47,6 +50,8 @@ class Run:
     saved_step: int = 0
     stopped_by: int = 0
     remarks: list[str] = field(default_factory=list)
+    validation: Validation | None = None
+    best: Saved | None = None
 
     @property
     def settings(self) -> Settings:
@@ -61,8 +66,9 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        """Whether all steps are taken."""
-        return self.progress.step >= self.plan.steps
+        """Whether all steps are taken, or more would not make it better."""
+        is_enough = self.validation is not None and self.validation.is_enough
+        return is_enough or self.progress.step >= self.plan.steps
 
     @property
     def epoch(self) -> int:
@@ -79,6 +85,7 @@ class Run:
             "target": self.target.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": RandomGenerators(self.device).state_dict(),
+            "validation": self.validation.state_dict() if self.validation else {},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -87,6 +94,8 @@ class Run:
         self.target.load_state_dict(state["target"])
         self.optimizer.load_state_dict(state["optimizer"])
         RandomGenerators(self.device).load_state_dict(state["random"])
+        if self.validation:
+            self.validation.load_state_dict(state["validation"])
 
 
 AfterStep = Callable[[Run, StepRecord], None]

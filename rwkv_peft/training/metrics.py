@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -17,9 +17,13 @@ from rwkv_peft.config import TEMPLATE_FILE
 from rwkv_peft.printing import escape, print_text
 from rwkv_peft.terminal import Unbreakable
 from rwkv_peft.training.settings import Settings
+from rwkv_peft.training.validation import Evaluation, Sample
 from rwkv_peft.writing import atomic_file, flush
 
-LOGS = ("loss_data.jsonl", "train_log.txt")
+# a line a step, an evaluation and an answer; and what was printed
+LOSSES, EVALUATIONS, SAMPLES = "loss_data.jsonl", "val_data.jsonl", "val_samples.jsonl"
+LOG = "train_log.txt"
+LOGS = (LOSSES, EVALUATIONS, SAMPLES, LOG)
 # without a terminal, at most one line of progress in so many seconds
 PLAIN_INTERVAL = 10.0
 
@@ -64,8 +68,8 @@ class LogPlaces(NamedTuple):
 class RunFolder:
     """The logs of a run in `proj_dir`, which are not made before the first step is recorded.
 
-    Losses of an earlier run are renamed, not overwritten. A run that goes on appends to its own
-    logs, as they were where it goes on: what was written after that is cut off.
+    Lines of JSON of an earlier run are renamed, not overwritten. A run that goes on appends to its
+    own logs, as they were where it goes on: what was written after that is cut off.
 
     Args:
         places: of the logs of a run that goes on.
@@ -74,8 +78,10 @@ class RunFolder:
     def __init__(self, folder: str | Path, *, places: LogPlaces | None = None) -> None:
         self.path = Path(folder)
         self._places = places
-        self._losses, self._log = (_GrowingFile(self.path / name) for name in LOGS)
-        self._waiting: list[str] | None = [f"run begins {time.strftime('%Y-%m-%d %H:%M:%S')}"]
+        self._files = {name: _GrowingFile(self.path / name) for name in LOGS}
+        started = f"run begins {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        self._waiting: list[tuple[str, str]] | None = [(LOG, started)]
+        self._introduction = 1
 
     def write_config(self, settings: Settings) -> None:
         """Saves all settings as config.yaml, which `--config` reads again.
@@ -98,50 +104,64 @@ class RunFolder:
     @property
     def problem(self) -> str:
         """Why lines wait to be written, such as a full disk; "" if none does."""
-        return self._losses.problem or self._log.problem
+        return next((file.problem for file in self._files.values() if file.problem), "")
 
     def log(self, line: str) -> None:
         """Appends a line to train_log.txt."""
-        if self._waiting is None:
-            self._log.append(line)
-        else:
-            self._waiting.append(line)
+        self._append(LOG, line)
+
+    def introduce(self) -> None:
+        """Takes what was logged so far for an introduction, which a log that goes on has."""
+        self._introduction = len(self._waiting or ())
 
     def begin(self) -> None:
         """Makes the logs, and writes what was logged so far."""
         if self._waiting is None:
             return
-        for file in (self._losses, self._log):
+        for name, file in self._files.items():
             if self._places:
-                _cut(self._places.folder / file.path.name, file.path, self._places.lengths)
-            elif file is self._losses and file.path.exists():
+                _cut(self._places.folder / name, file.path, self._places.lengths)
+            elif name != LOG and file.path.exists():
                 file.path.rename(free_name(file.path))
-        # a log that goes on has them
-        for line in [] if self._places and any(self._places.lengths.values()) else self._waiting:
-            self._log.append(line)
-        self._waiting = None
+        goes_on = self._places and any(self._places.lengths.values())
+        waiting, self._waiting = self._waiting[self._introduction if goes_on else 0 :], None
+        for name, line in waiting:
+            self._append(name, line)
 
     def lengths(self) -> dict[str, int]:
         """Bytes of each log so far, by name."""
-        return {file.path.name: file.length for file in (self._losses, self._log)}
+        return {name: file.length for name, file in self._files.items()}
 
     def flush(self) -> None:
         """Has the disk take in what was written to the logs."""
-        for file in (self._losses, self._log):
+        for file in self._files.values():
             if file.path.exists():
                 flush(file.path)
 
     def record(self, record: StepRecord) -> None:
         """Appends a step to loss_data.jsonl."""
         self.begin()
-        self._losses.append(json.dumps(asdict(record)))
+        self._append(LOSSES, json.dumps(asdict(record)))
+
+    def record_evaluation(self, evaluation: Evaluation | None, samples: Sequence[Sample]) -> None:
+        """Appends an evaluation to val_data.jsonl, and answers to val_samples.jsonl."""
+        if evaluation:
+            self._append(EVALUATIONS, json.dumps(asdict(evaluation)))
+        for sample in samples:
+            self._append(SAMPLES, json.dumps(sample._asdict(), ensure_ascii=False))
+
+    def _append(self, name: str, line: str) -> None:
+        if self._waiting is None:
+            self._files[name].append(line)
+        else:
+            self._waiting.append((name, line))
 
     def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._losses.close()
-        self._log.close()
+        for file in self._files.values():
+            file.close()
 
 
 class _GrowingFile:

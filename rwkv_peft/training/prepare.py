@@ -11,6 +11,7 @@ from rwkv_peft.checkpoint.stream import require_finite
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.batching import Batches
 from rwkv_peft.data.documents import first_documents
+from rwkv_peft.data.held_out import read_held_out, split_documents
 from rwkv_peft.data.prepare import read_documents
 from rwkv_peft.data.sources import find_sources
 from rwkv_peft.data.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ from rwkv_peft.training.describe import (
     describe_model,
     describe_plan,
     describe_space,
+    describe_validation,
 )
 from rwkv_peft.training.folder import DEFAULT_FOLDER, Claim
 from rwkv_peft.training.graphs import GraphedStep
@@ -41,6 +43,7 @@ from rwkv_peft.training.resume import Start
 from rwkv_peft.training.settings import Facts, Settings
 from rwkv_peft.training.step import Step, full_step
 from rwkv_peft.training.target import TrainTarget, make_target, saved_endings
+from rwkv_peft.training.validation import make_validation
 
 
 def prepare_run(
@@ -70,8 +73,8 @@ def prepare_run(
     if start:
         start.require_data(facts.documents)
     plan = choose(config, facts)
-    settings, states = plan.settings, facts.documents.states
-    names = set() if states is None else set(states.tolist())
+    settings, names = plan.settings, facts.documents.names
+    validation = make_validation(plan, facts)
     if claim:
         claim.try_names(settings, saved_endings(settings, names))
     torch.manual_seed(settings.random_seed)
@@ -87,6 +90,8 @@ def prepare_run(
     optimizer.load(target.initial_values)
     target.begin(optimizer.values)
     lines = list(_describe(plan, facts.model_config, model, checked, _count(base), target))
+    # what is true of both sets of data is told once
+    lines += [x for x in describe_validation(settings, facts.held_out) if x not in lines]
     remarks: list[str] = []
     if settings.compile:
         compile_model(settings, model, plan.batches, remarks)
@@ -96,7 +101,7 @@ def prepare_run(
         lines += describe_chunks(plan, model, step.room)
     if claim:
         lines += describe_space(settings, claim.path, _count(target.parameters))
-    run = Run(plan, model, target, optimizer, step, remarks=remarks)
+    run = Run(plan, model, target, optimizer, step, remarks=remarks, validation=validation)
     return run, lines + (start.restore(run) if start else [])
 
 
@@ -111,11 +116,23 @@ def find_facts(
     model_config = infer_model_config(base)
     device = resolve_device(config.accelerator)
     method = saved_method(config.load_adapter) if config.load_adapter else ""
-    documents = read_documents(config, Tokenizer(model_config.vocab_size))
+    tokenizer = Tokenizer(model_config.vocab_size)
+    documents, held_out = read_documents(config, tokenizer), None
+    if config.val_split:
+        documents, held_out = split_documents(documents, config.val_split)
     if config.epoch_unit == "samples":
         documents = first_documents(documents, config.epoch_steps)
+    if config.val_file:
+        held_out = read_held_out(config, config.val_file, tokenizer, documents)
     return Facts(
-        model_config, device, documents, free_folder, method, _count(base), free_memory(device)
+        model_config=model_config,
+        device=device,
+        documents=documents,
+        free_folder=free_folder,
+        saved_method=method,
+        num_weights=_count(base),
+        memory=free_memory(device),
+        held_out=held_out,
     )
 
 

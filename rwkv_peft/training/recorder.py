@@ -14,6 +14,8 @@ from rwkv_peft.training.interrupt import Interrupt
 from rwkv_peft.training.loop import Run
 from rwkv_peft.training.metrics import Display, RunFolder, StepRecord
 from rwkv_peft.training.progress import RandomGenerators
+from rwkv_peft.training.target import Saved
+from rwkv_peft.training.validation import Evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,8 @@ class Result:
         steps: optimizer steps taken, those before it was resumed too.
         signal: number of the signal that ended it early, 0 if none did.
         checkpoint: the newest, from which `TrainConfig.resume` goes on; None if there is none.
+        evaluations: made while it trained, in their order.
+        best: files of the best of them; None if there was none, or a signal ended the run.
     """
 
     proj_dir: Path
@@ -37,6 +41,8 @@ class Result:
     steps: int
     signal: int = 0
     checkpoint: Path | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+    best: Saved | None = None
 
 
 class Recorder:
@@ -71,6 +77,7 @@ class Recorder:
         """Says what a run will do, and from now on shows the chunks of its long rows."""
         for line in lines:
             self.say(line)
+        self._folder.introduce()
         if isinstance(run.step, InfctxStep):
             run.step.after_chunk = self._display.show_chunk
 

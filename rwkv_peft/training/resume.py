@@ -35,6 +35,7 @@ HARMLESS = {
     "on_save_error",
     "epoch_save",
     "merge",
+    "val_prompts",
     "force",
     "strategy",
     "num_workers",

@@ -16,6 +16,7 @@ from rwkv_peft.training.prepare import prepare_run
 from rwkv_peft.training.recorder import Recorder, Result
 from rwkv_peft.training.resume import find_start
 from rwkv_peft.training.step import Step
+from rwkv_peft.training.validator import Validator
 
 
 def train(config: TrainConfig, *, step: Step | None = None) -> Result:
@@ -58,16 +59,30 @@ def train(config: TrainConfig, *, step: Step | None = None) -> Result:
         ):
             recorder = Recorder(claim, folder, display, interrupt, checkpoints, aside)
             recorder.introduce(run, lines)
+            validator = Validator(folder, recorder.say)
+            validator.evaluate(run)
             interrupt.defer()
             if run.is_done and run.progress.step:
                 recorder.say(describe_end(run.plan.steps, config.resume))
             elif run.is_done:
                 recorder.save_start(run)
             actions = recorder.log, recorder.end_epoch, recorder.save_checkpoint, recorder.stop
-            run_steps(run, actions)
+            # a run that is stopped, or resumed, makes up for its evaluation when it goes on
+            run_steps(run, (*actions, validator.after_step))
+            validator.end(run)
             recorder.finish(run)
-    if run.saved and run.saved.failure and not run.stopped_by:
-        raise CheckpointError(run.saved.failure)
+    for saved in (run.saved, run.best):
+        if saved and saved.failure and not run.stopped_by:
+            raise CheckpointError(saved.failure)
     weights, adapter = (run.saved.weights, run.saved.adapter) if run.saved else (None, None)
-    steps, checkpoint = run.progress.step, checkpoints.last
-    return Result(folder.path, weights, adapter, run.saved_loss, steps, run.stopped_by, checkpoint)
+    return Result(
+        folder.path,
+        weights,
+        adapter,
+        run.saved_loss,
+        steps=run.progress.step,
+        signal=run.stopped_by,
+        checkpoint=checkpoints.last,
+        evaluations=tuple(run.validation.evaluations) if run.validation else (),
+        best=run.best,
+    )

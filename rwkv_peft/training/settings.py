@@ -54,6 +54,7 @@ class Facts:
         saved_method: method of the adapter or state to train further; "" if there is none.
         num_weights: of the model.
         memory: bytes that are free on the device; None if nobody can say.
+        held_out: documents to evaluate on, None if there are none.
     """
 
     model_config: ModelConfig
@@ -63,6 +64,7 @@ class Facts:
     saved_method: str
     num_weights: int
     memory: int | None
+    held_out: Documents | None = None
 
 
 @dataclass(frozen=True, slots=True)

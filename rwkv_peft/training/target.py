@@ -87,8 +87,11 @@ class TrainTarget(Protocol):
     def after_step(self, optimizer: Optimizer) -> None:
         """Called between the step and the clearing of its gradients."""
 
-    def save(self, stem: Path, values: Mapping[str, Tensor]) -> Saved:
-        """Writes the files whose names begin with `stem`."""
+    def save(self, stem: Path, values: Mapping[str, Tensor], *, merges: bool = True) -> Saved:
+        """Writes the files whose names begin with `stem`; the merged model only if `merges`."""
+
+    def complete(self, stem: Path) -> Saved:
+        """Writes the merged model of files that were saved without it, if it has one."""
 
     def put_aside(self, stem: Path, values: Mapping[str, Tensor]) -> Callable[[], Saved] | None:
         """Copies what `save` would write to host memory, and gives its writing, for a thread.
@@ -213,13 +216,13 @@ class Weights:
         if self._adalora:
             optimizer.load(self._adalora.allocate(optimizer.gradients, optimizer.values))
 
-    def save(self, stem: Path, values: Mapping[str, Tensor]) -> Saved:
+    def save(self, stem: Path, values: Mapping[str, Tensor], *, merges: bool = True) -> Saved:
         """Writes `stem`.pth with all weights, and the folder `stem`-adapter of an adapter."""
         remarks = self._remarks(values)
         if self.parameters.peft_model is None:
             return self._write_weights(stem, values, remarks)
         saved = to_saved(self.parameters, values, self._base.fingerprint)
-        return self._write_adapter(stem, saved, remarks, merge)
+        return self._write_adapter(stem, saved, remarks, merge if merges else None)
 
     def put_aside(self, stem: Path, values: Mapping[str, Tensor]) -> Callable[[], Saved] | None:
         """Copies what `save` would write to host memory; None for a small base."""
@@ -255,14 +258,34 @@ class Weights:
         stem: Path,
         saved: SavedAdapter,
         remarks: tuple[str, ...],
-        merge: Callable[..., MergeReport],
+        merge: Callable[..., MergeReport] | None,
     ) -> Saved:
-        base = self._settings.load_model
-        adapter, weights = (stem.with_name(stem.name + end) for end in ("-adapter", ".pth"))
-        change = find_change(base, self._base.mark)
-        write_folder(adapter, saved, base)
-        if not self._settings.merge:
+        adapter = stem.with_name(stem.name + "-adapter")
+        change = find_change(self._settings.load_model, self._base.mark)
+        write_folder(adapter, saved, self._settings.load_model)
+        if not self._settings.merge or merge is None:
             return Saved(None, adapter, remarks)
+        return self._merge(stem, adapter, remarks, merge, change)
+
+    def complete(self, stem: Path) -> Saved:
+        """Merges an adapter that was saved without, if the run merges."""
+        if self.parameters.peft_model is None:
+            return Saved(stem.with_name(stem.name + ".pth"), None)
+        adapter = stem.with_name(stem.name + "-adapter")
+        if not self._settings.merge:
+            return Saved(None, adapter)
+        change = find_change(self._settings.load_model, self._base.mark)
+        return self._merge(stem, adapter, (), merge, change)
+
+    def _merge(
+        self,
+        stem: Path,
+        adapter: Path,
+        remarks: tuple[str, ...],
+        merge: Callable[..., MergeReport],
+        change: str,
+    ) -> Saved:
+        base, weights = self._settings.load_model, stem.with_name(stem.name + ".pth")
         if change:
             failure = (
                 f"{change} while the run went on, so that nothing was merged; with the base as it "
@@ -364,11 +387,15 @@ class States:
     def after_step(self, optimizer: Optimizer) -> None:
         """Called between the step and the clearing of its gradients."""
 
-    def save(self, stem: Path, values: Mapping[str, Tensor]) -> Saved:
+    def complete(self, stem: Path) -> Saved:
+        """Names the first of the states that were saved: there is nothing to merge."""
+        return Saved(self._path(stem, self.parameters.names[0]), None)
+
+    def save(self, stem: Path, values: Mapping[str, Tensor], *, merges: bool = True) -> Saved:
         """Writes `stem`.pth with the state alone, or one such file for each of several."""
         paths = []
         for name in self.parameters.names:
-            path = stem.with_name(f"{stem.name}{'-' * bool(name)}{name}.pth")
+            path = self._path(stem, name)
             write_state(path, self.parameters.tensors(name, values))
             paths.append(path)
         more: tuple[str, ...] = ()
@@ -391,3 +418,6 @@ class States:
 
     def _names(self, batch: Batch) -> list[str]:
         return batch.states or [self.parameters.names[0]] * len(batch.tokens)
+
+    def _path(self, stem: Path, name: str) -> Path:
+        return stem.with_name(f"{stem.name}{'-' * bool(name)}{name}.pth")

@@ -41,11 +41,13 @@ def pairs(batch: Batch) -> list[tuple[int, int]]:
     return list(zip(batch.tokens[kept].tolist(), batch.targets[kept].tolist(), strict=True))
 
 
+def expected_pairs_of_each(documents: Documents) -> list[list[tuple[int, int]]]:
+    borders = pairwise(documents.starts.tolist())
+    return [list(pairwise(documents.tokens[start:end].tolist())) for start, end in borders]
+
+
 def expected_pairs(documents: Documents) -> list[tuple[int, int]]:
-    found = []
-    for start, end in pairwise(documents.starts.tolist()):
-        found += list(pairwise(documents.tokens[start:end].tolist()))
-    return found
+    return [pair for found in expected_pairs_of_each(documents) for pair in found]
 
 
 def assert_same(one: Batch, other: Batch) -> None:
@@ -319,5 +321,36 @@ def test_windows_are_cut_wherever_they_fall_and_are_full() -> None:
 def test_the_first_documents_alone_are_used_when_samples_are_counted() -> None:
     documents = make_documents([3, 4, 5], weights=np.ones(15, dtype=np.uint8))
     first = first_documents(documents, 2)
-    assert len(first) == 2 and len(first.tokens) == 9 and len(first.weights) == 9
+    assert len(first) == 2 and first.num_tokens == 9 and first.num_trained == first.num_targets == 7
+    assert first.longest == 4
     assert len(first_documents(documents, 9)) == 3
+
+
+@pytest.mark.parametrize("dataload", DATALOADS)
+@pytest.mark.parametrize("is_shuffled", [True, False])
+def test_a_pass_over_chosen_documents_trains_exactly_these(
+    dataload: str, is_shuffled: bool
+) -> None:
+    sizes = np.random.default_rng(0).integers(1, 40, 30).tolist()
+    chosen = np.array([0, 1, 4, 5, 6, 11, 17, 18, 29])
+    documents = make_documents(sizes, chosen=chosen)
+    kept = [pair for i, pair in enumerate(expected_pairs_of_each(documents)) if i in chosen]
+    expected = sorted(pair for found in kept for pair in found)
+    micro_bsz = 1 if dataload == "only" else 3
+    batches = make_batches(
+        documents, dataload=dataload, is_shuffled=is_shuffled, micro_bsz=micro_bsz
+    )
+    for number in range(3):
+        first = number * len(batches)
+        passed = [batches[first + i] for i in range(len(batches))]
+        found = [pair for batch in passed for pair in pairs(batch)]
+        assert sorted(found) == expected
+    assert documents.num_targets == documents.num_trained == len(expected)
+
+
+def test_static_batches_keep_their_width_with_fewer_rows_if_asked_to() -> None:
+    documents = make_documents([3, 4])
+    wide = make_batches(documents, micro_bsz=4, keeps_width=True)
+    assert len(wide) == 1 and wide[0].tokens.shape == (4, 16)
+    assert sorted(pairs(wide[0])) == sorted(expected_pairs(documents))
+    assert make_batches(documents, micro_bsz=4)[0].tokens.shape == (1, 16)
