@@ -344,3 +344,11 @@ def test_a_resumed_run_evaluates_as_one_that_never_stopped(
         kept, found = (lines_of(x.proj_dir / name) for x in (whole, parts))
         assert [{**x, "t_cost": 0} for x in found] == [{**x, "t_cost": 0} for x in kept]
     assert whole.evaluations and parts.best.adapter.exists()
+
+
+def test_long_rows_are_evaluated_in_chunks_that_hand_the_state_on(run: Run) -> None:
+    changes = {"merge": 0, "epoch_count": 1, "ctx_len": 128}
+    whole = run(**changes).evaluations[-1]
+    changes |= {"train_type": "infctx", "chunk_ctx": 16, "bptt_chunks": "all"}
+    chunked = run(**changes, overwrite=1).evaluations[-1]
+    assert chunked.loss == pytest.approx(whole.loss, rel=1e-5)
