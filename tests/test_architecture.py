@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("cli",),
     ("api",),
-    ("training", "generation"),
+    ("training", "generation", "evaluation"),
     ("checkpoint",),
     ("methods", "quant", "data", "loss"),
     ("models",),
@@ -33,6 +33,7 @@ LAYERS = (
     ),
 )
 HEAVY = {"peft", "transformers", "datasets", "triton", "fla", "deepspeed", "bitsandbytes", "wandb"}
+HEAVY |= {"lm_eval", "tensorboard", "trackio", "swanlab"}
 # what only the module of a backend imports, which is loaded when the backend was chosen
 TRITON_KERNELS = "triton_kernels.py"
 HEAVY |= {"pyrwkv_tokenizer", "jsonargparse", "yaml", "rich", "safetensors", "jinja2", "pyarrow"}

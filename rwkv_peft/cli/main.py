@@ -21,6 +21,7 @@ COMMANDS = {
     "data": "show what training would see of a data file; data prepare tokenises it",
     "convert": "bring an adapter or a state into another form, or out of an old one",
     "merge": "add an adapter into the model it was trained on",
+    "eval": "measure a model: bits per byte of texts, multiple choice, tasks of lm-eval",
     "generate": "continue a prompt",
     "chat": "talk with a model",
     "inspect": "say what a weight file holds",

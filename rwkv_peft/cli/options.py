@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+# without slots, so that a command may have these beside others
+@dataclass(frozen=True)
 class AdapterOptions:
     """What an adapter needs that its file may not hold."""
 
