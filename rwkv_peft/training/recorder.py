@@ -45,6 +45,22 @@ class Result:
     best: Saved | None = None
 
 
+def make_result(run: Run, proj_dir: Path, checkpoint: Path | None) -> Result:
+    """The result of a run that has ended."""
+    weights, adapter = (run.saved.weights, run.saved.adapter) if run.saved else (None, None)
+    return Result(
+        proj_dir=proj_dir,
+        weights=weights,
+        adapter=adapter,
+        loss=run.saved_loss,
+        steps=run.progress.step,
+        signal=run.stopped_by,
+        checkpoint=checkpoint,
+        evaluations=tuple(run.validation.evaluations) if run.validation else (),
+        best=run.best,
+    )
+
+
 class Recorder:
     """Logs, shows and saves after a step; the functions that `run_steps` calls are its methods.
 

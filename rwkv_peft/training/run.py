@@ -13,7 +13,7 @@ from rwkv_peft.training.interrupt import Interrupt
 from rwkv_peft.training.loop import run_steps
 from rwkv_peft.training.metrics import Display, RunFolder
 from rwkv_peft.training.prepare import prepare_run
-from rwkv_peft.training.recorder import Recorder, Result
+from rwkv_peft.training.recorder import Recorder, Result, make_result
 from rwkv_peft.training.resume import find_start
 from rwkv_peft.training.step import Step
 from rwkv_peft.training.validator import Validator
@@ -74,15 +74,4 @@ def train(config: TrainConfig, *, step: Step | None = None) -> Result:
     for saved in (run.saved, run.best):
         if saved and saved.failure and not run.stopped_by:
             raise CheckpointError(saved.failure)
-    weights, adapter = (run.saved.weights, run.saved.adapter) if run.saved else (None, None)
-    return Result(
-        folder.path,
-        weights,
-        adapter,
-        run.saved_loss,
-        steps=run.progress.step,
-        signal=run.stopped_by,
-        checkpoint=checkpoints.last,
-        evaluations=tuple(run.validation.evaluations) if run.validation else (),
-        best=run.best,
-    )
+    return make_result(run, folder.path, checkpoints.last)

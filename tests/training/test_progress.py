@@ -98,6 +98,7 @@ def test_a_run_that_goes_on_cuts_its_logs_and_appends(tmp_path: Path) -> None:
         lengths = {name: length - shorter for name, length in lengths.items()}
         with RunFolder(tmp_path, places=LogPlaces(tmp_path, lengths)) as folder:
             folder.log("said again")
+            folder.introduce()
             record(folder, 5)
         lines = (tmp_path / "loss_data.jsonl").read_text().splitlines()
         kept = [1, 2] if not shorter else [1]
