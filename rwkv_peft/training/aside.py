@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from rwkv_peft.errors import CheckpointError, RwkvPeftError
-from rwkv_peft.training.target import Saved
+from rwkv_peft.training.saved import Saved
 
 
 class Finished(NamedTuple):

@@ -18,10 +18,11 @@ from rwkv_peft.training.choose import Plan
 from rwkv_peft.training.metrics import StepRecord, peak_memory
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.progress import Progress, RandomGenerators
+from rwkv_peft.training.saved import Saved
 from rwkv_peft.training.schedule import rates
 from rwkv_peft.training.settings import Settings
 from rwkv_peft.training.step import Step
-from rwkv_peft.training.target import Saved, TrainTarget
+from rwkv_peft.training.target import TrainTarget
 from rwkv_peft.training.validation import Validation
 
 

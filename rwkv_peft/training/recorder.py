@@ -14,7 +14,7 @@ from rwkv_peft.training.interrupt import Interrupt
 from rwkv_peft.training.loop import Run
 from rwkv_peft.training.metrics import Display, RunFolder, StepRecord
 from rwkv_peft.training.progress import RandomGenerators
-from rwkv_peft.training.target import Saved
+from rwkv_peft.training.saved import Saved
 from rwkv_peft.training.validation import Evaluation
 
 

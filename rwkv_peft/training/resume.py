@@ -19,7 +19,7 @@ from rwkv_peft.training.choose import with_method
 from rwkv_peft.training.folder import read_settings
 from rwkv_peft.training.loop import Run
 from rwkv_peft.training.metrics import LOGS, LogPlaces
-from rwkv_peft.training.target import Saved
+from rwkv_peft.training.saved import Saved
 
 AUTO = "auto"
 # settings that change no bit of what is learned: where and when files are written, how many threads

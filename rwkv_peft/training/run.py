@@ -69,8 +69,9 @@ def train(config: TrainConfig, *, step: Step | None = None) -> Result:
             actions = recorder.log, recorder.end_epoch, recorder.save_checkpoint, recorder.stop
             # a run that is stopped, or resumed, makes up for its evaluation when it goes on
             run_steps(run, (*actions, validator.after_step))
-            validator.end(run)
             recorder.finish(run)
+            # merges, which is not done beside another merge
+            validator.end(run)
     for saved in (run.saved, run.best):
         if saved and saved.failure and not run.stopped_by:
             raise CheckpointError(saved.failure)
