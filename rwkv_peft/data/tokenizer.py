@@ -85,7 +85,8 @@ class Tokenizer:
             "model with another tokenizer needs binidx, .npy or uint16 files made with that"
         )
 
-    def _require_own(self) -> None:
+    def require_own(self) -> None:
+        """Raises ConfigError if models with this vocabulary have another tokenizer."""
         if self.is_foreign:
             raise ConfigError(
                 f"a vocabulary of {self.vocab_size} is that of the GPT-NeoX tokenizer, as models "
@@ -125,7 +126,7 @@ class Tokenizer:
             DataError: a str holds a lone surrogate, which UTF-8 cannot express.
             ConfigError: models with this vocabulary have another tokenizer.
         """
-        self._require_own()
+        self.require_own()
         if isinstance(text, bytes):
             return _encode_bytes(text, self._tables)
         data = _utf8(text)
@@ -169,7 +170,7 @@ class Tokenizer:
             DataError: an id is outside the vocabulary.
             ConfigError: models with this vocabulary have another tokenizer.
         """
-        self._require_own()
+        self.require_own()
         return b"".join(map(self.token_bytes, tokens))
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:

@@ -27,6 +27,7 @@ class Chat:
     ) -> None:
         self._template = template or TEMPLATES["chat"]
         self._tokenizer = Tokenizer(model.model_config.vocab_size)
+        self._tokenizer.require_own()
         self._session = Session(model, self._tokenizer)
         num_tokens = count_known_tokens(model, self._tokenizer)
         self._sampler = Sampler(sampling, num_tokens, seed)

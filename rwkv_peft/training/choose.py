@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.batching import Batches
 from rwkv_peft.data.documents import Documents
-from rwkv_peft.device import choose_precision, dtype_of, has_graphs, missing_compiler
+from rwkv_peft.device import (
+    choose_precision,
+    dtype_of,
+    free_host_memory,
+    has_graphs,
+    missing_compiler,
+)
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods.catalog import resolve
 from rwkv_peft.models.config import ModelConfig
@@ -22,6 +28,8 @@ TOKENS_PER_MICRO_BATCH = 1024
 PACKED = "documents share rows, each with a state of its own, so that next to nothing is padding"
 # with fewer documents one pass is seldom enough
 SMALL_SET = 1000
+# of the host's memory, in tokens, targets, weights and segment ids
+BYTES_OF_POSITION = 24
 # weights times positions from which compiling, which takes some 20 seconds, saves more than that
 LONG_RUN = 1e15
 # tokens of a chunk whose gradient ends with it, as of old, and of one whose gradient does not,
@@ -62,11 +70,23 @@ def choose(config: TrainConfig, facts: Facts) -> Plan:
     _choose_training(chooser, facts.documents, facts.model_config)
     _choose_memory(chooser, facts)
     batches = make_batches(chooser.values, facts.documents)
+    _require_room(batches)
     micro_batches, steps = count_steps(chooser.values, len(batches))
     chooser.choose("warmup_steps", min(100, steps // 20), "a twentieth of the steps")
     positions = micro_batches * chooser.values["epoch_count"] * batches.positions
     _choose_step(chooser, facts, positions)
     return Plan(Settings(**chooser.values), chooser.choices, batches, micro_batches, steps)
+
+
+def _require_room(batches: Batches) -> None:
+    """Raises ConfigError if a micro-batch of full rows has no room on this machine."""
+    free = free_host_memory()
+    if batches.is_static and free is not None and batches.positions * BYTES_OF_POSITION > free:
+        raise ConfigError(
+            f"--ctx_len {batches.ctx_len} with --micro_bsz {batches.micro_bsz}: a micro-batch of "
+            f"{batches.positions:,} positions does not fit into this machine: use smaller ones, or "
+            "--dataload pad"
+        )
 
 
 def make_batches(values: dict[str, Any], documents: Documents) -> Batches:

@@ -195,6 +195,9 @@ def test_a_model_with_another_tokenizer_is_trained_on_tokens_and_not_on_texts(
     assert done.err.splitlines()[-1].startswith("error: a vocabulary of 50277 is that of the GPT-N")
     generated = cli("generate", "--load_model", model, "--prompt", "a", "--max_tokens", 1)
     assert generated.code == 2 and "a vocabulary of 50277 is" in generated.err
+    # before anything is asked
+    chat = cli("chat", model, "--accelerator", "cpu")
+    assert chat.code == 2 and "a vocabulary of 50277 is" in chat.err and not chat.out
     shown = cli("data", tmp_path / "own.npy", "--load_model", model)
     assert shown.code == 0 and "7 «50000 9 0 »" in shown.out
     assert cli("train", model, tmp_path / "own.npy", *flags).code == 0

@@ -17,7 +17,7 @@ import rwkv_peft
 from rwkv_peft.checkpoint.adapter import read_adapter
 from rwkv_peft.checkpoint.pth import read_weights
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.errors import TrainingError
+from rwkv_peft.errors import ConfigError, TrainingError
 from rwkv_peft.training.run import train
 from rwkv_peft.training.step import StepOutput, full_step
 
@@ -410,3 +410,20 @@ def test_kasa_adds_its_penalty_to_the_gradient(run: Run, tmp_path: Path) -> None
             json.loads((folder / "loss_data.jsonl").read_text().split("\n")[0])["grad_norm"]
         )
     assert norms[1] > norms[0] + 1
+
+
+@pytest.mark.parametrize("dataload", ["pack", "get"])
+@pytest.mark.parametrize("ctx_len", [10**12, 2**63 - 1])
+def test_a_row_that_no_machine_has_room_for_is_refused_before_anything_is_made(
+    dataload: Any, ctx_len: int, model_file: Path, data_file: Path, tmp_path: Path
+) -> None:
+    config = TrainConfig(
+        load_model=str(model_file),
+        data_file=str(data_file),
+        proj_dir=str(tmp_path / "out"),
+        dataload=dataload,
+        ctx_len=ctx_len,
+    )
+    with pytest.raises(ConfigError, match=f"--ctx_len {ctx_len} with --micro_bsz 1: .*--dataload"):
+        train(config)
+    assert not (tmp_path / "out").exists()
