@@ -231,6 +231,13 @@ class TrainConfig(DataConfig):
     early_stopping_patience: int = 0
     """End the run after so many evaluations in a row without a new best; 0: never."""
 
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "swanlab"]] = field(
+        default_factory=list
+    )
+    """Loggers that get the figures of each step and evaluation too."""
+    wandb: str = ""
+    """Project of these loggers; alone it asks for Weights & Biases."""
+
     lr_init: float | None = None
     """Learning rate at the start; 0 with --lr_final 0 moves nothing."""
     lr_final: float | None = None

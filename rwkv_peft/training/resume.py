@@ -36,6 +36,8 @@ HARMLESS = {
     "epoch_save",
     "merge",
     "val_prompts",
+    "report_to",
+    "wandb",
     "force",
     "strategy",
     "num_workers",

@@ -14,6 +14,7 @@ from rwkv_peft.training.loop import run_steps
 from rwkv_peft.training.metrics import Display, RunFolder
 from rwkv_peft.training.prepare import prepare_run
 from rwkv_peft.training.recorder import Recorder, Result, make_result
+from rwkv_peft.training.reporter import Reporter, find_loggers
 from rwkv_peft.training.resume import find_start
 from rwkv_peft.training.step import Step
 from rwkv_peft.training.validator import Validator
@@ -39,6 +40,7 @@ def train(config: TrainConfig, *, step: Step | None = None) -> Result:
     config.require_files()
     # its template too, which an earlier run may have left in the folder
     inputs = find_inputs(config)
+    loggers = find_loggers(config)
     with (
         keep_going(),
         own_stream(resolve_device(config.accelerator)),
@@ -61,6 +63,7 @@ def train(config: TrainConfig, *, step: Step | None = None) -> Result:
             recorder.introduce(run, lines)
             validator = Validator(folder, recorder.say)
             validator.evaluate(run)
+            reporter = Reporter(loggers, recorder.say)
             interrupt.defer()
             if run.is_done and run.progress.step:
                 recorder.say(describe_end(run.plan.steps, config.resume))
@@ -68,10 +71,11 @@ def train(config: TrainConfig, *, step: Step | None = None) -> Result:
                 recorder.save_start(run)
             actions = recorder.log, recorder.end_epoch, recorder.save_checkpoint, recorder.stop
             # a run that is stopped, or resumed, makes up for its evaluation when it goes on
-            run_steps(run, (*actions, validator.after_step))
+            run_steps(run, (*actions, validator.after_step, reporter.after_step))
             recorder.finish(run)
             # merges, which is not done beside another merge
             validator.end(run)
+            reporter.end(run)
     for saved in (run.saved, run.best):
         if saved and saved.failure and not run.stopped_by:
             raise CheckpointError(saved.failure)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 # a flag's name, without dashes in front and with underscores inside, and the words behind it
 Flags = list[tuple[str, list[str]]]
 # flags whose words are a list
-LISTS = ("train_parts", "sft_field", "resume_changes")
+LISTS = ("train_parts", "sft_field", "resume_changes", "report_to")
 
 
 class Translation(NamedTuple):

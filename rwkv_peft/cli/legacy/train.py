@@ -59,7 +59,7 @@ FIXED = {"head_size_divisor": "8", "optimizer": "adamw"}
 MODEL_FLAGS = {n: n for n in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn")}
 MODEL_FLAGS |= {"head_size_a": "head_size", "my_testing": "version"}
 # flags of features that are not built yet
-UNBUILT = {"quant": "quantised weights are", "wandb": "logging to wandb is"}
+UNBUILT = {"quant": "quantised weights are"}
 
 
 def translate_train(arguments: Sequence[str]) -> Translation:
