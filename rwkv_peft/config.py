@@ -246,10 +246,13 @@ class TrainConfig(DataConfig):
     """cos falls all the way; wsd is stable, then falls over the last fifth of the steps."""
     warmup_steps: int | None = None
     """Optimizer steps over which the rate rises from a hundredth."""
+    optimizer: Literal["adamw", "muon", "adafactor", "sgd", "lion"] = "adamw"
+    """How steps follow from gradients: AdamW; Muon for matrices with AdamW for the rest; Adafactor;
+    SGD with momentum; Lion."""
     beta1: float = 0.9
-    """Decay of AdamW's mean of gradients."""
+    """Decay of the mean of gradients of AdamW and Lion, and the momentum of SGD."""
     beta2: float = 0.99
-    """Decay of AdamW's mean of squared gradients."""
+    """Decay of AdamW's mean of squared gradients, and of Lion's mean."""
     adam_eps: float = 1e-8
     """Epsilon of AdamW."""
     weight_decay: float = 0.0

@@ -37,6 +37,13 @@ LONG_RUN = 1e15
 TRUNCATED_CHUNK, EXACT_CHUNKS = 512, (4096, 2048, 1024, 512)
 LORA_DEFAULTS = {"r": 32, "lora_alpha": 32}
 STATE_RATE = 0.1
+# rates of optimizers whose steps are of another size than AdamW's, whatever is trained
+OTHER_RATES = {
+    "sgd": (0.1, "SGD's steps are as small as the gradient"),
+    "adafactor": (1e-2, "Adafactor's rate is a share of each tensor's size"),
+}
+# Lion moves every number by the whole rate
+LION_SHARE = 0.2
 
 
 class Plan(NamedTuple):
@@ -215,6 +222,9 @@ def _choose_training(chooser: _Chooser, documents: Documents, model_config: Mode
         lr, reason = STATE_RATE, "a state has far to go from zero"
     else:
         lr, reason = 2e-4, "usual for adapters"
+    lr, reason = OTHER_RATES.get(values["optimizer"], (lr, reason))
+    if values["optimizer"] == "lion":
+        lr, reason = lr * LION_SHARE, f"{reason}, a fifth for Lion"
     chooser.choose("lr_init", float(f"{lr:.1g}"), reason)
     chooser.choose("lr_final", values["lr_init"] / 10, "a tenth of lr_init")
 

@@ -63,9 +63,9 @@ class Flat:
     the buffer has the others. float16 has another exponent, so whole float32 values lie beside it.
 
     Attributes:
-        master: what AdamW steps, one dimension, float32. Its values have memory within `step`
-            alone; its gradient, the sum over micro-batches, from the first backward until it is
-            cleared.
+        master: what an optimizer steps, one dimension, float32. Its values have memory within
+            `step` alone; its gradient, the sum over micro-batches, from the first backward until it
+            is cleared.
     """
 
     @torch.no_grad()
@@ -146,11 +146,27 @@ class Flat:
         norms: Tensor = torch.linalg.vector_norm(self.master.grad.view(-1, _ROW), dim=1)
         return norms
 
+    def singles(self) -> list[nn.Parameter]:
+        """A float32 parameter for each tensor, which has values and a gradient in `step` alone."""
+        return [nn.Parameter(self._no_memory[:1].expand(shape)) for shape, _, _ in self._places]
+
     @torch.no_grad()
-    def step(self, adamw: torch.optim.AdamW) -> None:
-        """Has AdamW step the values, which exist in float32 meanwhile."""
+    def step(self, optimizer: torch.optim.Optimizer, singles: Sequence[nn.Parameter] = ()) -> None:
+        """Has an optimizer step the values, which exist in float32 meanwhile.
+
+        Args:
+            singles: what it steps in place of `master`, as views of that.
+        """
         self.master.data = join(self._param, self._bits) if self._is_bf16 else self._bits
-        adamw.step()
+        assert self.master.grad is not None
+        for i, single in enumerate(singles):
+            single.data, single.grad = (
+                self.part(self.master.data, i),
+                self.part(self.master.grad, i),
+            )
+        optimizer.step()
+        for single in singles:
+            single.data, single.grad = self._no_memory[:1].expand(single.shape), None
         self._write(self.master.data, self._param, self._bits)
         self.master.data = self._no_memory
 

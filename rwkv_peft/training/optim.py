@@ -1,4 +1,4 @@
-"""AdamW over float32 values of the trained tensors, with clipping and loss scaling."""
+"""Steps of an optimizer over float32 values, with clipping and loss scaling."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rwkv_peft.device import PLUGINS
 from rwkv_peft.models import lr_factors
 from rwkv_peft.training.flat import Flat, Gradients, pack
+from rwkv_peft.training.optimizers import OPTIMIZERS, Maker, optimizer_for
 
 _T = TypeVar("_T")
 
@@ -23,7 +24,8 @@ class Optimizer:
     for AdamW's moments, and 4 for its gradient from the first backward to the step. Gradients of
     micro-batches are added in float32 during backward, so that accumulation does not round, and a
     small step is not lost in a bf16 weight. Where a buffer has a gradient, zeros are that of a
-    tensor in it that has none.
+    tensor in it that has none. An optimizer that looks at a tensor as a whole steps views of a
+    buffer, one for each tensor.
 
     Attributes:
         uses_loss_scale: gradients are scaled against underflow, for fp16.
@@ -42,6 +44,7 @@ class Optimizer:
         uses_loss_scale: bool,
         decays_adapter: bool = False,
         clip_groups: Mapping[str, str] | None = None,
+        optimizer: str = "adamw",
     ) -> None:
         """Groups the tensors by their rates and decays.
 
@@ -50,39 +53,34 @@ class Optimizer:
             raises_rates: give the official higher rates to those vectors of the model.
             decays_adapter: let the weight decay act on matrices of the adapter too.
             clip_groups: which tensors are clipped together, by name; all, if None.
+            optimizer: one of `OPTIMIZERS`.
         """
         self._parameters = dict(trained)
         self._grad_clip, self.uses_loss_scale = grad_clip, uses_loss_scale
         self.keeps_gradients = False
-        kinds: dict[tuple[torch.dtype, str, float, bool], dict[Tensor, None]] = {}
+        kinds: dict[tuple[torch.dtype, str, float, bool, str], dict[Tensor, None]] = {}
         for name, parameter in trained.items():
             is_plain = name in plain
             is_matrix = parameter.ndim == 2 and (name.endswith(".weight") or not is_plain)
             decays = is_matrix and (is_plain or decays_adapter)
             rates = [rate for end, rate in lr_factors().items() if name.endswith(end)]
             scale = rates[0] if rates and is_plain and raises_rates else 1.0
-            kind = (parameter.dtype, (clip_groups or {}).get(name, ""), scale, decays)
+            own = optimizer_for(optimizer, name, parameter)
+            kind = (parameter.dtype, (clip_groups or {}).get(name, ""), scale, decays, own)
             kinds.setdefault(kind, {})[parameter] = None
         self._device = next(iter(trained.values())).device
         self._places: dict[Tensor, tuple[Flat, int]] = {}
         self._waiting = Gradients()
-        self._adamw_of: dict[Tensor, torch.optim.AdamW] = {}
+        self._states: dict[Tensor, _State] = {}
         self._parts: list[_Part] = []
         self._clip_groups: dict[str, list[_Part]] = {}
-        for (dtype, clip_group, scale, decays), parameters in kinds.items():
+        self._is_fused = optimizer == "adamw" and self._device.type not in ("cpu", *PLUGINS)
+        for (dtype, clip_group, scale, decays, own), parameters in kinds.items():
             is_flat = dtype.itemsize == 2
             for together in pack(parameters) if is_flat else [list(parameters)]:
                 flat = self._flatten(together) if is_flat else None
-                adamw = torch.optim.AdamW(
-                    [flat.master] if flat else together,
-                    lr=0.0,
-                    betas=betas,
-                    eps=eps,
-                    # a package that brings a device need not bring this kernel
-                    fused=self._device.type not in PLUGINS,
-                )
-                part = _Part(adamw, flat, scale, decays)
-                self._adamw_of |= dict.fromkeys(part.tensors, adamw)
+                part = _make_part(OPTIMIZERS[own], together, flat, betas, eps, scale, decays)
+                self._states |= part.states(together)
                 self._parts.append(part)
                 self._clip_groups.setdefault(clip_group, []).append(part)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=uses_loss_scale)
@@ -97,8 +95,7 @@ class Optimizer:
     @property
     def can_skip(self) -> bool:
         """Whether `step` may be told by a tensor that it is to change nothing."""
-        is_fused = self._device.type not in ("cpu", *PLUGINS)
-        return is_fused and not self.uses_loss_scale
+        return self._is_fused and not self.uses_loss_scale
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
@@ -154,7 +151,7 @@ class Optimizer:
             before: may change the gradients first.
         """
         for part in self._parts:
-            self._scaler.unscale_(part.adamw)
+            self._scaler.unscale_(part.holder)
         if before:
             before()
         return torch.stack([self._clip(parts) for parts in self._clip_groups.values()])
@@ -181,7 +178,7 @@ class Optimizer:
         skips = ~is_finite if isinstance(is_finite, Tensor) else None
         for part in self._parts:
             # what PyTorch's fused kernels read as the sign to leave all as it is
-            part.adamw.found_inf = None if skips is None else skips.float()  # type: ignore[attr-defined]
+            part.optimizer.found_inf = None if skips is None else skips.float()  # type: ignore[attr-defined]
         if skips is not None or is_finite:
             for parameter, (flat, i) in self._places.items():
                 flat.hold(i, parameter)
@@ -191,20 +188,11 @@ class Optimizer:
                 after(self)
         self._scaler.update()
         for part in self._parts:
-            part.adamw.zero_grad(set_to_none=not self.keeps_gradients)
+            part.holder.zero_grad(set_to_none=not self.keeps_gradients)
 
     def state_dict(self) -> dict[str, Any]:
         """Values and moments in float32 by the names of the tensors, and the loss scale."""
-        moments: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in self._parameters.items():
-            if parameter in self._places:
-                flat, i = self._places[parameter]
-                found = self._adamw_of[flat.master].state[flat.master]
-                moments[name] = {
-                    key: x if x.ndim == 0 else flat.part(x, i) for key, x in found.items()
-                }
-            else:
-                moments[name] = dict(self._adamw_of[parameter].state[parameter])
+        moments = {n: self._states[x].read() for n, x in self._parameters.items()}
         values = {name: value.detach() for name, value in self.values.items()}
         return {"values": values, "moments": moments, "scaler": self._scaler.state_dict()}
 
@@ -217,19 +205,7 @@ class Optimizer:
         """
         self.load(state["values"])
         for name, moments in state["moments"].items():
-            parameter = self._parameters[name]
-            flat, i = self._places.get(parameter, (None, 0))
-            stepped: Tensor = flat.master if flat else parameter
-            held = self._adamw_of[stepped].state[stepped]
-            for key, x in moments.items():
-                if x.ndim and key not in held:
-                    held[key] = torch.zeros_like(
-                        stepped, dtype=torch.float32, memory_format=torch.contiguous_format
-                    )
-                if x.ndim:
-                    (flat.part(held[key], i) if flat else held[key]).copy_(x)
-                else:
-                    held[key] = x.to(self._device, copy=True)
+            self._states[self._parameters[name]].write(moments, self._device)
         self._scaler.load_state_dict(state["scaler"])
 
     def _clip(self, parts: list["_Part"]) -> Tensor:
@@ -243,18 +219,70 @@ class Optimizer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """What is stepped at once: the tensor of a flat buffer, or float32 parameters."""
+class _State:
+    """What an optimizer remembers of one tensor.
 
-    adamw: torch.optim.AdamW
+    Attributes:
+        stepped: the tensor that the optimizer steps.
+        flat, index: of a tensor that is stepped with others as one; None otherwise.
+    """
+
+    optimizer: torch.optim.Optimizer
+    stepped: Tensor
     flat: Flat | None
+    index: int
+
+    def read(self) -> dict[str, Tensor]:
+        """By the optimizer's names, as views."""
+        found = {k: x for k, x in self.optimizer.state[self.stepped].items() if x is not None}
+        if self.flat is None:
+            return found
+        return {k: x if x.ndim == 0 else self.flat.part(x, self.index) for k, x in found.items()}
+
+    def write(self, values: Mapping[str, Tensor], device: torch.device) -> None:
+        """Takes up what `read` gave."""
+        held = self.optimizer.state[self.stepped]
+        for key, x in values.items():
+            if self.flat is None or x.ndim == 0:
+                held[key] = x.to(device, copy=True)
+                continue
+            if key not in held:
+                held[key] = torch.zeros_like(
+                    self.stepped, dtype=torch.float32, memory_format=torch.contiguous_format
+                )
+            self.flat.part(held[key], self.index).copy_(x)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What is stepped at once: the tensor of a flat buffer, its views, or float32 parameters.
+
+    Attributes:
+        holder: an optimizer that has the gradients; another than the one that steps for views.
+        singles: views of a buffer that are stepped; () if it is stepped as a whole.
+    """
+
+    optimizer: torch.optim.Optimizer
+    holder: torch.optim.Optimizer
+    flat: Flat | None
+    singles: list[nn.Parameter]
     lr_scale: float
     decays: bool
 
     @property
     def tensors(self) -> list[Tensor]:
-        found: list[Tensor] = self.adamw.param_groups[0]["params"]
+        found: list[Tensor] = self.holder.param_groups[0]["params"]
         return found
+
+    def states(self, parameters: list[Tensor]) -> dict[Tensor, "_State"]:
+        """What is remembered of each tensor of the model."""
+        if self.flat is None:
+            return {x: _State(self.optimizer, x, None, 0) for x in parameters}
+        if self.singles:
+            pairs = zip(parameters, self.singles, strict=True)
+            return {x: _State(self.optimizer, single, None, 0) for x, single in pairs}
+        master = self.flat.master
+        return {x: _State(self.optimizer, master, self.flat, i) for i, x in enumerate(parameters)}
 
     def measured(self) -> list[Tensor]:
         """Tensors whose norm is that of the gradients."""
@@ -263,13 +291,29 @@ class _Part:
         return [x.grad for x in self.tensors if x.grad is not None]
 
     def step(self, lr: float, weight_decay: float) -> None:
-        group = self.adamw.param_groups[0]
+        group = self.optimizer.param_groups[0]
         group["lr"] = lr * self.lr_scale
         group["weight_decay"] = weight_decay if self.decays else 0.0
         if not self.flat:
-            self.adamw.step()
+            self.optimizer.step()
         elif self.flat.master.grad is not None:
-            self.flat.step(self.adamw)
+            self.flat.step(self.optimizer, self.singles)
+
+
+def _make_part(
+    maker: Maker,
+    parameters: list[Tensor],
+    flat: Flat | None,
+    betas: tuple[float, float],
+    eps: float,
+    lr_scale: float,
+    decays: bool,
+) -> _Part:
+    singles = flat.singles() if flat and not maker.is_elementwise else []
+    whole = [flat.master] if flat else parameters
+    optimizer = maker.make(singles or whole, betas, eps)
+    holder = torch.optim.SGD(whole, lr=0.0) if singles else optimizer
+    return _Part(optimizer, holder, flat, singles, lr_scale, decays)
 
 
 class _Computed(Mapping[str, _T]):

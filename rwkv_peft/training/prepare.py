@@ -197,6 +197,7 @@ def make_optimizer(settings: Settings, target: TrainTarget) -> Optimizer:
         decays_adapter=bool(settings.adapter_decay),
         uses_loss_scale=settings.dtype == torch.float16,
         clip_groups=target.clip_groups,
+        optimizer=settings.optimizer,
     )
 
 

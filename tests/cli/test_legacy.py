@@ -21,9 +21,9 @@ Cli = Callable[..., SimpleNamespace]
 
 # an old line, and the line of today that asks for the same
 TRANSLATIONS = {
-    "--optim adam": "",
-    "--optimizer none": "",
-    "--optimizer adamw --head_size_divisor 8": "",
+    "--optim adam": "--optimizer adamw",
+    "--optimizer none": "--optimizer adamw",
+    "--optimizer adamw --head_size_divisor 8": "--optimizer adamw",
     "--strategy ddp_find_unused_parameters_true": "--strategy ddp",
     "--strategy deepspeed_stage_1 --devices 1": "--strategy deepspeed_stage_1 --devices 1",
     "--warmup_steps -1": "--warmup_steps 0",
@@ -77,6 +77,7 @@ TRANSLATIONS = {
         """'{"r": 8, "svd_niter": 4}'"""
     ),
     "--state_tune": "--peft state",
+    "--optim lion": "--optimizer lion",
     "--LISA --lisa_r 2 --lisa_k 100": "--peft lisa",
     """--peft lora --lora_config '{"lora_load":"", "lora_r":8, "lora_alpha":32}'""": (
         """--peft lora --peft_config '{"r": 8, "lora_alpha": 32}'"""
@@ -200,7 +201,7 @@ def test_the_config_of_another_method_is_noted() -> None:
             "lora_alpha: got x, allowed is a number",
         ),
         (["--lora", "--lora_r", "x"], "r: got x, allowed is a number"),
-        (["--optimizer", "muon"], "--optimizer: got muon, allowed is adamw"),
+        (["--head_size_divisor", "4"], "--head_size_divisor: got 4, allowed is 8"),
         (["--head_size_divisor", "16"], "--head_size_divisor: got 16, allowed is 8"),
         (["--lora_config", "[1]"], r"got \[1\], allowed is JSON in quotes"),
         (["--my_exit_tokens", "99"], "--my_exit_tokens needs --ctx_len, --micro_bsz and"),

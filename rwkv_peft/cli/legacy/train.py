@@ -54,7 +54,7 @@ REPLACED = {
     ("epoch_save", "0"): "99999999",
 }
 # flags with one useful value
-FIXED = {"head_size_divisor": "8", "optimizer": "adamw"}
+FIXED = {"head_size_divisor": "8"}
 # flags that say what the model's file says too -> the field of ModelConfig they must agree with
 MODEL_FLAGS = {n: n for n in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn")}
 MODEL_FLAGS |= {"head_size_a": "head_size", "my_testing": "version"}

@@ -1,0 +1,163 @@
+"""Each optimizer by its name: buffers of 16-bit tensors step as float32 tensors of their own do."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.training.optim import Optimizer
+from rwkv_peft.training.optimizers import OPTIMIZERS
+from rwkv_peft.training.run import train
+from tests.training.test_resume import assert_same, run_in_parts
+
+SHAPES = [(16, 16), (32,), (48, 32), (2, 8, 16), (64,)]
+RATE, DECAY, STEPS = 1e-2, 0.1, 4
+
+
+def make_optimizer(trained: dict[str, nn.Parameter], name: str, **changes: Any) -> Optimizer:
+    settings = {
+        "betas": (0.9, 0.99),
+        "eps": 1e-8,
+        "grad_clip": 0.0,
+        "plain": (),
+        "raises_rates": False,
+        "uses_loss_scale": False,
+        "decays_adapter": True,
+        "optimizer": name,
+    }
+    return Optimizer(trained, **{**settings, **changes})
+
+
+def lion(values: list[torch.Tensor], gradients: list[list[torch.Tensor]]) -> None:
+    """Lion as its paper writes it, on plain tensors."""
+    means = [torch.zeros_like(x) for x in values]
+    for of_step in gradients:
+        for x, mean, g in zip(values, means, of_step, strict=True):
+            decay = DECAY if x.ndim == 2 else 0.0
+            update = torch.sign(0.9 * mean + 0.1 * g)
+            x -= RATE * (update + decay * x)
+            mean.mul_(0.99).add_(g, alpha=0.01)
+
+
+def by_pytorch(make: Callable[[list[nn.Parameter], float], torch.optim.Optimizer]) -> Any:
+    """Steps of one of PyTorch's optimizers, decaying matrices alone."""
+
+    def run(values: list[torch.Tensor], gradients: list[list[torch.Tensor]]) -> None:
+        parameters = [nn.Parameter(x) for x in values]
+        kinds = [[p for p in parameters if (p.ndim == 2) == two] for two in (True, False)]
+        made = [make(k, d) for k, d in zip(kinds, (DECAY, 0.0), strict=True)]
+        for of_step in gradients:
+            for parameter, gradient in zip(parameters, of_step, strict=True):
+                parameter.grad = gradient.clone()
+            for optimizer in made:
+                optimizer.step()
+
+    return run
+
+
+def muon(parameters: list[nn.Parameter], decay: float) -> torch.optim.Optimizer:
+    if all(p.ndim == 2 for p in parameters):
+        return torch.optim.Muon(
+            parameters, lr=RATE, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+        )
+    return torch.optim.AdamW(
+        parameters, lr=RATE, betas=(0.9, 0.99), eps=1e-8, weight_decay=decay, fused=True
+    )
+
+
+ORACLES = {
+    "adamw": by_pytorch(
+        lambda p, d: torch.optim.AdamW(p, lr=RATE, betas=(0.9, 0.99), eps=1e-8, weight_decay=d)
+    ),
+    "sgd": by_pytorch(lambda p, d: torch.optim.SGD(p, lr=RATE, momentum=0.9, weight_decay=d)),
+    "adafactor": by_pytorch(lambda p, d: torch.optim.Adafactor(p, lr=RATE, weight_decay=d)),
+    "muon": by_pytorch(muon),
+    "lion": lion,
+}
+
+
+def test_each_optimizer_has_an_oracle() -> None:
+    assert ORACLES.keys() == OPTIMIZERS.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_are_those_of_float32_tensors(name: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+    drawn = [
+        [(torch.randn(x.shape, generator=generator) / 256).to(dtype) for x in start]
+        for _ in range(STEPS)
+    ]
+    # gradients are scaled by 65536 on their way, and back
+    changes = {"uses_loss_scale": dtype == torch.float16}
+    trained = {f"{i}.weight": nn.Parameter(x.clone()) for i, x in enumerate(start)}
+    optimizer = make_optimizer(trained, name, **changes)
+    held: dict[str, Any] = {}
+    for number, gradients in enumerate(drawn):
+        if number == 2:
+            # another optimizer goes on from what this one remembers
+            held = copy.deepcopy(optimizer.state_dict())
+            trained = {n: nn.Parameter(torch.zeros_like(x)) for n, x in trained.items()}
+            optimizer = make_optimizer(trained, name, **changes)
+            optimizer.load_state_dict(held)
+        for parameter, gradient in zip(trained.values(), gradients, strict=True):
+            optimizer.backward((parameter.float() * gradient).sum())
+        optimizer.clip()
+        optimizer.step(RATE, DECAY)
+    expected = [x.float() for x in start]
+    ORACLES[name](expected, [[x.float() for x in of_step] for of_step in drawn])
+    for (key, found), wanted in zip(optimizer.values.items(), expected, strict=True):
+        torch.testing.assert_close(found.detach(), wanted, rtol=1e-5, atol=1e-6, msg=key)
+        rounded = found.detach().to(dtype)
+        assert (trained[key].detach() == rounded).float().mean() > 0.99
+
+
+def test_a_table_of_tokens_is_left_to_adamw_by_muon() -> None:
+    start = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    for name in ("emb.weight", "head.weight"):
+        found = []
+        for optimizer in ("muon", "adamw"):
+            trained = {name: nn.Parameter(start.clone())}
+            own = make_optimizer(trained, optimizer, plain=trained)
+            own.backward((trained[name] * start.flip(0)).sum())
+            own.clip()
+            own.step(RATE, DECAY)
+            found.append(own.values[name].detach())
+        assert torch.equal(*found)
+
+
+@pytest.fixture
+def config(make_model_file: Any, make_data_file: Any, tmp_path: Path) -> TrainConfig:
+    sizes = {"n_layer": 1, "n_embd": 64, "dim_att": 64, "dim_ffn": 128}
+    return TrainConfig(
+        load_model=str(make_model_file(**sizes)),
+        data_file=str(make_data_file([f"row {i}: " + "words " * (1 + i % 3) for i in range(8)])),
+        proj_dir=str(tmp_path / "whole"),
+        peft="lora",
+        peft_config={"r": 4},
+        ctx_len=40,
+        micro_bsz=2,
+        epoch_count=2,
+        random_seed=1,
+        warmup_steps=0,
+        accelerator="cpu",
+        precision="bf16",
+        merge=0,
+    )
+
+
+@pytest.mark.parametrize("name", [x for x in OPTIMIZERS if x != "adamw"])
+def test_a_resumed_run_of_each_optimizer_is_one_that_never_stopped(
+    name: str, config: TrainConfig, tmp_path: Path
+) -> None:
+    whole = train(replace(config, optimizer=name, val_file=config.data_file))
+    assert whole.evaluations[-1].loss < whole.evaluations[0].loss
+    parts = run_in_parts(replace(config, optimizer=name, val_file=config.data_file), tmp_path, 3)
+    assert_same(parts.proj_dir, whole.proj_dir)
