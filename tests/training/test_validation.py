@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,9 @@ from rwkv_peft.checkpoint.adapter import read_adapter
 from rwkv_peft.checkpoint.pth import read_weights
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.loss import losses_of
 from rwkv_peft.models.base import RWKV
+from rwkv_peft.models.compile import compile_blocks
 from rwkv_peft.training.prepare import prepare_run
 from rwkv_peft.training.recorder import Result
 from rwkv_peft.training.run import train
@@ -352,3 +355,29 @@ def test_long_rows_are_evaluated_in_chunks_that_hand_the_state_on(run: Run) -> N
     changes |= {"train_type": "infctx", "chunk_ctx": 16, "bptt_chunks": "all"}
     chunked = run(**changes, overwrite=1).evaluations[-1]
     assert chunked.loss == pytest.approx(whole.loss, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_evaluation_compiles_nothing_more(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.utils import counters
+
+    (tmp_path / "prompts.txt").write_text("row 3:\n", encoding="utf-8")
+    monkeypatch.setattr(
+        "rwkv_peft.training.prepare.compile_blocks", partial(compile_blocks, backend="eager")
+    )
+    # the losses of the head are compiled by inductor, which takes longer than all else
+    monkeypatch.setattr("rwkv_peft.loss._compile_losses", lambda: losses_of)
+    counts, adapters = [], []
+    changes = {"compile": 1, "merge": 0, "epoch_count": 1}
+    watched = {"val_every_steps": 1, "val_prompts": str(tmp_path / "prompts.txt"), "overwrite": 1}
+    for more in ({"val_file": ""}, watched):
+        torch._dynamo.reset()
+        counters.clear()
+        result = run(**changes, **more)
+        counts.append((counters["stats"]["unique_graphs"], counters["stats"]["calls_captured"]))
+        adapters.append(read_adapter(result.adapter).tensors)
+    torch._dynamo.reset()
+    assert counts[0] == counts[1] and counts[0][0] > 0
+    assert all(torch.equal(adapters[1][name], x) for name, x in adapters[0].items())
