@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rwkv_peft
-from rwkv_peft.assets import BASE_MODEL, HELD_OUT_DIALOGUES
+from rwkv_peft.assets import BASE_MODEL, DIALOGUES, HELD_OUT_DIALOGUES
 from rwkv_peft.cli.demo import answer, questions
 from rwkv_peft.cli.main import main
 from rwkv_peft.config import DataConfig
@@ -94,3 +94,41 @@ def test_a_second_demo_leaves_the_first_one_alone(
     again = cli("demo", "--proj_dir", demo.folder)
     assert again.code == 2 and "holds a run" in again.err and "--overwrite 1" in again.err
     assert {p: p.stat().st_mtime_ns for p in demo.folder.rglob("*")} == before
+
+
+def test_the_bundled_model_stops_when_it_learns_by_heart(tmp_path: Path) -> None:
+    lines = DIALOGUES.read_text(encoding="utf-8").splitlines()
+    held = HELD_OUT_DIALOGUES.read_text(encoding="utf-8").splitlines()
+    for name, rows in (("few.jsonl", lines[:3]), ("held.jsonl", held[:4])):
+        (tmp_path / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    result = rwkv_peft.train(
+        rwkv_peft.TrainConfig(
+            load_model=str(BASE_MODEL),
+            data_file=str(tmp_path / "few.jsonl"),
+            val_file=str(tmp_path / "held.jsonl"),
+            proj_dir=str(tmp_path / "out"),
+            peft="lora",
+            peft_config={"r": 8},
+            merge=0,
+            epoch_count=60,
+            ctx_len=256,
+            lr_init=3e-2,
+            lr_final=3e-2,
+            warmup_steps=0,
+            val_every_steps=2,
+            early_stopping_patience=2,
+            random_seed=0,
+            precision="fp32",
+            accelerator="cpu",
+        )
+    )
+    losses = [x.loss for x in result.evaluations]
+    best = min(losses[1:])
+    assert result.steps < 60 and best < losses[0]
+    assert losses.index(best) == len(losses) - 3 and result.best.adapter is not None
+    documents = read_documents(
+        DataConfig(data_file=str(tmp_path / "held.jsonl")), rwkv_peft.Tokenizer(5120)
+    )
+    kept = rwkv_peft.load_model(BASE_MODEL, adapter=result.best.adapter)
+    loss, num_tokens = evaluate_loss(kept, documents)
+    assert loss / num_tokens == pytest.approx(best, rel=1e-4)
