@@ -246,9 +246,9 @@ class TrainConfig(DataConfig):
     """cos falls all the way; wsd is stable, then falls over the last fifth of the steps."""
     warmup_steps: int | None = None
     """Optimizer steps over which the rate rises from a hundredth."""
-    optimizer: Literal["adamw", "muon", "adafactor", "sgd", "lion"] = "adamw"
-    """How steps follow from gradients: AdamW; Muon for matrices with AdamW for the rest; Adafactor;
-    SGD with momentum; Lion."""
+    optimizer: Literal["adamw", "adamw8bit", "muon", "adafactor", "sgd", "lion"] = "adamw"
+    """How steps follow from gradients: AdamW, also with moments of 8 bits; Muon for matrices with
+    AdamW for the rest; Adafactor; SGD with momentum; Lion."""
     beta1: float = 0.9
     """Decay of the mean of gradients of AdamW and Lion, and the momentum of SGD."""
     beta2: float = 0.99

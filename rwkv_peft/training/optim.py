@@ -232,19 +232,19 @@ class _State:
     flat: Flat | None
     index: int
 
-    def read(self) -> dict[str, Tensor]:
-        """By the optimizer's names, as views."""
+    def read(self) -> dict[str, Any]:
+        """By the optimizer's names: views of tensors, and numbers."""
         found = {k: x for k, x in self.optimizer.state[self.stepped].items() if x is not None}
         if self.flat is None:
             return found
         return {k: x if x.ndim == 0 else self.flat.part(x, self.index) for k, x in found.items()}
 
-    def write(self, values: Mapping[str, Tensor], device: torch.device) -> None:
+    def write(self, values: Mapping[str, Any], device: torch.device) -> None:
         """Takes up what `read` gave."""
         held = self.optimizer.state[self.stepped]
         for key, x in values.items():
             if self.flat is None or x.ndim == 0:
-                held[key] = x.to(device, copy=True)
+                held[key] = x.to(device, copy=True) if isinstance(x, Tensor) else x
                 continue
             if key not in held:
                 held[key] = torch.zeros_like(

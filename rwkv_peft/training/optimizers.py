@@ -1,4 +1,4 @@
-"""Optimizers by name: PyTorch's own, and Lion, which PyTorch has not."""
+"""Optimizers by name: PyTorch's own, Lion, which it has not, and AdamW with moments of 8 bits."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.device import PLUGINS
+from rwkv_peft.errors import ConfigError
 
 
 class Lion(torch.optim.Optimizer):
@@ -82,8 +83,37 @@ def _make_adafactor(
     return torch.optim.Adafactor(tensors, lr=0.0)
 
 
+def _make_adamw8bit(
+    tensors: Sequence[Tensor], betas: tuple[float, float], eps: float
+) -> torch.optim.Optimizer:
+    made: torch.optim.Optimizer = require_package("adamw8bit").optim.AdamW8bit(
+        tensors, lr=0.0, betas=betas, eps=eps, weight_decay=0.0
+    )
+    return made
+
+
+def require_package(optimizer: str) -> Any:
+    """The package that an optimizer comes from, None if that is PyTorch or this program.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if optimizer != "adamw8bit":
+        return None
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ConfigError(
+            f"--optimizer adamw8bit needs bitsandbytes, which cannot be imported ({error}): pip "
+            "install 'rwkv-peft[bitsandbytes]', or use --optimizer adamw"
+        ) from error
+    return bitsandbytes
+
+
 OPTIMIZERS = {
     "adamw": Maker(_make_adamw),
+    # its moments have a scale for each 256 numbers of a tensor
+    "adamw8bit": Maker(_make_adamw8bit, is_elementwise=False),
     "sgd": Maker(_make_sgd),
     "lion": Maker(_make_lion),
     "muon": Maker(_make_muon, is_elementwise=False),

@@ -39,6 +39,7 @@ from rwkv_peft.training.inputs import mark_file, require_kept_inputs
 from rwkv_peft.training.loop import Run
 from rwkv_peft.training.memory import room_for_borders
 from rwkv_peft.training.optim import Optimizer
+from rwkv_peft.training.optimizers import require_package
 from rwkv_peft.training.resume import Start
 from rwkv_peft.training.settings import Facts, Settings
 from rwkv_peft.training.step import Step, full_step
@@ -63,6 +64,7 @@ def prepare_run(
         RwkvPeftError: a file, a setting or the data cannot be used.
     """
     config.require_files()
+    require_package(config.optimizer)
     find_sources(config.data_file, config.data_type)
     require_kept_inputs(config)
     mark = mark_file(config.load_model)

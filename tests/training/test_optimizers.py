@@ -1,6 +1,7 @@
 """Each optimizer by its name: buffers of 16-bit tensors step as float32 tensors of their own do."""
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,14 @@ import torch
 from torch import nn
 
 from rwkv_peft.config import TrainConfig
+from rwkv_peft.errors import ConfigError
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.optimizers import OPTIMIZERS
 from rwkv_peft.training.run import train
 from tests.training.test_resume import assert_same, run_in_parts
 
-SHAPES = [(16, 16), (32,), (48, 32), (2, 8, 16), (64,)]
+# the last is large enough for moments of 8 bits
+SHAPES = [(16, 16), (32,), (48, 32), (2, 8, 16), (64,), (80, 64)]
 RATE, DECAY, STEPS = 1e-2, 0.1, 4
 
 
@@ -71,7 +74,21 @@ def muon(parameters: list[nn.Parameter], decay: float) -> torch.optim.Optimizer:
     )
 
 
+def adamw8bit(parameters: list[nn.Parameter], decay: float) -> torch.optim.Optimizer:
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(
+        parameters, lr=RATE, betas=(0.9, 0.99), eps=1e-8, weight_decay=decay
+    )
+
+
+def require(name: str) -> None:
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+
 ORACLES = {
+    "adamw8bit": by_pytorch(adamw8bit),
     "adamw": by_pytorch(
         lambda p, d: torch.optim.AdamW(p, lr=RATE, betas=(0.9, 0.99), eps=1e-8, weight_decay=d)
     ),
@@ -89,6 +106,7 @@ def test_each_optimizer_has_an_oracle() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_are_those_of_float32_tensors(name: str, dtype: torch.dtype) -> None:
+    require(name)
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
     drawn = [
@@ -157,7 +175,17 @@ def config(make_model_file: Any, make_data_file: Any, tmp_path: Path) -> TrainCo
 def test_a_resumed_run_of_each_optimizer_is_one_that_never_stopped(
     name: str, config: TrainConfig, tmp_path: Path
 ) -> None:
+    require(name)
     whole = train(replace(config, optimizer=name, val_file=config.data_file))
     assert whole.evaluations[-1].loss < whole.evaluations[0].loss
     parts = run_in_parts(replace(config, optimizer=name, val_file=config.data_file), tmp_path, 3)
     assert_same(parts.proj_dir, whole.proj_dir)
+
+
+def test_an_optimizer_that_is_not_installed_is_one_line_before_training(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match=r"pip install 'rwkv-peft\[bitsandbytes\]'"):
+        train(replace(config, optimizer="adamw8bit"))
+    assert not Path(config.proj_dir).exists()
