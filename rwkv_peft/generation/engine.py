@@ -8,6 +8,7 @@ from rwkv_peft.data.templates import Headings
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import DataError
 from rwkv_peft.generation.sampling import Sampler, Sampling
+from rwkv_peft.generation.token import TokenStep
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.state import RWKVState
 
@@ -27,10 +28,14 @@ class Session:
         self._model, self._tokenizer = model, tokenizer
         self.state: RWKVState | None = None
         self._logits: torch.Tensor | None = None
+        self._step = TokenStep(model)
 
     @torch.inference_mode()
     def read(self, tokens: Sequence[int]) -> None:
         """Moves the state over given tokens."""
+        if len(tokens) == 1 and self.state is not None and self._step.is_used:
+            self._logits, self.state = self._step(tokens[0], self.state)
+            return
         device = self._model.emb.weight.device
         for start in range(0, len(tokens), PREFILL):
             chunk = torch.tensor([list(tokens[start : start + PREFILL])], device=device)
@@ -41,7 +46,9 @@ class Session:
 
     def snapshot(self) -> tuple[RWKVState | None, torch.Tensor | None]:
         """The state and the next logits, for `restore`; neither is ever written in place."""
-        return self.state, self._logits
+        if self.state is None or self._logits is None or not self._step.is_used:
+            return self.state, self._logits
+        return RWKVState(*(x.clone() for x in self.state)), self._logits.clone()
 
     def restore(self, snapshot: tuple[RWKVState | None, torch.Tensor | None]) -> None:
         """Goes back to an earlier snapshot of this session."""

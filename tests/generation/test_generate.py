@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,73 @@ def test_draws_follow_the_probabilities() -> None:
     counts = torch.bincount(torch.tensor([sampler.draw(logits) for _ in range(4000)]))
     # three standard deviations of a binomial count are below 0.024
     torch.testing.assert_close(counts / 4000, torch.tensor([0.6, 0.3, 0.1]), rtol=0, atol=0.024)
+
+
+def draw_of_all(logits: torch.Tensor, s: Sampling, generator: torch.Generator) -> int:
+    """By a sort of the whole vocabulary and PyTorch's own draw."""
+    ordered, ids = torch.softmax(logits / s.temperature, -1).sort(descending=True)
+    ordered[ordered.cumsum(-1) - ordered >= s.top_p] = 0
+    return int(ids[torch.multinomial(ordered, 1, generator=generator)])
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])
+def test_looking_at_the_likeliest_draws_what_a_sort_of_all_draws(top_p: float) -> None:
+    for seed, spread in enumerate((0.1, 1.0, 4.0)):
+        for temperature in (0.5, 1.5):
+            sampling = Sampling(temperature, top_p)
+            sampler = Sampler(sampling, 65530, seed)
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.Generator().manual_seed(seed)
+            for _ in range(3):
+                # none as likely as another, which a sort may order either way
+                logits = torch.randperm(65536, generator=noise).float() / 65536
+                logits = torch.erfinv(logits * 1.99 - 0.99) * spread
+                assert sampler.draw(logits) == draw_of_all(logits[:65530], sampling, generator)
+
+
+def test_tokens_that_are_as_likely_as_others_are_not_left_out() -> None:
+    logits = torch.full((7000,), -30.0)
+    logits[torch.arange(0, 7000, 70)] = 5.0  # a hundred, more than are looked at first
+    sampler = Sampler(Sampling(1.0, top_p=0.999), 7000, seed=0)
+    drawn = [sampler.draw(logits) for _ in range(1500)]
+    assert {token % 70 for token in drawn} == {0}
+    counts = torch.bincount(torch.tensor(drawn) // 70, minlength=100)
+    # fifteen of each, with a standard deviation below four
+    assert counts.min() > 0 and counts.max() < 15 + 6 * 4
+
+
+@pytest.mark.parametrize("version", ["x070", "x060"])
+def test_the_step_of_a_token_in_memory_of_its_own_is_the_models(
+    version: str, make_model_file: Callable[..., Path]
+) -> None:
+    changes: dict[str, Any] = {}
+    if version == "x060":
+        changes = {"version": version, "ranks": {"maa": 16, "decay": 32}, "dim_ffn": 448}
+    model = rwkv_peft.load_model(make_model_file(**changes))
+    tokenizer = rwkv_peft.Tokenizer(320)
+    plain, own = Session(model, tokenizer), Session(model, tokenizer)
+    # where there are graphs, they hold what runs here as it is
+    own._step.is_used = True
+    for session in (plain, own):
+        session.read(tokenizer.encode("a prompt"))
+
+    def answer(session: Session) -> list[int]:
+        return list(session.generate(Sampler(Sampling(1.0, 0.9), 320, seed=1), 6))
+
+    before = [session.snapshot() for session in (plain, own)]
+    first = answer(plain)
+    assert answer(own) == first and len(first) > 1
+    after = [session.snapshot() for session in (plain, own)]
+    # a snapshot is not overwritten by what is read after it
+    for session, snapshot in zip((plain, own), before, strict=True):
+        session.restore(snapshot)
+        assert answer(session) == first
+        session.read(tokenizer.encode("more text"))
+    for (state, logits), (other, others) in (before, after):
+        assert state is not None and other is not None
+        assert all(torch.equal(x, y) for x, y in zip(state, other, strict=True))
+        assert logits is not None and others is not None and torch.equal(logits, others)
+    assert answer(own) == answer(plain)
 
 
 def test_penalties_turn_from_tokens_already_drawn() -> None:
