@@ -12,7 +12,7 @@ from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods.state import LearnedStates
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.state import RWKVState
-from rwkv_peft.training.change import NOTHING_LEARNED, digest
+from rwkv_peft.training.change import NOTHING_LEARNED, digest, is_unchanged
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.saved import Saved
 from rwkv_peft.training.settings import Settings
@@ -88,7 +88,7 @@ class States:
         more: tuple[str, ...] = ()
         if len(paths) > 1:
             more = (f"saved {', '.join(str(p) for p in paths[1:])}",)
-        if digest(values) == self._first:
+        if is_unchanged(self._first, values):
             more += (NOTHING_LEARNED,)
         return Saved(paths[0], None, more)
 

@@ -26,7 +26,7 @@ from rwkv_peft.methods.buffers import Buffers
 from rwkv_peft.methods.penalty import penalty
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.state import RWKVState
-from rwkv_peft.training.change import NOTHING_LEARNED, digest
+from rwkv_peft.training.change import NOTHING_LEARNED, digest, is_unchanged
 from rwkv_peft.training.inputs import FileMark, find_change
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.saved import Saved
@@ -228,7 +228,7 @@ class Weights:
         return partial(self._write_adapter, stem, saved, remarks, merge_apart)
 
     def _remarks(self, values: Mapping[str, Tensor]) -> tuple[str, ...]:
-        return (NOTHING_LEARNED,) if self._first == digest(values) else ()
+        return (NOTHING_LEARNED,) if is_unchanged(self._first, values) else ()
 
     def _write_weights(
         self, stem: Path, values: Mapping[str, Tensor], remarks: tuple[str, ...]
