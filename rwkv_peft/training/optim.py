@@ -1,18 +1,17 @@
 """Steps of an optimizer over float32 values, with clipping and loss scaling."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_peft.device import PLUGINS
 from rwkv_peft.models import lr_factors
+from rwkv_peft.training.by_name import Computed, Memory
 from rwkv_peft.training.flat import Flat, Gradients, pack
 from rwkv_peft.training.optimizers import OPTIMIZERS, Maker, optimizer_for
-
-_T = TypeVar("_T")
 
 
 class Optimizer:
@@ -71,7 +70,7 @@ class Optimizer:
         self._device = next(iter(trained.values())).device
         self._places: dict[Tensor, tuple[Flat, int]] = {}
         self._waiting = Gradients()
-        self._states: dict[Tensor, _State] = {}
+        self._states: dict[Tensor, Memory] = {}
         self._parts: list[_Part] = []
         self._clip_groups: dict[str, list[_Part]] = {}
         self._is_fused = optimizer == "adamw" and self._device.type not in ("cpu", *PLUGINS)
@@ -111,12 +110,12 @@ class Optimizer:
     @property
     def values(self) -> Mapping[str, Tensor]:
         """In float32, by name, each computed when asked for."""
-        return _Computed(self._parameters, self._value)
+        return Computed(self._parameters, self._value)
 
     @property
     def gradients(self) -> Mapping[str, Tensor | None]:
         """Of the step so far, in float32, by name, None where there is none."""
-        return _Computed(self._parameters, self._gradient)
+        return Computed(self._parameters, self._gradient)
 
     def _value(self, name: str) -> Tensor:
         parameter = self._parameters[name]
@@ -219,41 +218,6 @@ class Optimizer:
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
-    """What an optimizer remembers of one tensor.
-
-    Attributes:
-        stepped: the tensor that the optimizer steps.
-        flat, index: of a tensor that is stepped with others as one; None otherwise.
-    """
-
-    optimizer: torch.optim.Optimizer
-    stepped: Tensor
-    flat: Flat | None
-    index: int
-
-    def read(self) -> dict[str, Any]:
-        """By the optimizer's names: views of tensors, and numbers."""
-        found = {k: x for k, x in self.optimizer.state[self.stepped].items() if x is not None}
-        if self.flat is None:
-            return found
-        return {k: x if x.ndim == 0 else self.flat.part(x, self.index) for k, x in found.items()}
-
-    def write(self, values: Mapping[str, Any], device: torch.device) -> None:
-        """Takes up what `read` gave."""
-        held = self.optimizer.state[self.stepped]
-        for key, x in values.items():
-            if self.flat is None or x.ndim == 0:
-                held[key] = x.to(device, copy=True) if isinstance(x, Tensor) else x
-                continue
-            if key not in held:
-                held[key] = torch.zeros_like(
-                    self.stepped, dtype=torch.float32, memory_format=torch.contiguous_format
-                )
-            self.flat.part(held[key], self.index).copy_(x)
-
-
-@dataclass(frozen=True, slots=True)
 class _Part:
     """What is stepped at once: the tensor of a flat buffer, its views, or float32 parameters.
 
@@ -274,15 +238,15 @@ class _Part:
         found: list[Tensor] = self.holder.param_groups[0]["params"]
         return found
 
-    def states(self, parameters: list[Tensor]) -> dict[Tensor, "_State"]:
+    def states(self, parameters: list[Tensor]) -> dict[Tensor, Memory]:
         """What is remembered of each tensor of the model."""
         if self.flat is None:
-            return {x: _State(self.optimizer, x, None, 0) for x in parameters}
+            return {x: Memory(self.optimizer, x, None, 0) for x in parameters}
         if self.singles:
             pairs = zip(parameters, self.singles, strict=True)
-            return {x: _State(self.optimizer, single, None, 0) for x, single in pairs}
+            return {x: Memory(self.optimizer, single, None, 0) for x, single in pairs}
         master = self.flat.master
-        return {x: _State(self.optimizer, master, self.flat, i) for i, x in enumerate(parameters)}
+        return {x: Memory(self.optimizer, master, self.flat, i) for i, x in enumerate(parameters)}
 
     def measured(self) -> list[Tensor]:
         """Tensors whose norm is that of the gradients."""
@@ -314,19 +278,3 @@ def _make_part(
     optimizer = maker.make(singles or whole, betas, eps)
     holder = torch.optim.SGD(whole, lr=0.0) if singles else optimizer
     return _Part(optimizer, holder, flat, singles, lr_scale, decays)
-
-
-class _Computed(Mapping[str, _T]):
-    """Computes what belongs to a name when asked for it."""
-
-    def __init__(self, names: Collection[str], compute: Callable[[str], _T]) -> None:
-        self._names, self._compute = names, compute
-
-    def __getitem__(self, name: str) -> _T:
-        return self._compute(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

@@ -1,0 +1,63 @@
+"""What an optimizer holds of each tensor, by the tensor's name, whatever it steps as one."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from rwkv_peft.training.flat import Flat
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What an optimizer remembers of one tensor.
+
+    Attributes:
+        stepped: the tensor that the optimizer steps.
+        flat, index: of a tensor that is stepped with others as one; None otherwise.
+    """
+
+    optimizer: torch.optim.Optimizer
+    stepped: Tensor
+    flat: Flat | None
+    index: int
+
+    def read(self) -> dict[str, Any]:
+        """By the optimizer's names: views of tensors, and numbers."""
+        found = {k: x for k, x in self.optimizer.state[self.stepped].items() if x is not None}
+        if self.flat is None:
+            return found
+        return {k: x if x.ndim == 0 else self.flat.part(x, self.index) for k, x in found.items()}
+
+    def write(self, values: Mapping[str, Any], device: torch.device) -> None:
+        """Takes up what `read` gave."""
+        held = self.optimizer.state[self.stepped]
+        for key, x in values.items():
+            if self.flat is None or x.ndim == 0:
+                held[key] = x.to(device, copy=True) if isinstance(x, Tensor) else x
+                continue
+            if key not in held:
+                held[key] = torch.zeros_like(
+                    self.stepped, dtype=torch.float32, memory_format=torch.contiguous_format
+                )
+            self.flat.part(held[key], self.index).copy_(x)
+
+
+class Computed(Mapping[str, _T]):
+    """Computes what belongs to a name when asked for it."""
+
+    def __init__(self, names: Collection[str], compute: Callable[[str], _T]) -> None:
+        self._names, self._compute = names, compute
+
+    def __getitem__(self, name: str) -> _T:
+        return self._compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
