@@ -25,6 +25,8 @@ NOT_NEGATIVE = ["chunk_ctx", "epoch_count", "epoch_steps", "epoch_begin", "lr_in
 NOT_NEGATIVE += ["save_every_steps", "save_every_minutes", "keep"]
 NOT_NEGATIVE += ["warmup_steps", "num_workers", "weight_decay", "grad_clip", "l2wrap", "adam_eps"]
 NOT_NEGATIVE += ["val_every_steps", "early_stopping_patience"]
+# fields that 0 leaves open, as None and auto do others
+OPEN_AT_ZERO = ("chunk_ctx", "bptt_chunks")
 DataType = Literal[
     "auto",
     "jsonl",

@@ -32,6 +32,11 @@ class Aside:
         given = self._writing, write, loss, step
         Thread(target=_work, args=given, daemon=True).start()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save was begun that has not been collected."""
+        return self._writing is not None
+
     def collect(self, *, waits: bool) -> Finished | None:
         """The save that was written since the last call, if any.
 

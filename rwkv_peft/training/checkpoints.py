@@ -114,15 +114,17 @@ class Checkpoints:
             or (is_on(settings) and self._run.is_done)
         )
 
-    def save(self, record: StepRecord) -> None:
+    def save(self, record: StepRecord, *, is_saving: bool = False) -> None:
         """Copies the run to host memory, and has a thread write it; waits for the one before.
 
+        Args:
+            is_saving: files of an epoch are being written, and not yet whole.
         Raises:
             CheckpointError: the one before could not be written.
         """
         self.wait()
         self._last_time = time.monotonic()
-        tree = self._describe(record)
+        tree = {**self._describe(record), "is_saving": is_saving}
         step = self._run.progress.step
         self._writing, self.step = Future(), step
         Thread(target=self._work, args=(self._writing, tree, step), daemon=True).start()
@@ -197,10 +199,9 @@ class Checkpoints:
         self._folder.flush()
         with atomic_folder(path) as new:
             write_tree(new, {**tree, "data": self._data})
-            if path.exists():
-                # of a course of the run that was given up
+            if path.is_dir() and any(x.name not in FILES for x in path.iterdir()):
+                # of a course of the run that was given up: what was learned there stays
                 remove_checkpoint(path)
-            if path.exists():
                 path.rename(free_name(path))
         if keep := self._settings.keep:
             whole = [x for x in list_checkpoints(self._folder.path) if step_of(x) <= step_of(path)]

@@ -104,7 +104,9 @@ def prepare_run(
     if claim:
         lines += describe_space(settings, claim.path, _count(target.parameters))
     run = Run(plan, model, target, optimizer, step, remarks=remarks, validation=validation)
-    return run, lines + (start.restore(run) if start else [])
+    if start:
+        start.restore(run)
+    return run, lines
 
 
 def find_facts(

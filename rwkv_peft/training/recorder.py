@@ -134,8 +134,7 @@ class Recorder:
         if self._checkpoints.is_due():
             # a run that goes on from it does not save again what was saved before it
             self._collect(run, waits=True)
-            self._try(run, self._checkpoints.wait)
-            self._try(run, lambda: self._checkpoints.save(record))
+            self._checkpoint(run, record)
 
     def stop(self, run: Run, record: StepRecord) -> None:
         """Makes a checkpoint, saves what was learned and stops the run, if a signal asks for it."""
@@ -143,17 +142,24 @@ class Recorder:
             return
         run.stopped_by, step = self._interrupt.signal, run.progress.step
         # first of all: who sent the signal may not wait long
+        is_saving = self._aside.is_writing
         if self._checkpoints.step != step:
-            self._try(run, self._checkpoints.wait)
-            self._try(run, lambda: self._checkpoints.save(record))
+            self._checkpoint(run, record, is_saving=is_saving)
         self._try(run, self._checkpoints.wait)
-        self._collect(run, waits=True)
+        if is_saving:
+            self._collect(run, waits=True)
+            self._checkpoint(run, record)
+            self._try(run, self._checkpoints.wait)
         what = f"stopped by signal {run.stopped_by} after step {step}"
         if self._checkpoints.last:
             command = shlex.join(["rwkv-peft", "train", "--resume", str(self._checkpoints.last)])
             self.say(f"{what}; to go on: {command}")
         if run.saved_step != step:
             self.say(f"{what}, {self._save(run, f'{folder_name(step)}/rwkv')}")
+
+    def _checkpoint(self, run: Run, record: StepRecord, *, is_saving: bool = False) -> None:
+        self._try(run, self._checkpoints.wait)
+        self._try(run, lambda: self._checkpoints.save(record, is_saving=is_saving))
 
     def finish(self, run: Run) -> None:
         """Waits for the last checkpoint; the last save is written by then."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from rwkv_peft.checkpoint.adapter import saved_method
 from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.tree import find_damage, read_tree, read_values
-from rwkv_peft.config import DataConfig, TrainConfig
+from rwkv_peft.config import OPEN_AT_ZERO, DataConfig, TrainConfig
 from rwkv_peft.data.documents import Documents
 from rwkv_peft.data.fingerprint import hash_documents
 from rwkv_peft.errors import CheckpointError, ConfigError
@@ -56,7 +56,8 @@ class Start:
         config: with what was left open as the run had it.
         folder: of the checkpoint; None: the run begins again, having made none.
         values: of the checkpoint, tensors included; only `settings` without one.
-        lines: what a person should read first.
+        lines: what a person should read before it goes on; the log is that of a run that never
+            stopped.
     """
 
     config: TrainConfig
@@ -101,10 +102,11 @@ class Start:
             f"or allow it: --resume_changes {names}"
         )
 
-    def restore(self, run: Run) -> list[str]:
-        """Takes up the run's state, and gives what a person should read before it goes on."""
+    def restore(self, run: Run) -> None:
+        """Takes up the run's state."""
         if self.folder is None:
-            return [*self.lines, "resume: there is no checkpoint yet, the run begins again"]
+            self.lines.append("resume: there is no checkpoint yet, the run begins again")
+            return
         state = self.values["run"]
         saved = {n: tuple(x.shape) for n, x in state["optimizer"]["values"].items()}
         here = {n: tuple(x.shape) for n, x in run.target.parameters.items()}
@@ -120,12 +122,14 @@ class Start:
         if weights or adapter:
             run.saved = Saved(weights, adapter)
         run.saved_loss = self.values["saved_loss"]
+        if self.values.get("is_saving"):
+            self.lines.append(
+                f"resume: the files of epoch {run.settings.epoch_begin + run.epoch - 1} were being "
+                "written when the run was ended, and are missing"
+            )
         step, steps = run.progress.step, run.plan.steps
-        return [
-            *self.lines,
-            *self._compare_versions(run),
-            f"resume: goes on after step {step:,} of {steps:,}, from {self.folder}",
-        ]
+        self.lines.extend(self._compare_versions(run))
+        self.lines.append(f"resume: goes on after step {step:,} of {steps:,}, from {self.folder}")
 
     def _compare_versions(self, run: Run) -> Iterator[str]:
         now, then = find_versions(run.device), self.values["versions"]
@@ -165,7 +169,7 @@ def find_start(config: TrainConfig) -> Start | None:
 
 
 def find_settings(resume: str, proj_dir: str) -> dict[str, Any]:
-    """The settings of the run that `--resume` means, {} if it means none yet.
+    """The settings of the checkpoint that `--resume` means, {} if there is none yet.
 
     They are the defaults of a command line. Nothing is checked here.
     """
@@ -176,8 +180,7 @@ def find_settings(resume: str, proj_dir: str) -> dict[str, Any]:
         except (OSError, ValueError, KeyError, TypeError):
             continue
         return {**settings, "resume": resume, "proj_dir": proj_dir or _home(folder)}
-    settings = read_settings(Path(proj_dir)) if resume == AUTO and proj_dir else None
-    return {**settings, "resume": resume, "proj_dir": proj_dir} if settings else {}
+    return {}
 
 
 def _find_checkpoint(config: TrainConfig) -> tuple[Path | None, list[str]]:
@@ -213,6 +216,8 @@ def _begin_again(config: TrainConfig, lines: list[str]) -> Start | None:
     again = _fill(config, settings, Path(config.proj_dir))
     if _find_changes(again, settings):
         return None
+    # all else is chosen as it was, and said again
+    again = replace(config, random_seed=again.random_seed)
     return Start(again, None, {"settings": settings}, lines)
 
 
@@ -220,7 +225,7 @@ def _fill(config: TrainConfig, settings: Mapping[str, Any], folder: Path) -> Tra
     """A config with what was left open taken from the settings of a run."""
     given = {f.name: getattr(config, f.name) for f in fields(config)}
     left_open = {n for n, x in given.items() if x in (None, "", AUTO)} - {"resume"}
-    left_open |= {n for n in ("chunk_ctx", "bptt_chunks") if not given[n]}
+    left_open |= {n for n in OPEN_AT_ZERO if not given[n]}
     if given["random_seed"] < 0:
         left_open.add("random_seed")
     if not given["peft_config"] and given["peft"] in (AUTO, settings.get("peft")):

@@ -61,6 +61,8 @@ def train(config: TrainConfig, *, step: Step | None = None) -> Result:
         ):
             recorder = Recorder(claim, folder, display, interrupt, checkpoints, aside)
             recorder.introduce(run, lines)
+            for line in start.lines if start else ():
+                display.line(line)
             validator = Validator(folder, recorder.say)
             validator.evaluate(run)
             reporter = Reporter(loggers, recorder.say)

@@ -2,7 +2,8 @@
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import pytest
 import torch
 
 from rwkv_peft.config import TrainConfig
+from rwkv_peft.training.metrics import RunFolder, StepRecord
 from rwkv_peft.training.run import Result, train
-from rwkv_peft.training.step import full_step
 from tests.methods.test_catalog import CASES
 
 # of a step's record, what is measured and never twice the same
@@ -43,18 +44,19 @@ def config(
     )
 
 
-def stop_in(*steps: int) -> Any:
-    """A step that sends SIGTERM in the micro-batches of these numbers, from 1."""
-    count = 0
+@contextmanager
+def stopped_after(step: int) -> Iterator[None]:
+    """Sends SIGTERM when this step is done."""
+    record = RunFolder.record
 
-    def step(*args: Any, **options: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count in steps:
+    def note(self: RunFolder, found: StepRecord) -> None:
+        record(self, found)
+        if found.step == step:
             signal.raise_signal(signal.SIGTERM)
-        return full_step(*args, **options)
 
-    return step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "record", note)
+        yield
 
 
 def losses(folder: Path) -> list[dict[str, Any]]:
@@ -82,15 +84,15 @@ def assert_same(resumed: Path, whole: Path) -> None:
 
 
 def run_in_parts(config: TrainConfig, tmp_path: Path, *steps: int) -> Result:
-    """A run in another folder that is stopped in each of these micro-batches and goes on."""
+    """A run in another folder that is stopped after each of these steps and goes on."""
     config = replace(config, proj_dir=str(tmp_path / "parts"))
-    done = 0
     for step in steps:
-        result = train(config, step=stop_in(step - done))
-        assert result.signal == signal.SIGTERM and result.checkpoint is not None
+        with stopped_after(step):
+            result = train(config)
+        assert (result.signal, result.steps) == (signal.SIGTERM, step)
         # all that the process knew is gone, but what another run would begin with
         torch.manual_seed(99)
-        done, config = step, replace(config, resume="auto")
+        config = replace(config, resume="auto")
     return train(config)
 
 
@@ -110,6 +112,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "pvera": {"peft": "pvera", "peft_config": {"generator_seed": 5}, "precision": "bf16"},
     "workers": {"num_workers": 2, "dataload": "pad"},
     "accumulated": {"accumulate_grad_batches": 2, "micro_bsz": 1},
+    "chunks": {"train_type": "infctx", "dataload": "pad", "chunk_ctx": 16},
 }
 MORE_RUNS: dict[str, dict[str, Any]] = {
     "parts": {"train_parts": ["ln", "emb"]},
@@ -137,7 +140,7 @@ def test_a_run_stopped_twice_ends_as_one_that_never_was(
 ) -> None:
     config = replace(config, **(RUNS | MORE_RUNS)[name])
     whole = train(config)
-    assert whole.steps > 4 // config.accumulate_grad_batches
+    assert whole.steps > 3
     parts = run_in_parts(config, tmp_path, 1, 3)
     assert parts.steps == whole.steps and parts.loss == whole.loss
     assert_same(tmp_path / "parts", tmp_path / "whole")
@@ -184,7 +187,8 @@ def test_a_run_stopped_at_the_end_of_an_epoch_has_its_files_once(
     whole = train(config)
     half = whole.steps // 2
     config = replace(config, proj_dir=str(tmp_path / "parts"))
-    result = train(config, step=stop_in(half))
+    with stopped_after(half):
+        result = train(config)
     assert result.steps == half and result.signal
     assert result.adapter == tmp_path / "parts" / "rwkv-0-adapter"
     train(replace(config, resume="auto"))
@@ -204,7 +208,8 @@ def test_every_method_goes_on_where_its_factors_are_found_otherwise(
     config = replace(config, peft=name, peft_config=options, precision="bf16")
     train(config)
     config = replace(config, proj_dir=str(tmp_path / "parts"))
-    assert train(config, step=stop_in(2)).signal
+    with stopped_after(2):
+        assert train(config).signal
     # other clusters of AdaMSS are other parameters, and refused
     if case != "adamss":
         decompose_otherwise()
