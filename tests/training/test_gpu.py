@@ -12,6 +12,7 @@ from rwkv_peft.config import TrainConfig
 from rwkv_peft.training.run import train
 from rwkv_peft.training.step import StepOutput, full_step
 from tests.training.test_loop import losses
+from tests.training.test_resume import assert_same, run_in_parts
 
 
 @pytest.mark.gpu
@@ -141,3 +142,36 @@ def test_a_micro_batch_waits_for_nothing_on_a_gpu(
     )
     assert train(config, step=strict).signal == 0
     assert calls > 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["lora", "dropout", "miss", "none", "pissa", "fp16"])
+def test_on_a_gpu_too_a_run_stopped_twice_ends_with_the_bits_of_one_that_never_was(
+    name: str, make_model_file: Callable[..., Path], data_file: Path, tmp_path: Path
+) -> None:
+    options: dict[str, dict[str, Any]] = {
+        "lora": {"peft": "lora"},
+        "dropout": {"peft": "lora", "peft_config": {"r": 8, "lora_dropout": 0.2}},
+        "miss": {"peft": "miss"},
+        "none": {"peft": "none"},
+        "pissa": {"peft": "pissa", "peft_config": {"r": 8}},
+        "fp16": {"peft": "lora", "precision": "fp16", "op": "torch"},
+    }
+    config = TrainConfig(
+        **{"precision": "bf16", "peft_config": {}, **options[name]},
+        load_model=str(make_model_file()),
+        data_file=str(data_file),
+        proj_dir=str(tmp_path / "whole"),
+        ctx_len=64,
+        micro_bsz=2,
+        epoch_count=4,
+        lr_init=1e-2,
+        accelerator="gpu",
+        compile="auto" if name in ("dropout", "fp16") else 1,
+        merge=0,
+        random_seed=0,
+    )
+    whole = train(config)
+    run_in_parts(config, tmp_path, 2, 5)
+    assert whole.steps > 6
+    assert_same(tmp_path / "parts", tmp_path / "whole")
