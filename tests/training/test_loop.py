@@ -282,11 +282,16 @@ def test_a_saved_config_repeats_the_run(run: Run, tmp_path: Path, cli: Callable[
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(
-    number: signal.Signals, model_file: Path, data_file: Path, tmp_path: Path
+    number: signal.Signals,
+    model_file: Path,
+    make_data_file: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
+    # an epoch too long to end meanwhile: what it saves would not be saved twice
+    data_file = make_data_file([f"row {i} of many" for i in range(5000)])
     command = [sys.executable, "-m", "rwkv_peft.cli.main", "train", str(model_file)]
     command += [str(data_file), "--proj_dir", str(tmp_path / "out"), "--epoch_count", "100000"]
-    command += ["--peft", "lora", "--micro_bsz", "1"]
+    command += ["--peft", "lora", "--micro_bsz", "1", "--dataload", "pad"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     path = tmp_path / "out" / "loss_data.jsonl"
