@@ -36,6 +36,8 @@ HEAVY = {"peft", "transformers", "datasets", "triton", "fla", "deepspeed", "bits
 HEAVY |= {"lm_eval", "tensorboard", "trackio", "swanlab"}
 # what only the module of a backend imports, which is loaded when the backend was chosen
 TRITON_KERNELS = "triton_kernels.py"
+# the one place in which nobody knows what a library raises
+READS_DAMAGED_FILES = "records.py"
 HEAVY |= {"pyrwkv_tokenizer", "jsonargparse", "yaml", "rich", "safetensors", "jinja2", "pyarrow"}
 LINES, KERNEL_LINES, FUNCTION_LINES = 400, 600, 60
 
@@ -89,7 +91,8 @@ def test_a_file_keeps_to_its_layer_and_its_size(path: Path) -> None:
             assert node.end_lineno - node.lineno < FUNCTION_LINES, f"{node.name} is too long"
         if isinstance(node, ast.ExceptHandler):
             caught = ast.unparse(node.type) if node.type else ""
-            assert caught not in ("", "Exception", "BaseException"), "a broad except"
+            is_broad = caught in ("", "Exception", "BaseException")
+            assert not is_broad or path.name == READS_DAMAGED_FILES, "a broad except"
 
 
 def test_no_file_imports_itself_through_others() -> None:

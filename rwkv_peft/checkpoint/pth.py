@@ -1,21 +1,21 @@
 """Official weight files: `.pth` and `.safetensors` of tensors under their official names."""
 
-import pickle
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rwkv_peft.checkpoint.records import damage_in_one_line, map_pth
 from rwkv_peft.checkpoint.stream import Spec, map_safetensors, write_tensors
+from rwkv_peft.checkpoint.validate import join_problems, validate_weights
 from rwkv_peft.errors import CheckpointError
-from rwkv_peft.models import read_model_config
+from rwkv_peft.models import build, read_model_config
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.recognise import OLD_TORCH, SAFETENSORS, TORCH, Kind, recognise
 
-LISTED_PROBLEMS = 12
 # end of the names of a learned state's tensors
 STATE_SUFFIX = "_state"
 
@@ -28,14 +28,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     kind = require_weights(path)
-    weights = _read_safetensors(path) if kind is SAFETENSORS else _read_pth(path, kind)
-    strange = [name for name, x in weights.items() if not isinstance(x, Tensor)]
-    if strange:
-        raise CheckpointError(
-            f"{path} holds other things than tensors ({', '.join(map(str, strange[:3]))} …): "
-            "give a file of weights alone"
-        )
-    return weights
+    with damage_in_one_line(path):
+        loaded = _READERS[kind](path)
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a table of tensors")
+    return validate_weights(loaded, path, path.stat().st_size)
 
 
 def require_weights(path: str | Path) -> Kind:
@@ -56,39 +53,24 @@ def require_weights(path: str | Path) -> Kind:
     return kind
 
 
-def _read_pth(path: Path, kind: Kind) -> dict[str, Tensor]:
-    try:
-        # files older than the zip format cannot be mapped
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=kind is TORCH)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is refused: {_explain(error)}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} is damaged or no .pth file ({first[:120]})") from error
-    if not isinstance(weights, dict):
-        raise CheckpointError(f"{path} holds a {type(weights).__name__}, not a table of tensors")
-    return weights
+def _load_old(path: Path) -> Any:
+    # files older than the zip format cannot be mapped
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _explain(error: pickle.UnpicklingError) -> str:
-    """Why torch does not unpickle a file, and what to do."""
-    if found := re.search(r"unsupported (?:global: )?GLOBAL ([\w.]+)", str(error), re.IGNORECASE):
-        return (
-            f"it holds more than tensors, and opening it would run code of {found[1]}. Who trusts "
-            "it loads it where it was made, and saves model.state_dict() by torch.save"
-        )
-    return "its table of tensors is damaged; download or copy it again"
+def _map_safetensors(path: Path) -> Any:
+    from safetensors import safe_open
+
+    # the library checks the header; its tensors are copies, and these are views of the file
+    with safe_open(path, framework="pt"):
+        return map_safetensors(path)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        # the library checks the header; its tensors are copies, and these are views of the file
-        with safe_open(path, framework="pt"):
-            return map_safetensors(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no .safetensors file ({error})") from error
+_READERS: dict[Kind, Callable[[Path], Any]] = {
+    TORCH: map_pth,
+    OLD_TORCH: _load_old,
+    SAFETENSORS: _map_safetensors,
+}
 
 
 def write_weights(path: str | Path, weights: Mapping[str, Tensor]) -> None:
@@ -102,8 +84,14 @@ def write_weights(path: str | Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def infer_model_config(weights: Mapping[str, Tensor]) -> ModelConfig:
-    """The model config of a file's tensors; see `read_model_config`."""
-    return read_model_config({name: tuple(x.shape) for name, x in weights.items()})
+    """The model config of a file's tensors, see `read_model_config`, all of which are as it says.
+
+    Raises:
+        CheckpointError: names or shapes disagree; all of them are in the one message.
+    """
+    model_config = read_model_config({name: tuple(x.shape) for name, x in weights.items()})
+    require_fit(build(model_config, op="reference"), weights)
+    return model_config
 
 
 def load_weights(
@@ -122,6 +110,22 @@ def load_weights(
     Raises:
         CheckpointError: names or shapes disagree; all of them are in the one message.
     """
+    states = require_fit(model, weights)
+    if states:
+        here = {name: x.to(device).float() for name, x in states.items()}
+        model.initial_state = model.version.state.to_state(here, model.model_config)
+    for name in dict(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        value = weights[name].to(device=device, dtype=dtype)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def require_fit(model: RWKV, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Raises unless a file's tensors are those of a model; gives those of a learned state in it.
+
+    Raises:
+        CheckpointError: names or shapes disagree; all of them are in the one message.
+    """
     expected = {name: tuple(x.shape) for name, x in model.named_parameters()}
     states = {name: x for name, x in weights.items() if name.endswith(STATE_SUFFIX)}
     if states:
@@ -136,19 +140,11 @@ def load_weights(
         if name in weights and tuple(weights[name].shape) != shape
     ]
     if problems:
-        more = f" and {len(problems) - LISTED_PROBLEMS} more" * (len(problems) > LISTED_PROBLEMS)
         raise CheckpointError(
             f"the file does not fit an RWKV model, {len(problems)} problems: "
-            + "; ".join(problems[:LISTED_PROBLEMS])
-            + more
+            + join_problems(problems)
         )
-    if states:
-        here = {name: x.to(device).float() for name, x in states.items()}
-        model.initial_state = model.version.state.to_state(here, model.model_config)
-    for name in expected.keys() - states.keys():
-        owner, _, leaf = name.rpartition(".")
-        value = weights[name].to(device=device, dtype=dtype)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    return states
 
 
 def write_like(path: str | Path, base: str | Path, changed: Mapping[str, Tensor]) -> None:

@@ -85,14 +85,15 @@ def _totals(path: str | Path) -> dict[str, Any]:
 
 
 def _describe_model(path: str | Path) -> dict[str, Any]:
-    from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights
-    from rwkv_peft.models import build
+    from rwkv_peft.checkpoint.pth import read_weights, require_fit
+    from rwkv_peft.models import build, read_model_config
 
     weights = read_weights(path)
-    model_config = infer_model_config(weights)
+    # what is missing does not hinder a look at the rest
+    model_config = read_model_config({name: tuple(x.shape) for name, x in weights.items()})
     odd = []
     try:
-        load_weights(build(model_config, op="reference"), weights, device="meta")
+        require_fit(build(model_config, op="reference"), weights)
     except RwkvPeftError as error:
         odd.append(str(error))
     totals = _totals(path)

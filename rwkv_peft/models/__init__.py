@@ -34,8 +34,9 @@ def read_model_config(shapes: Shapes) -> ModelConfig:
     """The model config of a file's tensors.
 
     Raises:
-        CheckpointError: the file holds no version of the table, or a tensor that fixes the model
-            config is missing or has the wrong number of dimensions.
+        CheckpointError: the file holds no version of the table, a layer is missing, or a tensor
+            that fixes the model config is missing or has the wrong number of dimensions or none of
+            a size.
     """
     if "emb.weight" not in shapes or "head.weight" not in shapes:
         known = ", ".join(list(shapes)[:3]) or "nothing"
@@ -49,16 +50,18 @@ def read_model_config(shapes: Shapes) -> ModelConfig:
             f"this file holds RWKV x040, and only {_names()} can be used: give a file of one of "
             "these, for example rwkv7-g1-0.1b or RWKV-x060-World-1B6"
         )
-    layers = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
+    n_layer = _count_layers(shapes)
     vocab_size, n_embd = shape_of(shapes, "emb.weight", 2)
     own = version.read(shapes)
     n_head = own.pop("n_head")
     dim_att = shape_of(shapes, "blocks.0.att.receptance.weight", 2)[0]
-    if dim_att % n_head:
+    if not n_head or dim_att % n_head:
         raise CheckpointError(f"damaged RWKV file: {n_head} heads do not divide {dim_att} channels")
+    if empty := next((name for name, shape in shapes.items() if 0 in shape), None):
+        raise CheckpointError(f"damaged RWKV file: {empty} has shape {shapes[empty]}")
     return ModelConfig(
         version=version.name,
-        n_layer=max(layers) + 1,
+        n_layer=n_layer,
         n_embd=n_embd,
         dim_att=dim_att,
         dim_ffn=shape_of(shapes, "blocks.0.ffn.key.weight", 2)[0],
@@ -66,6 +69,20 @@ def read_model_config(shapes: Shapes) -> ModelConfig:
         vocab_size=vocab_size,
         **own,
     )
+
+
+def _count_layers(shapes: Shapes) -> int:
+    """The number of layers, all of which are there."""
+    layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+    # no longer than the names, whatever number one holds
+    missing = next((i for i in range(len(layers)) if str(i) not in layers), None)
+    if missing is not None:
+        last = max(layers, key=lambda layer: (len(layer), layer))
+        raise CheckpointError(
+            f"damaged RWKV file: it holds {len(layers)} layers, of which one is {last}, and lacks "
+            f"layer {missing}"
+        )
+    return len(layers)
 
 
 def _names() -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_peft.models.config import ModelConfig, Shapes
+from rwkv_peft.models.config import ModelConfig, Shapes, shape_of
 from rwkv_peft.models.frozen import FrozenLinear
 from rwkv_peft.models.layers import (
     GROUP_NORM_EPS,
@@ -117,8 +117,10 @@ def _detected_name(shapes: Shapes) -> str:
 
 
 def _read(shapes: Shapes) -> dict[str, Any]:
+    # (H,), or (H, N) from 5.2 on
+    ndim = 2 if _detected_name(shapes) == "x052" else 1
     return {
-        "n_head": shapes["blocks.0.att.time_decay"][0],
+        "n_head": shape_of(shapes, "blocks.0.att.time_decay", ndim)[0],
         "has_time_first": "blocks.0.att.time_first" in shapes,
     }
 
