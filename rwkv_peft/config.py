@@ -144,6 +144,9 @@ class TrainConfig(DataConfig):
 
     load_model: str = ""
     """The official weights to start from (.pth or .safetensors)."""
+    check_files: Switch = 1
+    """1 compares the checksums of .pth files before they are used, at 1 to 3 GB a second and core;
+    0 does not."""
     proj_dir: str = ""
     """Folder of the run's results; 'out', or the first free of out-2, out-3 …, if empty."""
     overwrite: Switch = 0

@@ -69,7 +69,8 @@ def convert(
     output = Path(output)
     _require_free(output, to, [source, base_model, pissa_init], overwrite)
     weights = read_weights(base_model)
-    state = read_state(source, infer_model_config(weights)) if is_state_file(source) else None
+    model_config = infer_model_config(weights)
+    state = read_state(source, model_config) if is_state_file(source) else None
     _require_form(output, to, is_state=state is not None)
     if state is not None:
         if not any(bool(x.any()) for x in state.values()):

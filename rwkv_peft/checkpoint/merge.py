@@ -18,6 +18,7 @@ from rwkv_peft.checkpoint.folder import NOTE, SavedAdapter
 from rwkv_peft.checkpoint.mapped import build_mapped, upcast_on_use
 from rwkv_peft.checkpoint.older import LegacyAdapterHints
 from rwkv_peft.checkpoint.pth import STATE_SUFFIX, infer_model_config, read_weights
+from rwkv_peft.checkpoint.records import require_sums
 from rwkv_peft.checkpoint.state import is_state_file, read_state
 from rwkv_peft.checkpoint.stream import Spec, StoredDtype, require_ending, write_tensors
 from rwkv_peft.data.sources import find_sources
@@ -149,6 +150,7 @@ def merge(
     data_file: str = "",
     overwrite: bool = False,
     may_be_unchanged: bool = False,
+    check_files: bool = True,
 ) -> MergeReport:
     """Writes `output`: the official file `base_model` with adapters or learned states added.
 
@@ -160,21 +162,21 @@ def merge(
         adapter: a folder in peft's format, a state or an older adapter file, or several of them.
         weights: factors of their changes, one for each adapter; 1 if left out.
         dtype: of the file's tensors; 'keep' leaves each as in the base.
-        lora_alpha: of the training of an older LoRA file, which does not hold it.
-        pissa_init: for PiSSA in its place, the run's init_pissa.pth.
+        lora_alpha, pissa_init: what an older file does not hold, see `LegacyAdapterHints`.
         force: add an adapter that was trained on another base, or that is not what it was then.
         compare: tokens on which the merged file is compared with the adapter model; 0 for none.
         data_file: held-out rows to compare on, in any form of training; a built-in text if empty.
         overwrite: replace what has the name of the output, if it is nothing that is read.
         may_be_unchanged: write the file too where nothing in it is changed.
+        check_files: first compare the checksums of `.pth` files.
     Raises:
         ConfigError: the output cannot have this name.
         CheckpointError: a file cannot be read or written, an adapter does not fit the base or
             changes nothing, or fp16 cannot hold a value.
     """
     pairs = _pair(adapter, weights)
-    sources, factors = [source for source, _ in pairs], [factor for _, factor in pairs]
-    _require_free(output, [base_model, pissa_init, *sources], data_file, overwrite)
+    sources = [source for source, _ in pairs]
+    _require_files(output, [base_model, pissa_init, *sources], data_file, overwrite, check_files)
     base = read_weights(base_model)
     model_config = infer_model_config(base)
     text = draw_sample(model_config.vocab_size, compare, data_file)
@@ -182,8 +184,7 @@ def merge(
     hints = LegacyAdapterHints(lora_alpha, pissa_init)
     additions, checks = _attach_adapters(base, pairs, hints, force)
     merged = MergedWeights(base, additions)
-    names, version = [str(source) for source in sources], model_config.version
-    report = MergeReport(str(base_model), names, factors, str(output), "", version)
+    report = _begin_report(base_model, pairs, output, model_config.version)
     # not around the lines above: attaching may decompose whole matrices, which threads speed up
     with _use_one_thread():
         if not may_be_unchanged:
@@ -197,6 +198,13 @@ def merge(
     return report
 
 
+def _begin_report(
+    base_model: str | Path, pairs: Sequence[Source], output: str | Path, version: str
+) -> MergeReport:
+    names, factors = [str(source) for source, _ in pairs], [factor for _, factor in pairs]
+    return MergeReport(str(base_model), names, factors, str(output), "", version)
+
+
 def _pair(adapter: str | Path | Sequence[str | Path], weights: Sequence[float]) -> list[Source]:
     sources = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
     if weights and len(weights) != len(sources):
@@ -204,8 +212,12 @@ def _pair(adapter: str | Path | Sequence[str | Path], weights: Sequence[float]) 
     return list(zip(sources, weights or [1.0] * len(sources), strict=True))
 
 
-def _require_free(
-    output: str | Path, inputs: Sequence[str | Path], data_file: str, overwrite: bool
+def _require_files(
+    output: str | Path,
+    inputs: Sequence[str | Path],
+    data_file: str,
+    overwrite: bool,
+    check_files: bool,
 ) -> None:
     require_ending(output)
     data = [file for x in find_sources(data_file) for file in x.files] if data_file else []
@@ -213,6 +225,8 @@ def _require_free(
     report = Path(output).with_name(REPORT)
     is_ours = overwrite or _is_report(report)
     require_free(report, inputs=[*inputs, *data], overwrite=is_ours, flag="the report")
+    if check_files:
+        require_sums(*inputs)
 
 
 def _is_report(path: Path) -> bool:

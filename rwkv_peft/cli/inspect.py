@@ -45,13 +45,15 @@ def describe(path: str | Path) -> dict[str, Any]:
     """The facts of a model's file, an adapter or a state, ready for JSON.
 
     Raises:
-        CheckpointError: it cannot be read or is none of them.
+        CheckpointError: it cannot be read, is none of them, or a checksum of a .pth is wrong.
     """
     from rwkv_peft.checkpoint.older import old_method
+    from rwkv_peft.checkpoint.records import require_sums
     from rwkv_peft.checkpoint.state import holds_state_alone
 
     if Path(path).is_dir():
         return _describe_folder(path)
+    require_sums(path)
     if method := old_method(path) or ("state" if holds_state_alone(path) else ""):
         return {"file": str(path), "method": method, **_totals(path)}
     return _describe_model(path)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rwkv_peft.checkpoint.adapter import saved_method
 from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights
+from rwkv_peft.checkpoint.records import require_sums
 from rwkv_peft.checkpoint.stream import require_finite
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.batching import Batches
@@ -68,6 +69,9 @@ def prepare_run(
     find_sources(config.data_file, config.data_type)
     require_kept_inputs(config)
     mark = mark_file(config.load_model)
+    if config.check_files:
+        pissa_init = config.peft_config.get("pissa_init", "")
+        require_sums(config.load_model, config.load_adapter, str(pissa_init))
     base = read_weights(config.load_model)
     if start:
         start.require_base(base)

@@ -33,6 +33,7 @@ HARMLESS = {
     "save_every_minutes",
     "keep",
     "on_save_error",
+    "check_files",
     "epoch_save",
     "merge",
     "val_prompts",
