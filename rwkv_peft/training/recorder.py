@@ -46,7 +46,14 @@ class Result:
 
 
 def make_result(run: Run, proj_dir: Path, checkpoint: Path | None) -> Result:
-    """The result of a run that has ended."""
+    """The result of a run that has ended.
+
+    Raises:
+        CheckpointError: a file is not there that should be, as its base was changed.
+    """
+    for saved in (run.saved, run.best):
+        if saved and saved.failure and not run.stopped_by:
+            raise CheckpointError(saved.failure)
     weights, adapter = (run.saved.weights, run.saved.adapter) if run.saved else (None, None)
     return Result(
         proj_dir=proj_dir,

@@ -2,7 +2,6 @@
 
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.device import own_stream, resolve_device
-from rwkv_peft.errors import CheckpointError
 from rwkv_peft.terminal import keep_going
 from rwkv_peft.training.aside import Aside
 from rwkv_peft.training.checkpoints import Checkpoints
@@ -78,7 +77,4 @@ def train(config: TrainConfig, *, step: Step | None = None) -> Result:
             # merges, which is not done beside another merge
             validator.end(run)
             reporter.end(run)
-    for saved in (run.saved, run.best):
-        if saved and saved.failure and not run.stopped_by:
-            raise CheckpointError(saved.failure)
     return make_result(run, folder.path, checkpoints.last)
