@@ -64,14 +64,8 @@ def prepare_run(
     Raises:
         RwkvPeftError: a file, a setting or the data cannot be used.
     """
-    config.require_files()
-    require_package(config.optimizer)
-    find_sources(config.data_file, config.data_type)
-    require_kept_inputs(config)
+    require_inputs(config)
     mark = mark_file(config.load_model)
-    if config.check_files:
-        pissa_init = config.peft_config.get("pissa_init", "")
-        require_sums(config.load_model, config.load_adapter, str(pissa_init))
     base = read_weights(config.load_model)
     if start:
         start.require_base(base)
@@ -111,6 +105,17 @@ def prepare_run(
     if start:
         start.restore(run)
     return run, lines
+
+
+def require_inputs(config: TrainConfig) -> None:
+    """Raises RwkvPeftError if what a run reads or uses is not there, damaged or written over."""
+    config.require_files()
+    require_package(config.optimizer)
+    find_sources(config.data_file, config.data_type)
+    require_kept_inputs(config)
+    if config.check_files:
+        pissa_init = config.peft_config.get("pissa_init", "")
+        require_sums(config.load_model, config.load_adapter, str(pissa_init))
 
 
 def find_facts(
