@@ -1,5 +1,7 @@
 """Official weight files: `.pth` and `.safetensors` of tensors under their official names."""
 
+import io
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,9 +55,17 @@ def require_weights(path: str | Path) -> Kind:
     return kind
 
 
+class _Bounded(io.BufferedReader):
+    """A file of which no one reads more at once than it holds, whatever length is written in it."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(-1 if size is None else min(size, os.stat(self.fileno()).st_size))
+
+
 def _load_old(path: Path) -> Any:
     # files older than the zip format cannot be mapped
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with _Bounded(open(path, "rb", buffering=0)) as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _map_safetensors(path: Path) -> Any:
