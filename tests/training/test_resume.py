@@ -65,9 +65,10 @@ def losses(folder: Path) -> list[dict[str, Any]]:
 
 
 def log(folder: Path) -> str:
-    """The log without the folder's name and the date."""
-    text = (folder / "train_log.txt").read_text()
-    return text.replace(str(folder), "FOLDER").partition("\n")[2]
+    """The log without the folder's name, and without its two lines that hold the time."""
+    _, *lines = (folder / "train_log.txt").read_text().splitlines()
+    lines = [line for line in lines if not line.startswith("time: about")]
+    return "\n".join(lines).replace(str(folder), "FOLDER")
 
 
 def results(folder: Path) -> dict[str, Any]:
