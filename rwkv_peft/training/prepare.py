@@ -67,11 +67,9 @@ def prepare_run(
     require_inputs(config)
     mark = mark_file(config.load_model)
     base = read_weights(config.load_model)
-    if start:
-        start.require_base(base)
     facts = find_facts(config, base, str(claim.path) if claim else DEFAULT_FOLDER)
     if start:
-        start.require_data(facts.documents)
+        start.require_same(base, facts.documents)
     plan = choose(config, facts)
     settings, names = plan.settings, facts.documents.names
     validation = make_validation(plan, facts)

@@ -96,10 +96,16 @@ class Recorder:
         self._display.line(line)
         self._folder.log(line)
 
-    def introduce(self, run: Run, lines: Iterable[str]) -> None:
-        """Says what a run will do, and from now on shows the chunks of its long rows."""
+    def introduce(self, run: Run, lines: Iterable[str], words: Iterable[str] = ()) -> None:
+        """Says what a run will do, and from now on shows the chunks of its long rows.
+
+        Args:
+            words: of how it goes on; shown alone, as the log is that of one that never stopped.
+        """
         for line in lines:
             self.say(line)
+        for line in words:
+            self._display.line(line)
         self._folder.introduce()
         if isinstance(run.step, InfctxStep):
             run.step.after_chunk = self._display.show_chunk

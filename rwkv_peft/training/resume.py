@@ -73,8 +73,12 @@ class Start:
             return LogPlaces(Path(self.config.proj_dir), dict.fromkeys(LOGS, 0))
         return LogPlaces(self.folder.parent.parent, self.values["logs"])
 
-    def require_base(self, weights: Mapping[str, Tensor]) -> None:
-        """Raises ConfigError if these are not the weights that the run trains."""
+    def require_same(self, weights: Mapping[str, Tensor], documents: Documents) -> None:
+        """Raises ConfigError if these are not the base and the documents of the run."""
+        self._require_base(weights)
+        self._require_data(documents)
+
+    def _require_base(self, weights: Mapping[str, Tensor]) -> None:
         now, then = fingerprint(weights), self.values.get("base")
         if then not in (None, now) and "load_model" not in self.config.resume_changes:
             raise ConfigError(
@@ -83,8 +87,7 @@ class Start:
                 f"{then[:8]}): give that file, or allow it: --resume_changes load_model"
             )
 
-    def require_data(self, documents: Documents) -> None:
-        """Raises ConfigError if these are not the documents that the run learns."""
+    def _require_data(self, documents: Documents) -> None:
         then = self.values.get("data")
         if then is None or then == hash_documents(documents):
             return

@@ -59,9 +59,7 @@ def train(config: TrainConfig, *, step: Step | None = None) -> Result:
             Aside() as aside,
         ):
             recorder = Recorder(claim, folder, display, interrupt, checkpoints, aside)
-            recorder.introduce(run, lines)
-            for line in start.lines if start else ():
-                display.line(line)
+            recorder.introduce(run, lines, start.lines if start else ())
             validator = Validator(folder, recorder.say)
             validator.evaluate(run)
             reporter = Reporter(loggers, recorder.say)
