@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rwkv_peft.checkpoint.stream import is_finite, require_finite
-from rwkv_peft.errors import CheckpointError
-from rwkv_peft.methods.catalog import check_saved
+from rwkv_peft.errors import CheckpointError, ConfigError
+from rwkv_peft.methods.catalog import check_saved, is_start
+from rwkv_peft.methods.options import one_line
+from rwkv_peft.methods.sketch import AsTrained
 from rwkv_peft.recognise import (
     ANNEX,
     CUT_SAFETENSORS,
@@ -28,6 +31,11 @@ if TYPE_CHECKING:
 _FETCHED_AGAIN = (ANNEX, CUT_SAFETENSORS, EMPTY, HTML, LFS)
 CONFIG, WEIGHTS, NOTE = "adapter_config.json", "adapter_model.safetensors", "rwkv_peft.json"
 FILES = (CONFIG, WEIGHTS, NOTE)
+# bytes of a config or a note; a large model's have some hundred thousand
+LARGEST_TEXT = 16 << 20
+# of values, and of the rows and indices that some methods keep
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_DTYPES += (torch.int64, torch.int32, torch.uint8, torch.bool)
 
 
 class SavedAdapter(NamedTuple):
@@ -86,7 +94,7 @@ def to_config(text: str | bytes) -> "PeftConfig":
     check_saved(values)
     # how to compute, which belongs to a run and not to an adapter
     values.pop("runtime_config", None)
-    config = PeftConfig.from_peft_type(**values)
+    config = PeftConfig.from_peft_type(**{**values, 'peft_type': str(values['peft_type']).upper()})
     # files say true, which would make peft freeze the adapter
     config.inference_mode = False
     return config
@@ -116,11 +124,49 @@ def read_folder(folder: str | Path) -> SavedAdapter:
             advice = kind.advice if kind in _FETCHED_AGAIN else "copy the adapter's folder again"
             raise CheckpointError(f"{folder / name} is {kind.what}: {advice}")
     try:
-        config = to_config((folder / CONFIG).read_bytes())
+        for path in (folder / CONFIG, folder / NOTE):
+            if path.is_file() and path.stat().st_size > LARGEST_TEXT:
+                raise ConfigError(f"{path.name} has more than {LARGEST_TEXT >> 20} MiB")
+        with one_line("its config"):
+            config = to_config((folder / CONFIG).read_bytes())
         tensors = load_file(folder / WEIGHTS)
         path = folder / NOTE
-        note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, KeyError, SafetensorError, TypeError) as error:
-        raise CheckpointError(f"{folder} is damaged ({error})") from error
+        note = read_note(path.read_bytes()) if path.is_file() else {}
+    except ConfigError as error:
+        raise CheckpointError(f"{folder} cannot be used: {error}") from error
+    except (KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())[:600]
+        raise CheckpointError(f"{folder} is damaged ({said}): copy it again") from error
+    _require_values(tensors, folder)
     require_finite(tensors, folder / WEIGHTS)
     return SavedAdapter(config, tensors, note)
+
+
+def read_note(text: str | bytes) -> dict[str, Any]:
+    """What this program notes beside an adapter, from its JSON.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        note = json.loads(text)
+        is_note = isinstance(note, dict) and isinstance(note.get("base", ""), str)
+        if not is_note or note.get("init", "") not in ("", None) and not is_start(note["init"]):
+            raise ValueError("it is no object with base, init and trained")
+        AsTrained(note.get("trained", {}))
+    except (
+        AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError
+    ) as error:  # fmt: skip
+        said = str(error) if isinstance(error, ValueError) else type(error).__name__
+        raise ValueError(f"{NOTE}: {said}") from error
+    return note
+
+
+def _require_values(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Raises CheckpointError if a tensor has a type that no adapter has."""
+    for name, x in tensors.items():
+        if x.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {name} is {str(x.dtype).removeprefix('torch.')}, and adapters "
+                "hold float32, float16 or bfloat16: save it again as one of them"
+            )

@@ -14,7 +14,6 @@ from torch import Tensor
 from rwkv_peft.checkpoint.adapter import attach_to_base, read_adapter
 from rwkv_peft.checkpoint.compare import Comparison, compare_models, draw_sample
 from rwkv_peft.checkpoint.fingerprint import fingerprint
-from rwkv_peft.checkpoint.folder import NOTE, SavedAdapter
 from rwkv_peft.checkpoint.mapped import build_mapped, upcast_on_use
 from rwkv_peft.checkpoint.older import LegacyAdapterHints
 from rwkv_peft.checkpoint.pth import STATE_SUFFIX, infer_model_config, read_weights
@@ -298,19 +297,10 @@ def _attach_adapters(
         given = hints if lacks_it else None
         adapter = read_adapter(folder, given, base_fingerprint=own, force=force)
         # on another base than that of training nothing is as it was trained
-        check = AsTrained({}) if force else _read_sketches(adapter, folder)
+        check = AsTrained({} if force else adapter.note.get("trained", {}))
         additions.append(Addition(*attach_to_base(base, adapter, folder), factor, check.check))
         checks.append(check)
     return additions, checks
-
-
-def _read_sketches(adapter: SavedAdapter, folder: str | Path) -> AsTrained:
-    try:
-        return AsTrained(adapter.note.get("trained", {}))
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{Path(folder) / NOTE} is damaged: copy the adapter again"
-        ) from error
 
 
 def _add_up_states(base: Mapping[str, Tensor], sources: Sequence[Source]) -> dict[str, Tensor]:

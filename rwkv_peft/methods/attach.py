@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods import Method, factors, fast, residual
 from rwkv_peft.methods.catalog import is_residual, method_config
+from rwkv_peft.methods.limits import BoundedMemory, check_patterns
 from rwkv_peft.methods.options import one_line
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.frozen import FrozenLinear
@@ -138,10 +139,12 @@ def inject(model: nn.Module, config: "PeftConfig") -> "PeftModel":
     """Puts the layers of a config into the model, in place, and gives peft's view of it.
 
     Raises:
-        ConfigError: a target module matches nothing, or cannot be adapted.
+        ConfigError: a target module matches nothing, or cannot be adapted; or the options ask for
+            what no adapter of this model needs.
     """
     from peft import PeftModel
 
+    check_patterns(model, config)
     _check_targets(model, config)
     projections: list[nn.Module] = [
         module for module in model.modules() if type(module) is FrozenLinear
@@ -152,7 +155,8 @@ def inject(model: nn.Module, config: "PeftConfig") -> "PeftModel":
             module.__class__ = nn.Linear
         with one_line("peft_config"):
             # the adapter keeps the model's dtype: its float32 values are the optimizer's
-            return PeftModel(model, config, ADAPTER, autocast_adapter_dtype=False)
+            with BoundedMemory(model):
+                return PeftModel(model, config, ADAPTER, autocast_adapter_dtype=False)
     finally:
         for module in projections:
             module.__class__ = FrozenLinear

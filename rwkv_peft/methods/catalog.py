@@ -113,9 +113,10 @@ def check_saved(values: Mapping[str, Any]) -> None:
         ConfigError: it names a method that cannot serve RWKV, or a value is of another type than
             the method's config declares. Options that peft does not know are left to peft.
     """
-    if not isinstance(values, Mapping) or "peft_type" not in values:
+    given = values.get("peft_type") if isinstance(values, Mapping) else None
+    if not isinstance(given, str):
         raise ConfigError("its config is no object with a peft_type")
-    name = str(values["peft_type"]).lower()
+    name = given.lower()
     config_class = _find_config(name, f"its method {name}")
     known = [f.name for f in fields(config_class) if f.init]
     build_options(config_class, {k: x for k, x in values.items() if k in known}, known)
@@ -123,7 +124,11 @@ def check_saved(values: Mapping[str, Any]) -> None:
 
 def is_residual(config: "PeftConfig") -> bool:
     """Whether the method begins by taking a part out of the base weights."""
-    init = getattr(config, "init_lora_weights", None)
+    return is_start(getattr(config, "init_lora_weights", None))
+
+
+def is_start(init: object) -> bool:
+    """Whether a value of `init_lora_weights` names a part of the base weights."""
     return isinstance(init, str) and init.lower().startswith(RESIDUAL_INITS)
 
 

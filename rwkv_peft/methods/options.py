@@ -17,6 +17,9 @@ from rwkv_peft.errors import ConfigError, RwkvPeftError
 # numbers that peft declares whole and computes with as they are: lora_alpha, delora_lambda …
 _REAL = re.compile(r"alpha|lambda")
 
+# of an initialisation, such as pissa_niter_4
+MOST_ITERATIONS = 1000
+
 # what peft and PyTorch raise under options that they do not foresee
 _OF_PEFT = (
     ArithmeticError,
@@ -73,7 +76,7 @@ def _build(
         if key not in allowed:
             near = get_close_matches(key, allowed, 1)
             raise ConfigError(
-                f"peft_config{' of ' * bool(outer)}{outer} has no option '{key}'"
+                f"peft_config{' of ' * bool(outer)}{outer} has no option {_show(key)}"
                 + (f", did you mean '{near[0]}'?" if near else "")
                 + f" Allowed: {', '.join(allowed)}"
             )
@@ -87,7 +90,7 @@ def _build(
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
-                f"peft_config: {name} must be {_describe(hint)}, got {value!r}"
+                f"peft_config: {name} must be {_describe(hint)}, got {_show(value)}"
             ) from error
         if "dropout" in key and isinstance(value, (int, float)) and not 0 <= value < 1:
             raise ConfigError(f"peft_config: {name} must lie in [0, 1), got {value!r}")
@@ -151,6 +154,8 @@ def _convert_object(value: Any, args: tuple[Any, ...], name: str) -> dict[Any, A
 
 
 def _convert_scalar(value: Any, hint: Any) -> Any:
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError
@@ -168,6 +173,9 @@ def _pick(value: Any, allowed: tuple[Any, ...]) -> Any:
     # peft writes 'pissa_niter_[number of iters]' for names that end in a number
     written = value
     if isinstance(value, str):
+        found = re.search(r"_(\d+)\Z", value, re.ASCII)
+        if found and not 0 < int(found[1][:9]) <= MOST_ITERATIONS:
+            raise ValueError
         written = re.sub(r"_\d+$", "_[number of iters]", value.lower())
     if not any(type(x) is type(written) and x in (value, written) for x in allowed):
         raise ValueError
@@ -188,6 +196,15 @@ _WORDS = {
     bool: ("true or false", "true or false"),
     NoneType: ("null", "null"),
 }
+
+
+def _show(value: object) -> str:
+    """A value as a message shows it, cut if it is long."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested deeply, or a number of too many digits
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= 100 else text[:100] + " …"
 
 
 def _describe(hint: Any, *, many: bool = False) -> str:
