@@ -30,12 +30,14 @@ LAYERS = (
         "terminal",
         "deferred",
         "assets",
+        "yaml_file",
     ),
 )
 HEAVY = {"peft", "transformers", "datasets", "triton", "fla", "deepspeed", "bitsandbytes", "wandb"}
 HEAVY |= {"lm_eval", "tensorboard", "trackio", "swanlab"}
-# what only the module of a backend imports, which is loaded when the backend was chosen
 TRITON_KERNELS = "triton_kernels.py"
+# files of code for a library, which is loaded when it was chosen, as functions alone import them
+CHOSEN = {TRITON_KERNELS: {"triton"}, "sandbox.py": {"jinja2"}}
 # the one place in which nobody knows what a library raises
 READS_DAMAGED_FILES = "records.py"
 HEAVY |= {"pyrwkv_tokenizer", "jsonargparse", "yaml", "rich", "safetensors", "jinja2", "pyarrow"}
@@ -76,8 +78,7 @@ def test_a_file_keeps_to_its_layer_and_its_size(path: Path) -> None:
     tree = ast.parse(text)
     own = layer_of(module_of(path))
     for name, is_top in imports(tree):
-        allowed = {"triton"} if path.name == TRITON_KERNELS else set()
-        is_heavy = name.split(".")[0] in HEAVY - allowed
+        is_heavy = name.split(".")[0] in HEAVY - CHOSEN.get(path.name, set())
         assert not (is_top and is_heavy), f"{name} is imported at the top"
         is_of_package = name.startswith("rwkv_peft.") and name != "rwkv_peft.__version__"
         if is_of_package and own is not None:

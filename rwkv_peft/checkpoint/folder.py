@@ -34,8 +34,8 @@ FILES = (CONFIG, WEIGHTS, NOTE)
 # bytes of a config or a note; a large model's have some hundred thousand
 LARGEST_TEXT = 16 << 20
 # of values, and of the rows and indices that some methods keep
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_DTYPES += (torch.int64, torch.int32, torch.uint8, torch.bool)
+_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+_DTYPES |= {torch.int64, torch.int32, torch.uint8, torch.bool}
 
 
 class SavedAdapter(NamedTuple):
@@ -94,7 +94,7 @@ def to_config(text: str | bytes) -> "PeftConfig":
     check_saved(values)
     # how to compute, which belongs to a run and not to an adapter
     values.pop("runtime_config", None)
-    config = PeftConfig.from_peft_type(**{**values, 'peft_type': str(values['peft_type']).upper()})
+    config = PeftConfig.from_peft_type(**{**values, "peft_type": str(values["peft_type"]).upper()})
     # files say true, which would make peft freeze the adapter
     config.inference_mode = False
     return config
@@ -149,9 +149,9 @@ def read_note(text: str | bytes) -> dict[str, Any]:
         ValueError: it is something else.
     """
     try:
-        note = json.loads(text)
+        note: dict[str, Any] = json.loads(text)
         is_note = isinstance(note, dict) and isinstance(note.get("base", ""), str)
-        if not is_note or note.get("init", "") not in ("", None) and not is_start(note["init"]):
+        if not is_note or (note.get("init", "") not in ("", None) and not is_start(note["init"])):
             raise ValueError("it is no object with base, init and trained")
         AsTrained(note.get("trained", {}))
     except (
@@ -167,6 +167,6 @@ def _require_values(tensors: dict[str, Tensor], folder: Path) -> None:
     for name, x in tensors.items():
         if x.dtype not in _DTYPES:
             raise CheckpointError(
-                f"{folder / WEIGHTS}: {name} is {str(x.dtype).removeprefix('torch.')}, and adapters "
-                "hold float32, float16 or bfloat16: save it again as one of them"
+                f"{folder / WEIGHTS}: {name} is {str(x.dtype).removeprefix('torch.')}, and "
+                "adapters hold float32, float16 or bfloat16: save it again as one of them"
             )

@@ -126,7 +126,14 @@ def make_start_file(start: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_finite(path: str | Path) -> dict[str, Tensor]:
-    tensors = {n.removeprefix("model."): x.float() for n, x in read_weights(path).items()}
+    found = read_weights(path)
+    for name, x in found.items():
+        if not x.is_floating_point():
+            raise CheckpointError(
+                f"{path}: {name} is {str(x.dtype).removeprefix('torch.')}, and adapters hold "
+                "float32, float16 or bfloat16: save it again as one of them"
+            )
+    tensors = {n.removeprefix("model."): x.float() for n, x in found.items()}
     for name, x in tensors.items():
         if not bool(x.isfinite().all()):
             raise CheckpointError(f"{path}: {name} holds values that are not finite")

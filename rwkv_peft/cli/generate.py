@@ -13,6 +13,7 @@ from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import TEMPLATE_FILE
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.printing import print_answer, print_json
+from rwkv_peft.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from rwkv_peft.data.templates import Headings, Template
@@ -108,16 +109,32 @@ def say_undecodable(text: str) -> str:
 
 
 def _template_of(folder: Path) -> str:
-    """The template in a run's config.yaml; that of an older run is chat."""
-    import yaml
+    """The template of the run that wrote a folder; chat if no run of this program did.
+
+    A folder may come from anywhere with its model. So no path of its config.yaml is followed: a
+    template that is no name is used only if it is the copy that a run keeps in its folder.
+
+    Raises:
+        ConfigError: the run's template is neither.
+    """
+    from rwkv_peft.data.templates import TEMPLATES
+    from rwkv_peft.training.folder import read_settings
 
     try:
-        saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{folder / 'config.yaml'} is not YAML: give --template") from error
-    name = saved.get("template", "chat") if isinstance(saved, dict) else "chat"
-    copy = folder / TEMPLATE_FILE
-    return str(copy) if copy.exists() and Path(name).name == TEMPLATE_FILE else str(name)
+        read_yaml(folder / "config.yaml")
+    except ConfigError as error:
+        raise ConfigError(f"{error}: give --template") from error
+    settings = read_settings(folder) or {}
+    name, copy = settings.get("template", "chat"), folder / TEMPLATE_FILE
+    if isinstance(name, str) and name in TEMPLATES:
+        return name
+    is_copy = isinstance(name, str) and Path(name).name == TEMPLATE_FILE
+    if is_copy and copy.is_file() and not copy.is_symlink():
+        return str(copy)
+    raise ConfigError(
+        f"{folder / 'config.yaml'} names the template {str(name)[:200]!r}, which is not used "
+        "unasked: give --template with a file that you trust, or with chat"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
 """`rwkv-peft COMMAND …`: finds the command, prints errors as one line."""
 
-import re
 import signal
 import sys
 import warnings
@@ -106,7 +105,8 @@ def _as_note(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _tell(message: str) -> None:
-    print_line(re.sub(r"\s*\n\s*", " ", message.strip()), file=sys.stderr)
+    lines = (line.strip() for line in message.strip().split("\n"))
+    print_line(" ".join(filter(None, lines)), file=sys.stderr)
 
 
 def _help() -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from rwkv_peft.config import require_finite
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.yaml_file import read_yaml
 
 T = TypeVar("T")
 
@@ -43,14 +44,24 @@ def parse(
     parser.add_class_arguments(options)
     names = {f.name for f in fields(options)}  # type: ignore[arg-type]
     parser.set_defaults({n: x for n, x in (defaults or {}).items() if n in names})
+    _check_files(args)
     named = _name_positionals([_underscored(a) for a in args], positional, command)
     try:
         values = parser.parse_args(_complete_switches(named, options))
-    except (jsonargparse.ArgumentError, TypeError) as error:
+    except (jsonargparse.ArgumentError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(_one_line(str(error), options)) from error
     given = options(**{f.name: values[f.name] for f in fields(options)})  # type: ignore[arg-type]
     require_finite(given)
     return given
+
+
+def _check_files(args: Sequence[str]) -> None:
+    """Raises ConfigError if a file of --config is no YAML, or more of it than settings are."""
+    for word, following in zip(args, [*args[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        path = value if equals else following
+        if flag == "--config" and Path(path).is_file():
+            read_yaml(path)
 
 
 def _underscored(argument: str) -> str:
@@ -92,7 +103,7 @@ def _one_line(message: str, options: type[Any]) -> str:
     if found := re.search(
         r"unrecognized arguments: (\S+)|Option '(\S+?)' is not accepted", message
     ):
-        given = (found[1] or found[2]).partition("=")[0]
+        given = _cut((found[1] or found[2]).partition("=")[0])
         near = get_close_matches(given.lstrip("-"), [*names, "config"], 1, cutoff=0.5)
         dashes = "--" if found[1] else ""
         what = "flag" if found[1] else "key"
@@ -104,10 +115,14 @@ def _one_line(message: str, options: type[Any]) -> str:
     if key and key[1] in names:
         value = re.search(r"(?:Got|Given) value: ?(.*)", message)
         allowed = _allowed(get_type_hints(options)[key[1]])
-        return f"--{key[1]}: got {value[1] if value else 'nothing'}, allowed is {allowed}"
+        return f"--{key[1]}: got {_cut(value[1] if value else 'nothing')}, allowed is {allowed}"
     if key and key[1] == "config":
         return "--config: " + message.partition(": ")[2].splitlines()[0].strip()
-    return " ".join(message.split())
+    return _cut(" ".join(message.split()), 1000)
+
+
+def _cut(text: str, length: int = 200) -> str:
+    return text if len(text) <= length else text[:length] + " …"
 
 
 def _allowed(hint: Any) -> str:

@@ -146,6 +146,12 @@ def _read_csv(path: Path) -> Iterator[FileRow]:
                 continue
             if names is None:
                 names = values
+                twice = next((n for n in filter(None, names) if names.count(n) > 1), "")
+                if twice:
+                    raise DataError(
+                        f"{path}: two columns are called {twice[:100]!r}, of which one would be "
+                        "lost: rename one"
+                    )
             else:
                 yield FileRow(line, _name_values(names, values))
 

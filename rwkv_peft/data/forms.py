@@ -221,7 +221,10 @@ def _read_turn(message: object, where: str) -> Turn:
     if thought is not None:
         text = f"<think>\n{_read_content(thought, where).strip()}\n</think>\n{text}"
     weight = _get_weight(message)
-    if message.get("train") is False:
+    trains = message.get("train")
+    if trains not in (None, True, False):
+        raise DataError(f'"train" of {where} must be true or false, found {trains!r:.40}')
+    if trains is not None and not trains:
         weight = 0.0
     return Turn(ROLES.get(role, role), text, weight)
 

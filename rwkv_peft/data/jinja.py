@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from rwkv_peft.data.records import Piece, Turn, join_inputs
 from rwkv_peft.errors import ConfigError, DataError
@@ -14,9 +14,22 @@ from rwkv_peft.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from jinja2 import Template
 
+    from rwkv_peft.data.sandbox import LimitedEnvironment
+
 # around what a generation block writes, until its place is noted; no valid text has halves of
 # characters
-OPEN, CLOSE = "\ud800", "\udfff"
+OPEN, CLOSE = _MARKS = "\ud800", "\udfff"
+# what a template may raise besides Jinja's own errors, by the Python that it is made of
+_FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 # RWKV's end of document is a token without a text, which --append_eod puts behind a document
 SPECIAL_TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
 
@@ -47,8 +60,8 @@ class JinjaTemplate:
         self.name, self.source = name, source
         try:
             self._template, self._has_blocks = _compile(source)
-        except (TemplateError, RecursionError) as error:
-            raise ConfigError(f"--template {name}: {error}") from error
+        except (TemplateError, SyntaxError, *_FAILURES) as error:
+            raise ConfigError(f"--template {name}: {_tell(error)}") from error
 
     @cached_property
     def stops(self) -> tuple[str, ...]:
@@ -169,7 +182,9 @@ class JinjaTemplate:
         from jinja2 import TemplateError
 
         messages = [{"role": t.role, "content": t.text.strip()} for t in turns]
-        if any(mark in turn.text for turn in turns for mark in (OPEN, CLOSE)):
+        environment = cast("LimitedEnvironment", self._template.environment)
+        environment.begin(sum(len(turn.text) for turn in turns))
+        if any(mark in x for turn in turns for x in (turn.role, turn.text) for mark in _MARKS):
             raise DataError("a turn has half of a character (U+D800 or U+DFFF), which is no text")
         try:
             text = self._template.render(
@@ -179,12 +194,14 @@ class JinjaTemplate:
                 documents=None,
                 **SPECIAL_TOKENS,
             )
-        except (
-            TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError,
-            RuntimeError,
-        ) as error:  # fmt: skip
-            raise DataError(f"the template {self.name} fails: {error}") from error
+        except (TemplateError, *_FAILURES) as error:
+            raise DataError(f"the template {self.name} fails: {_tell(error)}") from error
         return _unmark(text)
+
+
+def _tell(error: BaseException) -> str:
+    said = " ".join(str(error).split())
+    return (said if len(said) <= 300 else said[:300] + " …") or type(error).__name__
 
 
 def _unmark(marked: str) -> Rendered:
@@ -229,7 +246,8 @@ def _compile(source: str) -> tuple["Template", bool]:
     from jinja2.ext import Extension
     from jinja2.parser import Parser
     from jinja2.runtime import Macro
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from rwkv_peft.data.sandbox import LimitedEnvironment
 
     blocks: list[int] = []
 
@@ -257,6 +275,8 @@ def _compile(source: str) -> tuple["Template", bool]:
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
+        if (len(indent) if isinstance(indent, str) else indent or 0) > 100:
+            raise TemplateError("tojson takes an indent of at most 100")
         return json.dumps(
             value,
             ensure_ascii=ensure_ascii,
@@ -265,7 +285,7 @@ def _compile(source: str) -> tuple["Template", bool]:
             sort_keys=sort_keys,
         )
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     # one time for a whole run, or a turn might be written anew in the next second

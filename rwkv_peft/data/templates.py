@@ -1,7 +1,7 @@
 """Templates: from turns to the pieces of a text, and from a text back to its pieces."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 from rwkv_peft.data.records import Piece, Turn, join_inputs
 from rwkv_peft.errors import ConfigError, DataError
 
-BLANK_LINE = r"\n[ \t\r]*\n"
+_BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
 
 
 class Template(Protocol):
@@ -58,21 +58,34 @@ class Headings:
 
     def __init__(self, heads: Iterable[str]) -> None:
         words = sorted(heads, key=len, reverse=True)
-        head = r"\s*(?P<head>" + "|".join(map(re.escape, words)) + ")"
+        self._head = re.compile("(?P<head>" + "|".join(map(re.escape, words)) + ")")
         beginnings = {word[:length] for word in words for length in range(1, len(word))}
         beginning = "|".join(map(re.escape, sorted(beginnings, key=len, reverse=True)))
-        self._in_text = re.compile(r"(?:\A|" + BLANK_LINE + ")" + head)
-        self._after_text = re.compile(BLANK_LINE + head)
         self._begun = re.compile(rf"\n[ \t\r]*(?:\n\s*(?:{beginning})?)?\Z")
 
     def find_all(self, text: str) -> list[re.Match[str]]:
         """The headings of a whole text, each as the group `head`."""
-        return list(self._in_text.finditer(text))
+        return [head for _, head in self._find(text, from_start=True)]
 
     def find_end(self, text: str) -> int:
         """Where a generated turn ends, before the blank line of a heading; -1: nowhere yet."""
-        found = None if text.isspace() else self._after_text.search(text)
-        return found.start() if found else -1
+        return next((start for start, _ in self._find(text, from_start=False)), -1)
+
+    def _find(self, text: str, *, from_start: bool) -> Iterator[tuple[int, re.Match[str]]]:
+        """Each heading, and where the white space before it that makes it one begins.
+
+        Looks from each heading back over white space, and so at each character at most twice: a
+        pattern that began with white space would look at all of it from each of its places.
+        """
+        last = 0
+        for head in self._head.finditer(text):
+            end = start = head.start()
+            while start > last and text[start - 1].isspace():
+                start -= 1
+            blank = _BLANK_LINE.search(text, start, end)
+            if blank or (from_start and start == 0):
+                yield (blank.start() if blank else 0), head
+                last = head.end()
 
     def count_settled(self, text: str) -> int:
         """Number of characters that no text behind them can make part of a turn's end."""

@@ -132,7 +132,9 @@ def _open_numpy(path: str) -> TokenFile:
             "row or one row a document"
         )
     if tokens.ndim == 2:
-        return TokenFile(tokens.reshape(-1), np.arange(len(tokens) + 1) * tokens.shape[1])
+        # rows without a column are no documents
+        starts = np.unique(np.arange(len(tokens) + 1) * tokens.shape[1])
+        return TokenFile(tokens.reshape(-1), starts)
     return TokenFile(tokens, _find_starts(tokens))
 
 

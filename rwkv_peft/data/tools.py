@@ -39,7 +39,10 @@ def _parse(value: object) -> object:
 
 
 def _write_json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except (RecursionError, TypeError, ValueError) as error:
+        raise DataError(f"a function is not usable as JSON: {type(error).__name__}") from error
 
 
 def write_tools(tools: object) -> str:

@@ -153,10 +153,9 @@ def inject(model: nn.Module, config: "PeftConfig") -> "PeftModel":
         # peft's GLoRA adapts this very class and no subclass of it
         for module in projections:
             module.__class__ = nn.Linear
-        with one_line("peft_config"):
+        with one_line("peft_config"), BoundedMemory(model):
             # the adapter keeps the model's dtype: its float32 values are the optimizer's
-            with BoundedMemory(model):
-                return PeftModel(model, config, ADAPTER, autocast_adapter_dtype=False)
+            return PeftModel(model, config, ADAPTER, autocast_adapter_dtype=False)
     finally:
         for module in projections:
             module.__class__ = FrozenLinear

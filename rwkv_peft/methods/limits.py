@@ -127,8 +127,9 @@ def check_patterns(model: nn.Module, config: "PeftConfig") -> None:
     except subprocess.SubprocessError as error:
         shown = max(patterns, key=len)
         raise ConfigError(
-            f"its patterns of module names, such as {shown[:80]!r}, take more than {SECONDS:.0f} s, or "
-            "too much memory, on the names of this model: name the modules, or use a pattern without nested * and +"
+            f"its patterns of module names, such as {shown[:80]!r}, take more than {SECONDS:.0f} "
+            "s, or too much memory, on the names of this model: name the modules, or use a "
+            "pattern without nested * and +"
         ) from error
 
 

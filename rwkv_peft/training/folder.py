@@ -24,6 +24,7 @@ from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.guard import find_clash
 from rwkv_peft.training.settings import Settings
 from rwkv_peft.writing import atomic_file
+from rwkv_peft.yaml_file import read_yaml
 
 if sys.platform == "win32":
     import msvcrt
@@ -318,11 +319,9 @@ def _list_contents(folder: Path) -> Contents:
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """The settings of the run that wrote config.yaml in a folder, None if no run did."""
-    import yaml
-
     try:
-        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        settings = read_yaml(folder / "config.yaml")
+    except ConfigError:
         return None
     is_own = isinstance(settings, dict) and "proj_dir" in settings
     numbers = ("epoch_begin", "epoch_count")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rwkv_peft.cli.legacy.arguments import Flags, Translation, join_arguments, split_arguments
 from rwkv_peft.cli.legacy.methods import METHOD_FLAGS, SWITCHES, translate_method
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from rwkv_peft.models.config import ModelConfig
@@ -102,6 +103,8 @@ def _translate_file(path: str, notes: list[str], said: dict[str, str]) -> str:
     import jsonargparse
     import yaml
 
+    if Path(path).is_file():
+        read_yaml(path)  # raises for what the loader below should not meet
     try:
         settings = jsonargparse.get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -109,14 +112,16 @@ def _translate_file(path: str, notes: list[str], said: dict[str, str]) -> str:
     if not isinstance(settings, dict):
         return path
     words = {
-        str(name): value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        str(name): value
+        if isinstance(value, str)
+        else json.dumps(value, ensure_ascii=False, default=str)
         for name, value in settings.items()
     }
     flags = _translate_flags([(name, [word]) for name, word in words.items()], notes, said)
     today: dict[str, Any] = {name: " ".join(found) for name, found in flags}
     # what did not change keeps its type
     kept = {name: settings[name] for name, word in today.items() if words.get(name) == word}
-    return json.dumps(today | kept, ensure_ascii=False)
+    return json.dumps(today | kept, ensure_ascii=False, default=str)
 
 
 def _translate_flags(flags: Flags, notes: list[str], said: dict[str, str]) -> Flags:
