@@ -26,6 +26,8 @@ from rwkv_peft.errors import DataError
 CHUNK_ROWS, CHUNK_BYTES = 1024, 1 << 20
 # no token is longer, so that greedy matching looks no further ahead
 LONGEST_TOKEN = 128
+# characters of what is said of a row that cannot be read
+LONGEST_REASON = 1000
 # characters of a plain text read at a time
 TEXT_BLOCK = 1 << 20
 
@@ -203,7 +205,10 @@ class Encoder:
             try:
                 document = encode(row)
             except DataError as error:
-                chunk.bad.append((line, str(error)))
+                # names and values of a row in it may be of any length
+                reason = str(error)
+                reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]} …"
+                chunk.bad.append((line, reason))
                 continue
             if document is None:
                 chunk.empty.append(line)
