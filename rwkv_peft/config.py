@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.guard import require_paths
 
 Switch = Literal[0, 1]
 AutoSwitch = Literal["auto", 0, 1]
@@ -113,6 +114,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_finite(self)
+        require_paths(self)
         if len(self.sft_field) > 3:
             raise ConfigError(
                 f"--sft_field names {len(self.sft_field)} columns: give question and answer, "

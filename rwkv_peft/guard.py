@@ -1,14 +1,19 @@
 """What is to be written takes the place of nothing that the user may miss."""
 
 import os
+import re
 import stat
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.writing import temporary_name
 
+# options that are words of a user
+_FREE_TEXTS = ("prompt", "user")
 # files and folders that are told from others by more than their paths
 _Identity = tuple[int, int]
 
@@ -59,6 +64,24 @@ def require_free(
         )
     if is_there and not overwrite:
         raise ConfigError(f"{named} exists: choose another name, or give --overwrite 1")
+
+
+def require_paths(options: Any) -> None:
+    """Raises ConfigError if a text in a dataclass of options can be no path that was meant.
+
+    None of them holds NUL. A `~` that no shell has read would become a folder of that name.
+    """
+    for item in fields(options):
+        value = getattr(options, item.name)
+        for part in value.split(",") if isinstance(value, str) else ():
+            if "\0" in part:
+                raise ConfigError(f"--{item.name}: a NUL character is in no path")
+            if item.name not in _FREE_TEXTS and re.match(r"~\w*/", part):
+                meant = os.path.expanduser(part)
+                raise ConfigError(
+                    f"--{item.name} {part}: only a shell reads ~, and not behind = or in a file: "
+                    f"write {meant}" + " with a user that exists" * (meant == part)
+                )
 
 
 def find_clash(

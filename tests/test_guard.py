@@ -1,10 +1,13 @@
 """What may be written where, whatever the path says."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.guard import find_clash, require_free
 
@@ -86,3 +89,24 @@ def test_a_folder_without_the_right_to_write_is_refused(base: Path) -> None:
     base.parent.chmod(0o500)
     with pytest.raises(ConfigError, match="cannot be written"):
         require_free(base.parent / "deep" / "new.pth")
+
+
+@pytest.mark.parametrize(
+    "name", ["load_model", "proj_dir", "data_file", "load_adapter", "data_cache"]
+)
+def test_paths_that_cannot_be_meant_are_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., SimpleNamespace]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    with pytest.raises(ConfigError, match="NUL character"):
+        TrainConfig(**{name: "a\0b"})
+    (tmp_path / "c.yaml").write_text(f"{name}: ~/x.pth", encoding="utf-8")
+    done = cli("train", "--config", "c.yaml")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert f"--{name} ~/x.pth: only a shell reads ~" in done.err
+    assert "write /home/me/x.pth" in done.err
+    (tmp_path / "nul.yaml").write_text(f'{name}: "a\\0b"', encoding="utf-8")
+    done = cli("train", "--config", "nul.yaml")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".yaml"] == []

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from rwkv_peft.config import require_finite
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.guard import require_paths
 from rwkv_peft.yaml_file import read_yaml
 
 T = TypeVar("T")
@@ -52,6 +53,7 @@ def parse(
         raise ConfigError(_one_line(str(error), options)) from error
     given = options(**{f.name: values[f.name] for f in fields(options)})  # type: ignore[arg-type]
     require_finite(given)
+    require_paths(given)
     return given
 
 
