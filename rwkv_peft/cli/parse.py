@@ -62,7 +62,8 @@ def _check_files(args: Sequence[str]) -> None:
     for word, following in zip(args, [*args[1:], ""], strict=True):
         flag, equals, value = word.partition("=")
         path = value if equals else following
-        if flag == "--config" and Path(path).is_file():
+        # what was translated from an old file comes as JSON, which may be too long for a name
+        if flag == "--config" and not path.startswith("{") and Path(path).is_file():
             read_yaml(path)
 
 
