@@ -20,6 +20,7 @@ import torch
 from rwkv_peft.checkpoint.merge import MergeReport, merge
 from rwkv_peft.deferred import defer_transformers
 from rwkv_peft.errors import CheckpointError, RwkvPeftError
+from rwkv_peft.printing import print_json
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -77,7 +78,7 @@ def main() -> None:
             answer = asdict(merge(*files, **options))
     except RwkvPeftError as error:
         answer = {"error": str(error)}
-    print(json.dumps(answer), flush=True)
+    print_json(answer)
 
 
 def _end_with_parent() -> None:

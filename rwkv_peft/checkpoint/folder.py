@@ -127,8 +127,10 @@ def read_folder(folder: str | Path) -> SavedAdapter:
         for path in (folder / CONFIG, folder / NOTE):
             if path.is_file() and path.stat().st_size > LARGEST_TEXT:
                 raise ConfigError(f"{path.name} has more than {LARGEST_TEXT >> 20} MiB")
+        text = (folder / CONFIG).read_bytes()
+        json.loads(text)
         with one_line("its config"):
-            config = to_config((folder / CONFIG).read_bytes())
+            config = to_config(text)
         tensors = load_file(folder / WEIGHTS)
         path = folder / NOTE
         note = read_note(path.read_bytes()) if path.is_file() else {}

@@ -46,6 +46,14 @@ class EvalOptions(AdapterOptions, DataConfig):
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
+        for name in ("include_path", "num_fewshot"):
+            if getattr(self, name) not in ("", None) and not self.tasks:
+                raise ConfigError(f"--{name} is for --tasks")
+        if (self.limit is not None and self.limit <= 0) or (self.num_fewshot or 0) < 0:
+            raise ConfigError("--limit must be above 0, and --num_fewshot not below 0")
+
+    def require_files(self) -> None:
+        """Raises ConfigError unless a model and either data or tasks are named."""
         if not self.load_model:
             raise ConfigError("no model given: rwkv-peft eval model.pth data.jsonl")
         if bool(self.tasks) == bool(self.data_file):
@@ -54,11 +62,6 @@ class EvalOptions(AdapterOptions, DataConfig):
                 if self.tasks
                 else "nothing to evaluate on: give a data file, or --tasks"
             )
-        for name in ("include_path", "num_fewshot"):
-            if getattr(self, name) not in ("", None) and not self.tasks:
-                raise ConfigError(f"--{name} is for --tasks")
-        if (self.limit is not None and self.limit <= 0) or (self.num_fewshot or 0) < 0:
-            raise ConfigError("--limit must be above 0, and --num_fewshot not below 0")
 
     def model(self) -> "RWKV":
         """Loads the model."""
@@ -82,6 +85,7 @@ class EvalOptions(AdapterOptions, DataConfig):
 def run(args: Sequence[str]) -> int:
     """Prints what was found, as lines or as one JSON object."""
     options = parse(EvalOptions, args, command="eval", positional=("load_model", "data_file"))
+    options.require_files()
     found, lines = _evaluate(options)
     if options.json:
         print_json({"load_model": options.load_model, **found})

@@ -59,7 +59,7 @@ def parse(
 
 def _check_files(args: Sequence[str]) -> None:
     """Raises ConfigError if a file of --config is no YAML, or more of it than settings are."""
-    for word, following in zip(args, [*args[1:], ""], strict=True):
+    for word, following in zip(args, [*args[1:], ""], strict=False):
         flag, equals, value = word.partition("=")
         path = value if equals else following
         # what was translated from an old file comes as JSON, which may be too long for a name

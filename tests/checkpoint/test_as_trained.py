@@ -203,7 +203,9 @@ def test_older_adapters_and_damaged_notes(
     for trained_note in ([], {"outputs": {"a": [1]}}, {"dtype": "x"}, {"outputs": 3}):
         note.write_text(json.dumps({**whole, "trained": trained_note}))
         done = cli("merge", *files, "--output", tmp_path / "three.pth")
-        assert done.code == 2 and f"{note} is damaged" in done.err, trained_note
+        assert done.code == 2 and f"{note.parent} is damaged ({note.name}: " in done.err, (
+            trained_note
+        )
         assert not (tmp_path / "three.pth").exists()
 
 
