@@ -1,6 +1,7 @@
 """A run has a folder of its own, from its first moment, and leaves what is not its own."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -341,7 +342,14 @@ def test_too_little_room_is_told_with_both_numbers(
     usage = describe.shutil.disk_usage(config.load_model)
     monkeypatch.setattr(describe.shutil, "disk_usage", lambda _: usage._replace(free=2**20 + 2**19))
     train(config)
-    assert "warning: 2 saves will take about 0.00" in capsys.readouterr().err
+    said = re.search(
+        r"warning: 2 saves will take about ([\d.]+) MiB, and .* has ([\d.]+) MiB free",
+        capsys.readouterr().err,
+    )
+    assert said and said[2] == "1.5"
+    # each save has as many bytes as the model, and an adapter beside it
+    size = Path(config.load_model).stat().st_size
+    assert 2 * size < float(said[1]) * 2**20 < 2.5 * size
     train(replace(config, overwrite=1, merge=0))
     assert "warning: " not in capsys.readouterr().err
 
