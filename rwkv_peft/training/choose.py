@@ -30,6 +30,8 @@ PACKED = "documents share rows, each with a state of its own, so that next to no
 SMALL_SET = 1000
 # of the host's memory, in tokens, targets, weights and segment ids
 BYTES_OF_POSITION = 24
+# methods whose captured steps were compared with plain ones on a GPU
+CAPTURED = ("none", "state", "lora", "pissa", "miss")
 # weights times positions from which compiling, which takes some 20 seconds, saves more than that
 LONG_RUN = 1e15
 # tokens of a chunk whose gradient ends with it, as of old, and of one whose gradient does not,
@@ -270,6 +272,8 @@ def _choose_step(chooser: _Chooser, facts: Facts, positions: int) -> None:
     chooser.choose("compile", int(compiles), reason)
     captures = has_graphs(facts.device) and not _is_infctx(values)
     reason = "the host would hold up the device" if captures else "there is nothing to capture"
+    if captures and values["peft"] not in CAPTURED:
+        captures, reason = False, f"{values['peft']} was not measured so: 1 asks for it"
     chooser.choose("cuda_graph", int(captures), reason)
 
 
