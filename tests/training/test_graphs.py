@@ -10,12 +10,16 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import rwkv_peft
+from rwkv_peft.checkpoint.pth import read_weights
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.batching import IGNORE, Batch
 from rwkv_peft.device import own_stream
+from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods.attach import attach
 from rwkv_peft.methods.state import LearnedStates
+from rwkv_peft.training import choose as choosing
 from rwkv_peft.training.graphs import HEAD_PARTS, GraphedStep, Inputs
+from rwkv_peft.training.prepare import find_facts
 from rwkv_peft.training.run import train
 from rwkv_peft.training.step import full_step
 from tests.models.test_versions import VERSIONS, make_segment_ids
@@ -100,6 +104,49 @@ def test_few_shapes_come_and_none_is_longer_than_a_row() -> None:
         shapes.add((width, len(trained)))
     assert len({width for width, _ in shapes}) <= 32
     assert len(shapes) <= 32 * HEAD_PARTS
+
+
+@pytest.mark.parametrize(
+    ("settings", "captures"),
+    [
+        ({"peft": "lora"}, 1),
+        ({"peft": "pissa"}, 1),
+        ({"peft": "state"}, 1),
+        ({"peft": "none"}, 1),
+        ({"peft": "adalora"}, 0),
+        ({"peft": "vera"}, 0),
+        ({"peft": "adalora", "cuda_graph": 1}, 1),
+        ({"peft": "lora", "cuda_graph": 0}, 0),
+        ({"train_type": "infctx"}, 0),
+    ],
+)
+def test_what_was_compared_on_a_gpu_is_captured_where_a_device_can(
+    settings: Any,
+    captures: int,
+    model_file: Path,
+    data_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = TrainConfig(
+        load_model=str(model_file), data_file=str(data_file), accelerator="cpu", **settings
+    )
+    facts = find_facts(config, read_weights(model_file))
+    if "cuda_graph" not in settings:
+        assert choosing.choose(config, facts).settings.cuda_graph == 0
+    monkeypatch.setattr(choosing, "has_graphs", lambda device: True)
+    assert choosing.choose(config, facts).settings.cuda_graph == captures
+
+
+def test_what_this_machine_lacks_is_refused_if_it_is_asked_for(
+    model_file: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(load_model=str(model_file), data_file=str(data_file), accelerator="cpu")
+    facts = find_facts(config, read_weights(model_file))
+    with pytest.raises(ConfigError, match="--cuda_graph 1 is not for cpu: give --cuda_graph 0"):
+        choosing.choose(replace(config, cuda_graph=1), facts)
+    monkeypatch.setattr(choosing, "missing_compiler", lambda device: "a C compiler")
+    with pytest.raises(ConfigError, match="--compile 1 needs a C compiler: install it, or give"):
+        choosing.choose(replace(config, compile=1), facts)
 
 
 gpu = pytest.mark.gpu
