@@ -26,7 +26,7 @@ from rwkv_peft.recognise import TORCH, recognise
 
 TABLE = "data.pkl"
 # bytes that are read at once
-CHUNK = 1 << 24
+CHUNK = 1 << 20
 # bytes of the pickled table, of which a file of 13B takes 0.2 million
 LONGEST_TABLE = 100_000_000
 # of a local header, and where it tells the lengths of the name and of the field behind it
