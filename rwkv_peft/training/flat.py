@@ -218,4 +218,4 @@ class Gradients:
         """Adds the gradients that wait to those of their buffers."""
         for flat, gradients in self._waiting.items():
             flat.add_gradients(gradients)
-        self._waiting, self._waiting_bytes = {}, 0
+        self.drop()
