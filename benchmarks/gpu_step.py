@@ -12,11 +12,13 @@ import argparse
 import platform
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from report import report
+from torch import nn
 
 from rwkv_peft.data.batching import Batch
 from rwkv_peft.methods import Method
@@ -83,12 +85,17 @@ def make_optimizer(
     trained = attach(model, method, options or ADAPTERS.get(method, {}), is_fused=is_fused)
     for parameter in trained.values():
         parameter.data = parameter.data.to(dtype or parameter.dtype)
+    return optimizer_over(trained, is_full=method == "none")
+
+
+def optimizer_over(trained: Mapping[str, nn.Parameter], *, is_full: bool) -> Optimizer:
+    """AdamW as a run has it, without decay and with one rate for all."""
     return Optimizer(
         trained,
         betas=(0.9, 0.99),
         eps=1e-8,
         grad_clip=1.0,
-        plain=trained if method == "none" else (),
+        plain=trained if is_full else (),
         raises_rates=False,
         uses_loss_scale=False,
     )

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_step import SIZES, device_name, make_model, random_batch
+from gpu_step import SIZES, device_name, make_model, optimizer_over, random_batch
 from report import report
 from torch import Tensor
 
@@ -32,7 +32,6 @@ from rwkv_peft.methods.state import LearnedStates
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.compile import compile_blocks
 from rwkv_peft.training.graphs import GraphedStep
-from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.step import full_step
 
 RANK = 64
@@ -70,15 +69,7 @@ class Case:
         for parameter in trained.values():
             if not parameter.any():
                 parameter.data.normal_(0, 0.02, generator=generator)
-        self.optimizer = Optimizer(
-            trained,
-            betas=(0.9, 0.99),
-            eps=1e-8,
-            grad_clip=1.0,
-            plain=trained if method == "full" else (),
-            raises_rates=False,
-            uses_loss_scale=False,
-        )
+        self.optimizer = optimizer_over(trained, is_full=method == "full")
         self.model: RWKV = model.train()
         self.batch = random_batch(rows, ctx, SIZES[size][-1])
         if is_compiled:
