@@ -60,6 +60,7 @@ SCRIPT = Kind(
     "give a file of its weights: torch.save(model.state_dict(), 'model.pth')",
 )
 PICKLE = Kind("pickle", "a Python pickle and no file of torch.save", "save it with torch.save")
+RWKVQ = Kind("rwkvq", "a quantised file, of rwkv-quant", "give the original .pth")
 UTF16 = Kind("utf-16", "a text in UTF-16", "save it as UTF-8")
 JSON = Kind("json", "a text file of JSON", _ROWS)
 TEXT = Kind("text", "a text file", _ROWS)
@@ -106,6 +107,8 @@ def recognise(path: str | Path) -> Kind:
         return Kind("unfinished", "an unfinished download", advice)
     if not path.is_file():
         return Kind("special", "no regular file")
+    if path.suffix.lower() == ".rwkvq":
+        return RWKVQ
     with open(path, "rb") as file:
         start, size = file.read(START), file.seek(0, 2)
     return _by_start(start, size) or (_of_zip(path) if start[:2] == b"PK" else UNKNOWN)

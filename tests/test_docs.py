@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.checkpoint.pth import read_weights
+from rwkv_peft.cli.main import main
 from rwkv_peft.device import TYPES
+from rwkv_peft.exports.formats import FORMATS
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "README_zh.md")
@@ -104,3 +107,32 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in pages:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_commands_of_the_page_on_exports_run(
+    make_model_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model_file("model.pth", vocab_size=1000)
+    (tmp_path / "data.jsonl").write_text(blocks("README.md", "json")[0] * 8, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    train = "rwkv-peft train model.pth data.jsonl --proj_dir out"
+    for line in (train, *commands("docs/exports.md")):
+        # in this process, as each new one takes seconds to begin
+        assert main(shlex.split(line)[1:]) == 0, line
+    assert len(commands("docs/exports.md")) == 8
+
+
+def test_the_page_on_exports_is_true_of_the_formats_and_the_readers() -> None:
+    text = (ROOT / "docs" / "exports.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    formats = {row[0].strip("`"): row[3].split(", ") for row in rows if len(row) == 4}
+    for name, kind in FORMATS.items():
+        assert formats[name] == list(kind.dtypes)
+    versions = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    readers = {row[1].split("`")[1]: row[2] for row in rows if len(row) == 4 and row[1][:1] == "`"}
+    tests = "".join(path.read_text() for path in (ROOT / "tests" / "exports").glob("*.py"))
+    assert len(readers) == 6
+    for name, version in readers.items():
+        assert f"{name}=={version}" in versions
+        module = {"rwkv7-hf": "rwkv7_hf"}.get(name, name)
+        assert f"import {module}" in tests or f"from {module}" in tests or f'"{module}.' in tests

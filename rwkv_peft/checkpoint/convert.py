@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,6 +133,42 @@ def _iterate_factors(model: RWKV) -> Iterator[tuple[str, Tensor, Tensor, float]]
             yield name, *factors, 1.0
 
 
+class PlainLora(NamedTuple):
+    """A LoRA as tables of plain tensors hold it.
+
+    Attributes:
+        factors: `M.lora_A` (R, in) and `M.lora_B` (out, R) of each matrix M.
+        own: the model's own tensors that were trained beside them.
+        alpha: with which it is to be used; a matrix gets alpha / R of its product.
+    """
+
+    factors: dict[str, Tensor]
+    own: dict[str, Tensor]
+    alpha: float
+
+
+def to_plain_lora(
+    source: str | Path, weights: Mapping[str, Tensor], model: RWKV, adapter: SavedAdapter
+) -> PlainLora:
+    """An attached adapter as a plain LoRA.
+
+    Raises:
+        CheckpointError: it is of a method that has no such form.
+    """
+    layers = list(_iterate_factors(model))
+    plain = _pick_own_tensors(weights, adapter)
+    _require_nothing_else(source, adapter, model, len(plain))
+    given = float(getattr(adapter.config, "lora_alpha", 0))
+    # the adapter's own lora_alpha if it fits every layer; otherwise B absorbs the difference
+    fits = all(math.isclose(s * len(a), given, rel_tol=1e-6) for _, a, _, s in layers)
+    alpha = given if fits else float(len(layers[0][1]))
+    tensors: dict[str, Tensor] = {}
+    for name, a, b, scale in layers:
+        tensors[f"{name}.lora_A"] = a
+        tensors[f"{name}.lora_B"] = b if fits else b * (scale * len(a) / alpha)
+    return PlainLora(tensors, plain, alpha)
+
+
 def _write_pth(
     source: str | Path,
     output: Path,
@@ -147,17 +183,8 @@ def _write_pth(
             f"{source} adapts the first layers alone, which a file without a config cannot say: "
             "use rwkv-peft merge"
         )
-    plain = _pick_own_tensors(weights, adapter)
-    _require_nothing_else(source, adapter, model, len(plain))
-    given = float(getattr(adapter.config, "lora_alpha", 0))
-    # the adapter's own lora_alpha if it fits every layer; otherwise B absorbs the difference
-    fits = all(math.isclose(s * len(a), given, rel_tol=1e-6) for _, a, _, s in layers)
-    alpha = given if fits else float(len(layers[0][1]))
-    tensors: dict[str, Tensor] = {}
-    for name, a, b, scale in layers:
-        tensors[f"{name}.lora_A"] = a
-        tensors[f"{name}.lora_B"] = b if fits else b * (scale * len(a) / alpha)
-    write_weights(output, tensors | plain)
+    factors, plain, alpha = to_plain_lora(source, weights, model, adapter)
+    write_weights(output, factors | plain)
     return f"wrote {output}: a LoRA of {len(layers)} matrices, to be used with lora_alpha {alpha:g}"
 
 

@@ -1,7 +1,7 @@
 """Models that compute in float32 while their weights stay in a mapped file, in any dtype."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -9,13 +9,24 @@ from torch import Tensor, nn
 
 from rwkv_peft.checkpoint.pth import infer_model_config, load_weights
 from rwkv_peft.methods import fast
-from rwkv_peft.methods.merge import MergedWeights, row_slices, split_rows
+from rwkv_peft.methods.merge import row_slices, split_rows
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.frozen import FrozenLinear
 
 # a tensor by its name in the model, as float32 pieces along its first dimension
 Pieces = Callable[[], Iterable[Tensor]]
+
+
+class Made(Protocol):
+    """Tensors that are made when they are asked for, such as merged ones."""
+
+    @property
+    def names(self) -> set[str]:
+        """Their names in the model."""
+
+    def pieces(self, name: str) -> Iterable[Tensor]:
+        """One as float32 pieces along its first dimension."""
 
 
 def build_mapped(weights: Mapping[str, Tensor]) -> RWKV:
@@ -25,7 +36,7 @@ def build_mapped(weights: Mapping[str, Tensor]) -> RWKV:
     return model
 
 
-def upcast_on_use(model: RWKV, merged: MergedWeights | None = None) -> RWKV:
+def upcast_on_use(model: RWKV, merged: Made | None = None) -> RWKV:
     """The model itself, changed so that weights are float32 only while they are used.
 
     A linear layer converts a few rows at a time, any other layer its own tensors. An adapted layer
@@ -62,7 +73,9 @@ def upcast_on_use(model: RWKV, merged: MergedWeights | None = None) -> RWKV:
         if isinstance(module, nn.Linear) and not isinstance(module, BaseTunerLayer):
             _compute_by(module, _make_linear(module, tensors[module.weight]))
         elif type(module) is nn.Embedding:
-            _compute_by(module, _make_embedding(module))
+            is_made = merged is not None and f"{path}.weight" in merged.names
+            rows = tensors[module.weight] if is_made else None
+            _compute_by(module, _make_embedding(module, rows))
         elif tensors:
             _upcast_around(module, tensors)
     for block in model.blocks:
@@ -88,9 +101,17 @@ def _make_linear(module: nn.Linear, rows: Pieces) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _make_embedding(module: nn.Embedding) -> Callable[[Tensor], Tensor]:
+def _make_embedding(module: nn.Embedding, rows: Pieces | None) -> Callable[[Tensor], Tensor]:
     def forward(tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, module.weight).float()
+        if rows is None:
+            return F.embedding(tokens, module.weight).float()
+        flat = tokens.flatten()
+        y, start = torch.empty(len(flat), module.embedding_dim), 0
+        for w in rows():
+            here = ((flat >= start) & (flat < start + len(w))).nonzero().squeeze(1)
+            y[here] = F.embedding(flat[here] - start, w)
+            start += len(w)
+        return y.view(*tokens.shape, -1)
 
     return forward
 

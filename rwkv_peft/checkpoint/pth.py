@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from rwkv_peft.checkpoint.records import damage_in_one_line, map_pth
 from rwkv_peft.checkpoint.stream import Spec, map_safetensors, write_tensors
 from rwkv_peft.checkpoint.validate import join_problems, validate_weights
+from rwkv_peft.checkpoint.variants import require_usable
 from rwkv_peft.errors import CheckpointError
+from rwkv_peft.exports.opened import (
+    SAFETENSORS_ENDINGS,
+    is_model_folder,
+    open_folder,
+    to_official,
+)
 from rwkv_peft.models import build, read_model_config
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.config import ModelConfig
@@ -23,18 +30,28 @@ STATE_SUFFIX = "_state"
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file in its own order, mapped from disk rather than read.
+    """The official tensors of a file in its own order, mapped from disk rather than read.
+
+    A `.st` of Ai00 and the folder of a Hugging Face model are opened too; see `exports`.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or it holds anything but tensors.
+        CheckpointError: there is no such file, it is damaged, or it holds anything but tensors or a
+            model that is known and cannot be used.
     """
     path = Path(path)
+    if is_model_folder(path):
+        with damage_in_one_line(path):
+            found = open_folder(path)
+        require_usable(found, path)
+        return validate_weights(found, path, sum(x.stat().st_size for x in path.iterdir()))
     kind = require_weights(path)
     with damage_in_one_line(path):
         loaded = _READERS[kind](path)
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a table of tensors")
-    return validate_weights(loaded, path, path.stat().st_size)
+    require_usable(loaded, path)
+    found = validate_weights(loaded, path, path.stat().st_size)
+    return to_official(found, path) if kind is SAFETENSORS else found
 
 
 def require_weights(path: str | Path) -> Kind:
@@ -49,7 +66,7 @@ def require_weights(path: str | Path) -> Kind:
     kind = recognise(path)
     if kind not in (TORCH, OLD_TORCH, SAFETENSORS):
         raise CheckpointError(f"{path} is {kind.what}: {kind.advice}")
-    if (kind is SAFETENSORS) != (path.suffix.lower() == ".safetensors"):
+    if (kind is SAFETENSORS) != (path.suffix.lower() in SAFETENSORS_ENDINGS):
         right = path.with_suffix(".safetensors" if kind is SAFETENSORS else ".pth").name
         raise CheckpointError(f"{path} is {kind.what} under a wrong name: rename it to {right}")
     return kind

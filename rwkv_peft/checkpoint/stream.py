@@ -76,10 +76,31 @@ def write_tensors(
     """
     require_ending(path)
     _require_types(specs)
-    is_safetensors = Path(path).suffix == ".safetensors"
     with atomic_file(path) as file:
-        write = write_safetensors if is_safetensors else _write_pth
-        write(file, specs, lambda name: _iterate_bytes(name, specs[name], tensor(name)))
+        write_file(file, specs, tensor, is_safetensors=Path(path).suffix == ".safetensors")
+
+
+def write_file(
+    file: IO[bytes],
+    specs: Mapping[str, Spec],
+    tensor: Callable[[str], Tensor | Iterable[Tensor]],
+    *,
+    is_safetensors: bool,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a `.pth` or safetensors into an open file; see `write_tensors`.
+
+    Args:
+        metadata: of a safetensors file.
+    """
+
+    def content(name: str) -> Iterator[memoryview]:
+        return _iterate_bytes(name, specs[name], tensor(name))
+
+    if is_safetensors:
+        write_safetensors(file, specs, content, metadata)
+    else:
+        _write_pth(file, specs, content)
 
 
 def _require_types(specs: Mapping[str, Spec]) -> None:
@@ -153,7 +174,10 @@ def as_bytes(x: Tensor) -> memoryview:
 
 
 def write_safetensors(
-    file: IO[bytes], specs: Mapping[str, Spec], content: Callable[[str], Iterable[memoryview]]
+    file: IO[bytes],
+    specs: Mapping[str, Spec],
+    content: Callable[[str], Iterable[memoryview]],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the bytes of each tensor, in the order of `specs`, behind a header that names them.
 
@@ -161,7 +185,8 @@ def write_safetensors(
         CheckpointError: a type has no place in the format.
     """
     _require_types(specs)
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for name, spec in specs.items():
         start, end = end, end + spec.numel * spec.dtype.itemsize
         kind = _NAMES[spec.dtype][0]

@@ -75,16 +75,7 @@ class ModelOptions(AdapterOptions):
 
     def run_template(self) -> "Template":
         """The template named, or that of the run which wrote the model or adapter, or chat."""
-        from rwkv_peft.data.templates import find_template
-
-        if self.template != "auto":
-            return find_template(self.template)
-        # a run's files lie in its folder, those of an interrupted one two folders below
-        model = Path(self.adapter or self.load_model).resolve()
-        for folder in list(model.parents)[:3]:
-            if (folder / "config.yaml").is_file():
-                return find_template(_template_of(folder))
-        return find_template("chat")
+        return choose_template(self.template, self.adapter or self.load_model)
 
     def sampling(self) -> "Sampling":
         """How to draw."""
@@ -106,6 +97,20 @@ def say_undecodable(text: str) -> str:
         f"standard input is not text in {sys.stdin.encoding}: set the environment variable "
         "PYTHONIOENCODING to its encoding, such as utf-8 or gbk"
     )
+
+
+def choose_template(name: str, model: str) -> "Template":
+    """The template named; if auto, that of the run which wrote a model or an adapter, or chat."""
+    from rwkv_peft.data.templates import find_template
+
+    if name != "auto":
+        return find_template(name)
+    # a run's files lie in its folder, those of an interrupted one two folders below
+    path = Path(model).resolve()
+    for folder in [path, *path.parents][:4]:
+        if (folder / "config.yaml").is_file():
+            return find_template(_template_of(folder))
+    return find_template("chat")
 
 
 def _template_of(folder: Path) -> str:

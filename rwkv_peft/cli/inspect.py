@@ -50,8 +50,9 @@ def describe(path: str | Path) -> dict[str, Any]:
     from rwkv_peft.checkpoint.older import old_method
     from rwkv_peft.checkpoint.records import require_sums
     from rwkv_peft.checkpoint.state import holds_state_alone
+    from rwkv_peft.exports.opened import is_model_folder
 
-    if Path(path).is_dir():
+    if Path(path).is_dir() and not is_model_folder(Path(path)):
         return _describe_folder(path)
     require_sums(path)
     if method := old_method(path) or ("state" if holds_state_alone(path) else ""):
@@ -82,7 +83,7 @@ def _totals(path: str | Path) -> dict[str, Any]:
     return {
         "dtype": dict(dtypes),
         "parameters": sum(x.numel() for x in weights.values()),
-        "bytes": Path(path).stat().st_size,
+        "bytes": sum(p.stat().st_size for p in (Path(path), *Path(path).rglob("*")) if p.is_file()),
     }
 
 

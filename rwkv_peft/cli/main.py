@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "fine-tune a model on a file of texts",
     "data": "show what training would see of a data file; data prepare tokenises it",
     "convert": "bring an adapter or a state into another form, or out of an old one",
+    "export": "write a model for other programs: GGUF, Ai00, rwkv.cpp, Hugging Face",
     "merge": "add an adapter into the model it was trained on",
     "eval": "measure a model: bits per byte of texts, multiple choice, tasks of lm-eval",
     "generate": "continue a prompt",
