@@ -8,7 +8,7 @@ their own names. Any name may begin with `model.`.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, NamedTuple
@@ -47,10 +47,15 @@ class LegacyAdapterHints(NamedTuple):
 
 def old_method(path: str | Path) -> str:
     """The method of an adapter file of older RWKV-PEFT, 'lora' or 'miss'; empty for all else."""
-    names = read_weights(path) if Path(path).is_file() else ()
-    if any(_FACTOR.fullmatch(name) for name in names):
-        return "lora"
-    return "miss" if any(_BLOCK.fullmatch(name) for name in names) else ""
+    return method_of_names(read_weights(path)) if Path(path).is_file() else ""
+
+
+def method_of_names(names: Collection[str]) -> str:
+    """What `old_method` says, by the names of a file's tensors."""
+    for pattern, method in ((_FACTOR, "lora"), (_BLOCK, "miss")):
+        if any(pattern.fullmatch(name) for name in names):
+            return method
+    return ""
 
 
 def read_old_adapter(path: str | Path, hints: LegacyAdapterHints) -> SavedAdapter:

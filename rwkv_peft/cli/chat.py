@@ -1,4 +1,4 @@
-"""`rwkv-peft chat --load_model M`"""
+"""`rwkv-peft chat MODEL`"""
 
 import sys
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from rwkv_peft.cli.generate import ModelOptions, say_undecodable
+from rwkv_peft.cli.given import complete
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.printing import print_answer, print_line, print_text
 
@@ -21,6 +22,9 @@ class ChatOptions(ModelOptions):
 def run(args: Sequence[str]) -> int:
     """Reads turns from standard input and prints the answers; an empty line or Ctrl-D ends."""
     options = parse(ChatOptions, args, command="chat", positional=("load_model",))
+    options, note = complete(options, "chat")
+    if note:
+        print_line(f"note: {note}", file=sys.stderr)
     model = options.model()
 
     from rwkv_peft.generation.chat import Chat

@@ -1,9 +1,11 @@
 """`rwkv-peft convert FILE --base_model B --output O`"""
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from rwkv_peft.cli.given import find_kind, find_parts
 from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import Switch
@@ -36,6 +38,12 @@ class ConvertOptions(AdapterOptions):
 def run(args: Sequence[str]) -> int:
     """Writes an adapter or a state in another form."""
     options = parse(ConvertOptions, args, command="convert", positional=("source",))
+    if options.source and not (options.base_model and find_kind(options.source) != "run"):
+        parts = find_parts(options.source, "convert", wants_adapter=True)
+        base, source = options.base_model or parts.model, parts.adapter or parts.state
+        if source:
+            options = replace(options, base_model=base, source=source)
+            print_line(f"note: {parts.note}", file=sys.stderr)
     for name in ("source", "base_model", "output"):
         if not getattr(options, name):
             raise ConfigError(

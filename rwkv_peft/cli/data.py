@@ -1,9 +1,12 @@
 """`rwkv-peft data FILE…` and `rwkv-peft data prepare FILE`"""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rwkv_peft.cli.given import find_kind
 from rwkv_peft.cli.legacy.data import translate_data
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import DataConfig
@@ -40,8 +43,11 @@ def run(args: Sequence[str]) -> int:
     count = next((i for i, a in enumerate(args) if a.startswith("-")), len(args))
     # several files may be given one after the other
     files = [",".join(args[:count])] if count else []
-    arguments = translate_data([*files, *args[count:]])
-    options = parse(DataOptions, arguments, command="data", positional=("data_file",))
+    saved = _saved_settings(args[0]) if count == 1 else {}
+    arguments = translate_data([*([] if saved else files), *args[count:]])
+    options = parse(
+        DataOptions, arguments, command="data", positional=("data_file",), defaults=saved
+    )
     if options.ctx_len < 0 or options.show < 0:
         raise ConfigError("--ctx_len and --show must not be below 0")
 
@@ -65,6 +71,28 @@ def run(args: Sequence[str]) -> int:
         print_line(line)
     _show(shown, tokenizer)
     return 0
+
+
+def _saved_settings(path: str) -> dict[str, Any]:
+    """The settings of a run if its folder stands in the place of the data; {} if data does.
+
+    Raises:
+        ConfigError: it is a model, an adapter or a state.
+    """
+    kind = find_kind(path)
+    if kind == "run":
+        from rwkv_peft.training.folder import read_settings
+
+        saved = read_settings(Path(path)) or {}
+        print_line(f"note: the data of the run {path}: {saved.get('data_file')}", file=sys.stderr)
+        return saved
+    if kind in ("model", "adapter", "state", "checkpoint"):
+        raise ConfigError(
+            f"{path} is {'an adapter' if kind == 'adapter' else f'a {kind}'} and no data: "
+            f"rwkv-peft inspect {path} says what it holds, rwkv-peft data data.jsonl --load_model "
+            "model.pth what training would see"
+        )
+    return {}
 
 
 def _find_vocab_size(options: DataOptions) -> int:

@@ -6,6 +6,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rwkv_peft.cli.given import complete
 from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import DataConfig
@@ -22,7 +23,7 @@ class EvalOptions(AdapterOptions, DataConfig):
     """What to evaluate, and on what."""
 
     load_model: str = ""
-    """Official weights, or a result of training (.pth or .safetensors)."""
+    """Official weights, or a result of training: a file, an adapter, or the folder of a run."""
     adapter: str = ""
     """Adapter to attach: a folder in peft's format, or a file of older RWKV-PEFT."""
     state: str = ""
@@ -86,6 +87,9 @@ def run(args: Sequence[str]) -> int:
     """Prints what was found, as lines or as one JSON object."""
     options = parse(EvalOptions, args, command="eval", positional=("load_model", "data_file"))
     options.require_files()
+    options, note = complete(options, "eval")
+    if note:
+        print_line(f"note: {note}", file=sys.stderr)
     found, lines = _evaluate(options)
     if options.json:
         print_json({"load_model": options.load_model, **found})

@@ -1,4 +1,4 @@
-"""`rwkv-peft generate --load_model M --prompt P`"""
+"""`rwkv-peft generate MODEL --prompt P`"""
 
 import sys
 import time
@@ -8,11 +8,12 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rwkv_peft.cli.given import complete, find_run
 from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import TEMPLATE_FILE
 from rwkv_peft.errors import ConfigError
-from rwkv_peft.printing import print_answer, print_json
+from rwkv_peft.printing import print_answer, print_json, print_line
 from rwkv_peft.yaml_file import read_yaml
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class ModelOptions(AdapterOptions):
     """Which model to use, where and how it draws."""
 
     load_model: str = ""
-    """Official weights, or a result of training (.pth or .safetensors)."""
+    """Official weights, or a result of training: a file, an adapter, or the folder of a run."""
     adapter: str = ""
     """Adapter to attach: a folder in peft's format, or a file of older RWKV-PEFT."""
     state: str = ""
@@ -58,7 +59,9 @@ class ModelOptions(AdapterOptions):
         from rwkv_peft.device import choose_precision, resolve_device
 
         if not self.load_model:
-            raise ConfigError("no model given: --load_model model.pth")
+            raise ConfigError(
+                "no model given: give a model, an adapter, a state or the folder of a run first"
+            )
         device = resolve_device(self.accelerator)
         precision = choose_precision(device)[0] if self.precision == "auto" else self.precision
         return load_model(
@@ -75,7 +78,7 @@ class ModelOptions(AdapterOptions):
 
     def run_template(self) -> "Template":
         """The template named, or that of the run which wrote the model or adapter, or chat."""
-        return choose_template(self.template, self.adapter or self.load_model)
+        return choose_template(self.template, self.adapter or self.state or self.load_model)
 
     def sampling(self) -> "Sampling":
         """How to draw."""
@@ -105,15 +108,11 @@ def choose_template(name: str, model: str) -> "Template":
 
     if name != "auto":
         return find_template(name)
-    # a run's files lie in its folder, those of an interrupted one two folders below
-    path = Path(model).resolve()
-    for folder in [path, *path.parents][:4]:
-        if (folder / "config.yaml").is_file():
-            return find_template(_template_of(folder))
-    return find_template("chat")
+    folder = find_run(model)
+    return find_template(template_of(folder) if folder else "chat")
 
 
-def _template_of(folder: Path) -> str:
+def template_of(folder: Path) -> str:
     """The template of the run that wrote a folder; chat if no run of this program did.
 
     A folder may come from anywhere with its model. So no path of its config.yaml is followed: a
@@ -158,7 +157,7 @@ class GenerateOptions(ModelOptions):
 
 def run(args: Sequence[str]) -> int:
     """Prints the continuation as it is drawn."""
-    options = parse(GenerateOptions, args, command="generate")
+    options = parse(GenerateOptions, args, command="generate", positional=("load_model",))
     prompt = options.prompt
     if prompt == "-" and (problem := say_undecodable(prompt := sys.stdin.read())):
         raise ConfigError(problem)
@@ -169,6 +168,9 @@ def run(args: Sequence[str]) -> int:
             if not prompt
             else "--prompt and --user exclude each other"
         )
+    options, note = complete(options, "generate")
+    if note:
+        print_line(f"note: {note}", file=sys.stderr)
     stop: list[str | Headings] = [*(options.stop or ())]
     opening = ""
     if options.user:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rwkv_peft.cli.given import find_kind, find_parts, find_run
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.errors import ConfigError, RwkvPeftError
 from rwkv_peft.printing import print_json, print_line
@@ -16,7 +17,8 @@ class InspectOptions:
     """What to look at."""
 
     file: str = ""
-    """A .pth or .safetensors file of a model, an adapter or a state, or an adapter's folder."""
+    """A .pth or .safetensors file of a model, an adapter or a state, or the folder of an adapter or
+    a run."""
     json: bool = False
     """Print one JSON object."""
 
@@ -52,6 +54,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     from rwkv_peft.checkpoint.state import holds_state_alone
     from rwkv_peft.exports.opened import is_model_folder
 
+    if (kind := find_kind(path)) in ("run", "checkpoint"):
+        return _describe_run(str(path), kind)
     if Path(path).is_dir() and not is_model_folder(Path(path)):
         return _describe_folder(path)
     require_sums(path)
@@ -73,6 +77,22 @@ def _describe_folder(path: str | Path) -> dict[str, Any]:
     facts["base"] = adapter.note.get("base") or "not noted"
     facts["parameters"] = sum(x.numel() for x in adapter.tensors.values())
     return facts
+
+
+def _describe_run(path: str, kind: str) -> dict[str, Any]:
+    """What a run was and what it left, as far as its folder says."""
+    from rwkv_peft.training.folder import read_settings
+
+    folder = find_run(Path(path, "rwkv")) or Path(path)
+    settings = read_settings(folder) or {}
+    shown = ("peft", "load_model", "data_file", "template", "epoch_count", "lr_init", "ctx_len")
+    facts: dict[str, Any] = {"folder": path, "kind": kind, **{n: settings.get(n) for n in shown}}
+    try:
+        parts = find_parts(path, "inspect")
+    except ConfigError as error:
+        return facts | {"newest": None, "odd": [str(error)]}
+    newest = parts.adapter or parts.state or parts.model
+    return facts | {"newest": {newest: find_kind(newest)}}
 
 
 def _totals(path: str | Path) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from rwkv_peft.cli.given import find_kind, find_parts
 from rwkv_peft.cli.legacy.merge import translate_merge
 from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
@@ -42,9 +43,10 @@ class MergeOptions(AdapterOptions):
 def run(args: Sequence[str]) -> int:
     """Merges an adapter into a copy of its base."""
     arguments, notes, _ = translate_merge(args)
-    options = parse(MergeOptions, arguments, command="merge")
-    for note in notes:
-        print_line(f"note: {note}", file=sys.stderr)
+    positional = ("base_model", "adapter")
+    options, note = _sort(parse(MergeOptions, arguments, command="merge", positional=positional))
+    for line in (*notes, *filter(None, [note])):
+        print_line(f"note: {line}", file=sys.stderr)
     for name in ("base_model", "adapter", "output"):
         if not getattr(options, name):
             raise ConfigError(
@@ -73,3 +75,25 @@ def run(args: Sequence[str]) -> int:
     for line in (f"wrote {options.output}", *report.lines()):
         print_line(line)
     return 0
+
+
+def _sort(options: MergeOptions) -> tuple[MergeOptions, str]:
+    """The options with base and adapter in their places, and what is to be said of them.
+
+    An adapter, a state or a run may stand where the base does; its base is known, or stands second.
+    """
+    first, second = options.base_model, options.adapter
+    kind = find_kind(first) if first else "other"
+    if kind in ("model", "other"):
+        return options, ""
+    if kind in ("adapter", "state") and second and find_kind(second) == "model":
+        return replace(options, base_model=second, adapter=first), ""
+    parts = find_parts(first, "merge", wants_adapter=True)
+    adapter = parts.adapter or parts.state
+    if not adapter:
+        raise ConfigError(f"{first} has no adapter: {parts.model} is a whole model already")
+    if second and find_kind(second) == "model":
+        return replace(options, base_model=second, adapter=adapter), parts.note
+    if second:
+        raise ConfigError(f"{first} is no model: rwkv-peft merge BASE {second} --output O")
+    return replace(options, base_model=parts.model, adapter=adapter), parts.note

@@ -2,11 +2,16 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
+from rwkv_peft.cli.generate import template_of
+from rwkv_peft.cli.given import find_kind, find_parts, find_run
 from rwkv_peft.cli.legacy.arguments import split_arguments
 from rwkv_peft.cli.legacy.train import require_agreement, translate_train
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import TrainConfig
+from rwkv_peft.errors import ConfigError
 from rwkv_peft.printing import print_line
 
 
@@ -23,6 +28,9 @@ def run(args: Sequence[str]) -> int:
         config = parse(
             TrainConfig, arguments, command="train", positional=positional, defaults=saved
         )
+    else:
+        config, found = _take_given(config)
+        notes += found
     config.require_files()
 
     from rwkv_peft.training.inputs import require_kept_config, require_kept_inputs
@@ -44,3 +52,36 @@ def run(args: Sequence[str]) -> int:
 
     result = train(config)
     return 128 + result.signal if result.signal else 0
+
+
+def _take_given(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """The config with what stands in the place of the model in its own, and notes of that.
+
+    An adapter, a state or the result of a run is trained further, in the run's template.
+    """
+    first = config.load_model
+    if not first or (kind := find_kind(first)) in ("model", "other"):
+        return config, []
+    if kind in ("run", "checkpoint") and not config.data_file:
+        run = first if kind == "run" else str(find_run(Path(first, "rwkv")) or first)
+        raise ConfigError(
+            f"{first} is the folder of a run, and no data is given: rwkv-peft train --resume auto "
+            f"--proj_dir {run} goes on with it, rwkv-peft train {first} data.jsonl trains its "
+            "result further on other data"
+        )
+    parts = find_parts(first, "train", wants_adapter=True)
+    further = parts.adapter or parts.state
+    if further and config.load_adapter:
+        raise ConfigError(f"{first} and --load_adapter {config.load_adapter}: give one of the two")
+    notes = [parts.note]
+    template = config.template
+    if parts.run and template == "auto" and config.data_type != "sft":
+        template = template_of(parts.run)
+        notes.append(f"--template {template}, as the run {parts.run} had it")
+    config = replace(
+        config,
+        load_model=parts.model,
+        load_adapter=further or config.load_adapter,
+        template=template,
+    )
+    return config, notes

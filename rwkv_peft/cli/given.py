@@ -1,0 +1,205 @@
+"""What a path on the command line is, and what to load for it: one habit of all commands.
+
+People have a model, an adapter, a state, or the folder of a run. Each may stand where a command
+takes a model; what else is needed is found beside it.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from rwkv_peft.errors import CheckpointError, ConfigError
+
+T = TypeVar("T")
+Kind = Literal["model", "adapter", "state", "run", "checkpoint", "other"]
+# bytes of a file in the old format of torch.save, which is read whole, up to which it is looked at
+LOOKED_AT = 1 << 28
+_RESULT = re.compile(r"rwkv-(\d+)(-adapter|\.pth|-.+\.pth)", re.DOTALL)
+_BASE = "base_model_name_or_path"
+_STEP = re.compile(r"step-(\d+)")
+# how a command takes an adapter or a state whose base is not known
+_BASES = {
+    "train": "rwkv-peft train BASE data.jsonl --load_adapter {path}",
+    "merge": "rwkv-peft merge BASE {path} --output merged.pth",
+    "convert": "rwkv-peft convert {path} --base_model BASE --output O",
+    "eval": "rwkv-peft eval BASE data.jsonl --{kind} {path}",
+}
+
+
+class Parts(NamedTuple):
+    """What to load; empty where there is none.
+
+    Attributes:
+        run: the folder of the run that wrote the result, None if it is not known.
+        note: what was found and is to be said; empty where nothing but the path was taken.
+    """
+
+    model: str = ""
+    adapter: str = ""
+    state: str = ""
+    run: Path | None = None
+    note: str = ""
+
+
+def find_kind(path: str | Path) -> Kind:
+    """What a file or folder is; 'other' for what is none of them, cannot be read or is missing."""
+    path = Path(path)
+    if path.is_dir():
+        return _kind_of_folder(path)
+    if not path.is_file():
+        return "other"
+    from rwkv_peft.checkpoint.older import method_of_names
+    from rwkv_peft.checkpoint.pth import STATE_SUFFIX, read_weights
+    from rwkv_peft.recognise import OLD_TORCH, recognise
+
+    try:
+        if path.stat().st_size > LOOKED_AT and recognise(path) is OLD_TORCH:
+            return "model"
+        names = list(read_weights(path))
+    except (CheckpointError, OSError):
+        return "other"
+    if method_of_names(names):
+        return "adapter"
+    is_state = bool(names) and all(name.endswith(STATE_SUFFIX) for name in names)
+    return "state" if is_state else "model"
+
+
+def find_parts(path: str, command: str, *, wants_adapter: bool = False) -> Parts:
+    """What to load where a path stands in the place of a model.
+
+    Args:
+        command: that it was given to, for messages.
+        wants_adapter: of a run the adapter and its base, and not the merged model.
+    Raises:
+        ConfigError: it is an adapter or a state whose base is not known, or a run without a result.
+    """
+    kind = find_kind(path)
+    if kind in ("model", "other"):
+        return Parts(model=path)
+    if kind in ("run", "checkpoint"):
+        return _parts_of_run(Path(path), kind, command, wants_adapter)
+    return _with_base(path, kind, command)
+
+
+def complete(options: T, command: str) -> tuple[T, str]:
+    """Options of a model in which `load_model` is one, and what is to be said of that.
+
+    Args:
+        options: a dataclass with `load_model`, `adapter` and `state`.
+    Raises:
+        ConfigError: what stands for the model cannot be used, or is given twice.
+    """
+    given: Any = options
+    if not given.load_model:
+        return options, ""
+    parts = find_parts(given.load_model, command)
+    for name in ("adapter", "state"):
+        if getattr(parts, name) and getattr(given, name):
+            raise ConfigError(
+                f"{given.load_model} brings {getattr(parts, name)}: leave out --{name} "
+                f"{getattr(given, name)}, or give the model itself, {parts.model}"
+            )
+    changes = {n: x for n in ("adapter", "state") if (x := getattr(parts, n))}
+    return replace(given, load_model=parts.model, **changes), parts.note
+
+
+def find_run(path: str | Path) -> Path | None:
+    """The folder of the run that wrote a file: its own, or two above for an interrupted run's."""
+    folders = Path(path).resolve().parents
+    return next((f for f in list(folders)[:3] if (f / "config.yaml").is_file()), None)
+
+
+def _kind_of_folder(path: Path) -> Kind:
+    from rwkv_peft.checkpoint.folder import CONFIG
+    from rwkv_peft.checkpoint.tree import MANIFEST
+    from rwkv_peft.training.folder import read_settings
+
+    if (path / CONFIG).is_file():
+        return "adapter"
+    if (path / MANIFEST).is_file():
+        return "checkpoint"
+    return "run" if read_settings(path) is not None else "other"
+
+
+def _parts_of_run(path: Path, kind: Kind, command: str, wants_adapter: bool) -> Parts:
+    stem = _newest(path) if kind == "run" else path / "rwkv"
+    weights, adapter = Path(f"{stem}.pth"), Path(f"{stem}-adapter")
+    states = sorted(stem.parent.glob(f"{stem.name}-*.pth")) if stem else []
+    found = [adapter] if adapter.is_dir() else []
+    if not found or not wants_adapter:
+        found = [p for p in (weights, *states) if p.is_file()] or found
+    if not found:
+        folder = path if kind == "run" else path.parent.parent
+        what = "the folder of a run" if kind == "run" else "a checkpoint, to go on from"
+        raise ConfigError(
+            f"{path} is {what}, and holds no result yet: go on with rwkv-peft train --resume auto "
+            f"--proj_dir {folder}"
+        )
+    if len(found) > 1:
+        raise ConfigError(
+            f"{path} holds several states: give one of them, such as rwkv-peft {command} {found[0]}"
+        )
+    parts = find_parts(str(found[0]), command)
+    return parts._replace(
+        run=find_run(found[0]),
+        note=f"{path}: its newest result is taken, {found[0]}{_on_base(parts)}",
+    )
+
+
+def _newest(folder: Path) -> Path | None:
+    """The stem of the newest result of a run: its last epoch, or where it was interrupted."""
+    epochs = [int(x[1]) for p in folder.iterdir() if (x := _RESULT.fullmatch(p.name))]
+    steps = [
+        (int(x[1]), p.with_name("rwkv"))
+        for p in folder.glob("checkpoints/step-*/rwkv*")
+        if (x := _STEP.fullmatch(p.parent.name))
+    ]
+    stems = [folder / f"rwkv-{max(epochs)}"] if epochs else []
+    stems += [max(steps)[1]] if steps else []
+    return max(stems, key=_written, default=None)
+
+
+def _written(stem: Path) -> float:
+    return max(p.stat().st_mtime for p in stem.parent.glob(f"{stem.name}*"))
+
+
+def _with_base(path: str, kind: Kind, command: str) -> Parts:
+    """An adapter or a state with the base that it was trained on."""
+    what = "an adapter" if kind == "adapter" else "a state"
+    for base in _known_bases(Path(path)):
+        # a name that leads to another machine is not looked up
+        if base and not base.startswith(("\\\\", "//")) and find_kind(base) == "model":
+            parts = Parts(base, run=find_run(path), **{kind: path})
+            return parts._replace(note=f"{path} is {what}{_on_base(parts)}")
+    line = _BASES.get(command, "rwkv-peft {command} BASE --{kind} {path}")
+    raise ConfigError(
+        f"{path} is {what}, which needs the model that it was trained on: "
+        + line.format(command=command, kind=kind, path=path)
+    )
+
+
+def _on_base(parts: Parts) -> str:
+    return f", on its base {parts.model}" if parts.adapter or parts.state else ""
+
+
+def _known_bases(path: Path) -> Iterator[str]:
+    """The names of the base that an adapter's config and its run have noted."""
+    import json
+
+    from rwkv_peft.checkpoint.folder import CONFIG, LARGEST_TEXT
+    from rwkv_peft.training.folder import read_settings
+
+    config = path / CONFIG
+    if config.is_file() and config.stat().st_size <= LARGEST_TEXT:
+        try:
+            values = json.loads(config.read_bytes())
+        except (ValueError, RecursionError):
+            values = {}
+        if isinstance(values, dict) and isinstance(base := values.get(_BASE), str):
+            yield base
+    if run := find_run(path):
+        base = (read_settings(run) or {}).get("load_model", "")
+        if isinstance(base, str):
+            yield base

@@ -1,0 +1,211 @@
+"""What people have may stand where a command takes a model, and is used as what it is."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rwkv_peft.checkpoint.pth import read_weights, write_weights
+from rwkv_peft.cli.given import find_kind
+from rwkv_peft.cli.main import main
+from rwkv_peft.models.initial import initial_weights
+from tests.checkpoint.old_files import old_run
+from tests.conftest import make_model_config
+
+Cli = Callable[..., SimpleNamespace]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}> {{ m.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a model, data, and a run of each kind: merged, adapter, state, full."""
+    folder, before = tmp_path_factory.mktemp("work"), Path.cwd()
+    os.chdir(folder)
+    generator = torch.Generator().manual_seed(1)
+    weights = initial_weights(make_model_config(), 0)
+    noisy = {n: x + 0.05 * torch.randn(x.shape, generator=generator) for n, x in weights.items()}
+    write_weights("model.pth", noisy)
+    turns = [[("user", f"{i}?"), ("assistant", f"yes {i}" * 3)] for i in range(6)]
+    rows = [{"messages": [{"role": r, "content": x} for r, x in row]} for row in turns]
+    Path("data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    Path("own.jinja").write_text(TEMPLATE, encoding="utf-8")
+    common = ["--epoch_count", "2", "--epoch_steps", "1", "--accelerator", "cpu"]
+    common += ["--precision", "fp32", "--random_seed", "1"]
+    for name, flags in {
+        "merged": ["--template", "own.jinja", "--peft_config", '{"r": 2}', "--peft", "lora"],
+        "adapter": ["--merge", "0", "--peft", "lora", "--peft_config", '{"r": 2}'],
+        "state": ["--peft", "state"],
+        "full": ["--peft", "none"],
+    }.items():
+        code = main(["train", "model.pth", "data.jsonl", "--proj_dir", name, *flags, *common])
+        assert code == 0
+    yield folder
+    os.chdir(before)
+
+
+KINDS = {
+    "model.pth": "model",
+    "merged": "run",
+    "merged/rwkv-1.pth": "model",
+    "merged/rwkv-1-adapter": "adapter",
+    "adapter": "run",
+    "adapter/rwkv-1-adapter": "adapter",
+    "state": "run",
+    "state/rwkv-1.pth": "state",
+    "full": "run",
+    "data.jsonl": "other",
+    "missing.pth": "other",
+}
+
+
+def test_kinds_are_told_apart(work: Path) -> None:
+    assert {path: find_kind(path) for path in KINDS} == KINDS
+
+
+# first argument -> the same in flags
+SAME = {
+    "model.pth": ["--load_model", "model.pth"],
+    "merged": ["--load_model", "merged/rwkv-1.pth"],
+    "merged/rwkv-0-adapter": ["--load_model", "model.pth", "--adapter", "merged/rwkv-0-adapter"],
+    "adapter": ["--load_model", "model.pth", "--adapter", "adapter/rwkv-1-adapter"],
+    "state": ["--load_model", "model.pth", "--state", "state/rwkv-1.pth"],
+    "state/rwkv-0.pth": ["--load_model", "model.pth", "--state", "state/rwkv-0.pth"],
+    "full": ["--load_model", "full/rwkv-1.pth"],
+}
+
+
+@pytest.mark.parametrize("first", SAME)
+def test_generate_and_eval_use_what_comes_first(first: str, work: Path, cli: Cli) -> None:
+    more = ["--user", "3?", "--max_tokens", 6, "--temperature", 0, "--json"]
+    given, named = cli("generate", first, *more), cli("generate", *SAME[first], *more)
+    assert given.code == named.code == 0, given.err
+    one, other = json.loads(given.out), json.loads(named.out)
+    assert (one["prompt"], one["text"]) == (other["prompt"], other["text"])
+    # a run is read in its own template
+    assert one["prompt"].startswith("user> 3?" if first.startswith("merged") else "User: 3?")
+    if first != "model.pth" and "full/" not in first:
+        assert given.err.startswith(f"note: {first}") and SAME[first][-1] in given.err
+    one = cli("eval", first, "data.jsonl", "--json").out
+    other = cli("eval", *SAME[first], "--data_file", "data.jsonl", "--json").out
+    assert json.loads(one)["loss_mask"] and one.partition("{")[2] == other.partition("{")[2]
+
+
+@pytest.mark.parametrize("first", SAME)
+def test_chat_uses_what_comes_first(
+    first: str, work: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"3?\n")))
+    done = cli("chat", first, "--max_tokens", 3, "--temperature", 0)
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("first", ["merged", "merged/rwkv-1-adapter", "state", "state/rwkv-1.pth"])
+def test_merge_adds_what_comes_first_to_its_base(first: str, work: Path, cli: Cli) -> None:
+    done = cli("merge", first, "--output", "m.pth", "--overwrite", 1, "--compare", 0)
+    assert done.code == 0, done.err
+    merged, base = read_weights("m.pth"), read_weights("model.pth")
+    if first.startswith("merged"):
+        saved = read_weights("merged/rwkv-1.pth")
+        assert all(torch.equal(x, saved[n]) for n, x in merged.items())
+        swapped = cli("merge", first, "model.pth", "--output", "n.pth", "--compare", 0)
+        assert swapped.code == 0, swapped.err
+        os.unlink("n.pth")
+    else:
+        state = read_weights("state/rwkv-1.pth")
+        assert merged.keys() == {*base, *state}
+        assert all(torch.equal(merged[n], x) for n, x in state.items())
+
+
+@pytest.mark.parametrize(
+    ("first", "load_model", "load_adapter"),
+    [
+        ("merged", "model.pth", "merged/rwkv-1-adapter"),
+        ("adapter/rwkv-0-adapter", "model.pth", "adapter/rwkv-0-adapter"),
+        ("state", "model.pth", "state/rwkv-1.pth"),
+        ("full", "full/rwkv-1.pth", ""),
+    ],
+)
+def test_train_goes_on_from_what_comes_first(
+    first: str, load_model: str, load_adapter: str, work: Path, cli: Cli, tmp_path: Path
+) -> None:
+    import yaml
+
+    limits = ("--epoch_count", 1, "--epoch_steps", 1, "--accelerator", "cpu")
+    done = cli("train", first, "data.jsonl", "--proj_dir", tmp_path / "o", *limits)
+    assert done.code == 0, done.err
+    saved = yaml.safe_load((tmp_path / "o" / "config.yaml").read_text())
+    assert (saved["load_model"], saved["load_adapter"]) == (load_model, load_adapter)
+    assert Path(saved["template"]).name == ("template.jinja" if first == "merged" else "chat")
+
+
+def test_inspect_and_data_tell_of_a_run(work: Path, cli: Cli) -> None:
+    facts = json.loads(cli("inspect", "adapter", "--json").out)
+    assert (facts["kind"], facts["peft"], facts["load_model"]) == ("run", "lora", "model.pth")
+    assert facts["newest"] == {"adapter/rwkv-1-adapter": "adapter"}
+    assert cli("inspect", "state/rwkv-1.pth").out.count("state")
+    found, named = cli("data", "merged", "--json"), cli(
+        "data", "data.jsonl", "--json", "--template", "own.jinja", "--vocab_size", 320
+    )  # fmt: skip
+    assert json.loads(found.out)["rows"] == json.loads(named.out)["rows"]
+    for first in ("model.pth", "merged/rwkv-1-adapter", "state/rwkv-1.pth"):
+        done = cli("data", first)
+        assert done.code == 2 and f"rwkv-peft inspect {first}" in done.err, done.err
+
+
+def test_what_cannot_stand_first_is_named_with_the_right_command(
+    work: Path, cli: Cli, tmp_path: Path, model_file: Path
+) -> None:
+    state, adapter, empty = tmp_path / "s.pth", tmp_path / "a", tmp_path / "empty"
+    shutil.copy("state/rwkv-1.pth", state)
+    shutil.copytree("merged/rwkv-1-adapter", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "elsewhere.pth"
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    old, _ = old_run(tmp_path, model_file, "lora")
+    empty.mkdir()
+    shutil.copy("merged/config.yaml", empty)
+    for line, wanted in (
+        (["generate", state, "--prompt", "a"], f"rwkv-peft generate BASE --state {state}"),
+        (["chat", adapter], f"rwkv-peft chat BASE --adapter {adapter}"),
+        (["chat", old], f"rwkv-peft chat BASE --adapter {old}"),
+        (["train", adapter, "data.jsonl"], f"train BASE data.jsonl --load_adapter {adapter}"),
+        (["train", state, "data.jsonl"], f"train BASE data.jsonl --load_adapter {state}"),
+        (["merge", state, "--output", "o.pth"], f"rwkv-peft merge BASE {state} --output"),
+        (["convert", adapter], f"convert {adapter} --base_model BASE"),
+        (["eval", state, "data.jsonl"], f"rwkv-peft eval BASE data.jsonl --state {state}"),
+        (["train", "merged"], "rwkv-peft train --resume auto --proj_dir merged goes on with it"),
+        (["generate", empty, "--prompt", "a"], "holds no result yet"),
+        (["merge", "full", "--output", "o.pth"], "is a whole model already"),
+        (["chat", "data.jsonl"], "a text file of JSON: give it as the data"),
+        (["chat", "merged/rwkv-1-adapter", "--adapter", adapter], "leave out --adapter"),
+        (["generate", "--prompt", "a"], "no model given"),
+    ):
+        done = cli(*line)
+        assert done.code == 2 and wanted in done.err and done.err.count("\n") == 1, done.err
+
+
+def test_the_newest_result_is_that_of_the_last_epoch_or_of_a_later_stop(
+    work: Path, cli: Cli, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree("adapter", run)
+    for epoch in range(2, 12):
+        shutil.copytree(run / "rwkv-1-adapter", run / f"rwkv-{epoch}-adapter")
+    line = ("generate", run, "--prompt", "a", "--max_tokens", 1)
+    assert "rwkv-11-adapter" in cli(*line).err
+    stopped = run / "checkpoints" / "step-000100"
+    shutil.copytree(run / "rwkv-1-adapter", stopped / "rwkv-adapter")
+    (stopped / "manifest.json").write_text("{}")
+    os.utime(stopped / "rwkv-adapter", (4e9, 4e9))
+    assert "step-000100/rwkv-adapter" in cli(*line).err
+    assert "step-000100/rwkv-adapter" in cli("generate", stopped, *line[2:]).err
