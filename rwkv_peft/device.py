@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 
 # names that --accelerator takes, besides auto and gpu
 TYPES = ("cpu", "cuda", "mps", "xpu", "musa", "npu")
+# what the driver of an NVIDIA card makes: on Linux, in WSL, on Windows
+NVIDIA_FILES = (
+    "/dev/nvidia0",
+    "/proc/driver/nvidia/version",
+    "/usr/lib/wsl/lib/libcuda.so.1",
+    "C:/Windows/System32/nvcuda.dll",
+)
 _CGROUP = Path("/sys/fs/cgroup")
 # devices that another package brings into PyTorch
 PLUGINS = {"musa": "torch_musa", "npu": "torch_npu"}
@@ -55,18 +63,47 @@ def resolve_device(accelerator: str) -> torch.device:
                 _import_plugin(plugin)
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind == "auto":
+        if found is None and (problem := find_card_problem()):
+            warnings.warn(problem, stacklevel=2)
         return found or torch.device("cpu")
     if found is None or kind not in ("gpu", found.type):
         here, instead = (found.type, found.type) if found else ("none", "cpu")
         raise BackendUnavailableError(
             f"--accelerator {accelerator}: PyTorch finds no such device on this machine (it finds "
             f"{here}): use --accelerator {instead}, or install the PyTorch build for your GPU"
+            + (f"; {problem}" if found is None and (problem := find_card_problem()) else "")
         )
     if index and int(index) >= (count := torch.accelerator.device_count()):
         raise BackendUnavailableError(
             f"--accelerator {accelerator}: this machine has {count} of them, counted from 0"
         )
     return torch.device(accelerator) if index else found
+
+
+def find_card_problem() -> str:
+    """Why PyTorch does not use the NVIDIA card of this machine; "" if it has none, or does."""
+    import torch
+
+    if torch.accelerator.is_available() or not _has_nvidia_card():
+        return ""
+    # one of NVIDIA's own variables hides cards on purpose
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return ""
+    built_for = getattr(torch.version, "cuda", None)
+    if built_for is None:
+        return (
+            f"this machine has an NVIDIA card, and PyTorch {torch.__version__} is a build without "
+            "CUDA, so that the card is not used: install the build for it as docs/install.md says"
+        )
+    return (
+        f"this machine has an NVIDIA card, which PyTorch {torch.__version__} for CUDA "
+        f"{built_for} cannot use: its driver is too old or not loaded (nvidia-smi says "
+        "its version): see docs/install.md"
+    )
+
+
+def _has_nvidia_card() -> bool:
+    return any(Path(path).exists() for path in NVIDIA_FILES)
 
 
 def _import_plugin(kind: str) -> None:

@@ -26,6 +26,12 @@ def escape(text: str, *, keeps: str = "") -> str:
     )
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: 1 epoch, 2 epochs."""
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{number:,} {noun}{plural if number != 1 else ''}"
+
+
 def print_line(text: str, *, file: TextIO | io.TextIOBase | None = None) -> None:
     """Prints one line, whatever characters it holds; on stdout if no file is given."""
     print(escape(text), file=file, flush=True)

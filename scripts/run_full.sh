@@ -1,7 +1,7 @@
-#!/bin/bash
+#!/bin/sh
 # Full tuning: trains all weights.
 # Edit the variables, or set them before the command:
-#   load_model=model.pth data_file=data.jsonl bash scripts/run_full.sh
+#   load_model=model.pth data_file=data.jsonl sh scripts/run_full.sh
 # Flags given behind the script's name are passed on.
 load_model=${load_model:-model.pth}
 proj_dir=${proj_dir:-out/full}
@@ -22,7 +22,7 @@ lr_final=${lr_final:-1e-6}
 # pad trains every token; qa the answers of dialogues alone
 loss_mask=${loss_mask:-pad}
 
-"${PYTHON:-python3}" "$(dirname "${BASH_SOURCE[0]}")/../train.py" \
+"${PYTHON:-python3}" "$(dirname "$0")/../train.py" \
     --load_model "$load_model" --proj_dir "$proj_dir" --data_file "$data_file" \
     --n_layer "$n_layer" --n_embd "$n_embd" --ctx_len "$ctx_len" --micro_bsz "$micro_bsz" \
     --epoch_steps "$epoch_steps" --epoch_count "$epoch_count" --epoch_save "$epoch_save" \

@@ -1,8 +1,8 @@
-#!/bin/bash
+#!/bin/sh
 # Texts of any length: rows of ctx_len tokens go through the model in chunks of chunk_ctx, in the
 # memory of one chunk.
 # Edit the variables, or set them before the command:
-#   load_model=model.pth data_file=data.jsonl bash scripts/run_infctx.sh
+#   load_model=model.pth data_file=data.jsonl sh scripts/run_infctx.sh
 # Flags given behind the script's name are passed on.
 load_model=${load_model:-model.pth}
 proj_dir=${proj_dir:-out/infctx}
@@ -28,7 +28,7 @@ QUANT=${QUANT:-none}
 loss_mask=${loss_mask:-pad}
 peft_config=${peft_config:-'{"r":64,"lora_alpha":128,"lora_dropout":0.01}'}
 
-"${PYTHON:-python3}" "$(dirname "${BASH_SOURCE[0]}")/../train.py" \
+"${PYTHON:-python3}" "$(dirname "$0")/../train.py" \
     --load_model "$load_model" --proj_dir "$proj_dir" --data_file "$data_file" \
     --n_layer "$n_layer" --n_embd "$n_embd" --ctx_len "$ctx_len" --micro_bsz "$micro_bsz" \
     --train_type infctx --chunk_ctx "$chunk_ctx" --bptt_chunks "$bptt_chunks" \

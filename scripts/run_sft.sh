@@ -1,7 +1,7 @@
-#!/bin/bash
+#!/bin/sh
 # LoRA on questions and answers: two columns of a file or of a Hugging Face data set.
 # Edit the variables, or set them before the command:
-#   load_model=model.pth data_file=data.jsonl bash scripts/run_sft.sh
+#   load_model=model.pth data_file=data.jsonl sh scripts/run_sft.sh
 # Flags given behind the script's name are passed on.
 load_model=${load_model:-model.pth}
 proj_dir=${proj_dir:-out/sft}
@@ -25,7 +25,7 @@ sft_field=${sft_field:-query response}
 sft_split=${sft_split:-train}
 peft_config=${peft_config:-'{"r":64,"lora_alpha":128,"lora_dropout":0.01}'}
 
-"${PYTHON:-python3}" "$(dirname "${BASH_SOURCE[0]}")/../train.py" \
+"${PYTHON:-python3}" "$(dirname "$0")/../train.py" \
     --load_model "$load_model" --proj_dir "$proj_dir" --data_file "$data_file" \
     --n_layer "$n_layer" --n_embd "$n_embd" --ctx_len "$ctx_len" --micro_bsz "$micro_bsz" \
     --epoch_steps "$epoch_steps" --epoch_count "$epoch_count" --epoch_save "$epoch_save" \

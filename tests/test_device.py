@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from rwkv_peft import device
 from rwkv_peft.device import choose_precision, has_bf16, resolve_device
 from rwkv_peft.errors import BackendUnavailableError, ConfigError
 
@@ -133,3 +134,24 @@ def test_precision_is_fp16_where_bf16_is_missing_or_emulated(
     device = torch.device("cuda")
     assert has_bf16(device) == (expected == "bf16")
     assert choose_precision(device)[0] == expected
+
+
+def test_a_build_without_cuda_on_a_machine_with_a_card_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    card = tmp_path / "nvidia0"
+    monkeypatch.setattr(device, "NVIDIA_FILES", (str(card),))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert device.find_card_problem() == ""
+    card.touch()
+    with pytest.warns(UserWarning, match="is a build without CUDA, so that the card is not used"):
+        assert device.resolve_device("auto").type == "cpu"
+    with pytest.raises(BackendUnavailableError, match="a build without CUDA"):
+        device.resolve_device("cuda")
+    assert device.resolve_device("cpu").type == "cpu"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "its driver is too old or not loaded" in device.find_card_problem()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert device.find_card_problem() == ""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 
 import rwkv_peft
 from rwkv_peft.checkpoint.pth import read_weights
+from rwkv_peft.cli import environment
 from rwkv_peft.cli.legacy.merge import translate_merge
 from rwkv_peft.errors import ConfigError
 from tests.checkpoint.old_files import ALPHA, old_pissa, old_run
@@ -45,10 +47,10 @@ def settings(folder: Path, model: Path, **more: str) -> dict[str, str]:
 def arguments(script: Path, folder: Path, variables: dict[str, str], *more: str) -> list[str]:
     """What a script calls, found by letting it call a program that writes its arguments."""
     stub = folder / "stub"
-    stub.write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" > {folder}/called\n', encoding="utf-8")
+    stub.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" > {folder}/called\n', encoding="utf-8")
     stub.chmod(0o755)
     environment = {"PATH": os.environ["PATH"], "PYTHON": str(stub), **variables}
-    subprocess.run(["bash", str(script), *more], check=True, cwd=folder, env=environment)
+    subprocess.run(["sh", str(script), *more], check=True, cwd=folder, env=environment)
     words = (folder / "called").read_bytes().decode().split("\0")[:-1]
     assert Path(words[0]).resolve() == ROOT / "train.py"
     return words[1:]
@@ -93,10 +95,52 @@ def test_a_script_trains_with_the_clone_it_lies_in(model_file: Path, tmp_path: P
     given = settings(tmp_path, model_file, peft_config='{"r": 4}', PYTHON=sys.executable)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | given
     script = os.path.relpath(ROOT / "scripts" / "run_lora.sh", tmp_path)
-    command = ["bash", script, "--accelerator", "cpu"]
+    command = ["sh", script, "--accelerator", "cpu"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "rwkv-0.pth").exists()
+
+
+@pytest.mark.parametrize("shell", ["sh", "dash", "bash"])
+def test_a_script_without_an_environment_says_what_to_type(shell: str, tmp_path: Path) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed")
+    # a Python that has none of the packages
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n', encoding="utf-8")
+    bare.chmod(0o755)
+    for path in (ROOT / "scripts").iterdir():
+        done = subprocess.run(
+            [shell, str(path)],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], "PYTHON": str(bare)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "has no package" in done.stderr and "type " in done.stderr, done.stderr
+        if shell != "sh":
+            break
+
+
+@pytest.mark.parametrize("has_environment", [True, False])
+def test_what_to_type_depends_on_what_is_there(
+    has_environment: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    (tmp_path / "constraints.txt").write_text("")
+    activate = tmp_path / ".venv" / "bin" / "activate"
+    if has_environment:
+        activate.parent.mkdir(parents=True)
+        activate.write_text("")
+    found = environment.describe_missing(ModuleNotFoundError(name="torch.nn"))
+    make = ".venv/bin/pip install -c constraints.txt . && . .venv/bin/activate"
+    wanted = f"type . {activate}" if has_environment else f"type cd {tmp_path} && python3 -m venv"
+    assert wanted in found and (make in found) != has_environment
+    assert environment.describe_missing(ModuleNotFoundError(name="wandb")) == ""
+    monkeypatch.setattr(sys, "prefix", "/env")
+    assert "type cd" in environment.describe_missing(ModuleNotFoundError(name="rich"))
 
 
 # script and kind of adapter -> arguments in the forms of the older program

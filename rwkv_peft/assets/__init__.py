@@ -8,3 +8,5 @@ BASE_MODEL = _FOLDER / "base.pth"
 # dialogues in the manner of the Devil's Dictionary, to train on and to judge by
 DIALOGUES = _FOLDER / "dialogues.jsonl"
 HELD_OUT_DIALOGUES = _FOLDER / "dialogues_heldout.jsonl"
+# flags of other programs and what to say of them
+FOREIGN_FLAGS = _FOLDER / "foreign_flags.txt"

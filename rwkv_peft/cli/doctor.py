@@ -3,6 +3,7 @@
 import math
 import platform
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -52,10 +53,13 @@ def examine(accelerator: str = "auto", *, checks_slow: bool = False) -> dict[str
     Raises:
         BackendUnavailableError: there is no such device.
     """
-    from rwkv_peft.device import choose_precision, resolve_device
+    from rwkv_peft.device import choose_precision, find_card_problem, resolve_device
     from rwkv_peft.ops import OPERATORS
 
-    device = resolve_device(accelerator)
+    with warnings.catch_warnings():
+        # what it would say of a card stands in the facts
+        warnings.simplefilter("ignore")
+        device = resolve_device(accelerator)
     precision, reason = choose_precision(device)
     backends = [
         fact
@@ -67,6 +71,7 @@ def examine(accelerator: str = "auto", *, checks_slow: bool = False) -> dict[str
         "versions": _versions(),
         "accelerator": str(device),
         "devices": _devices(device),
+        "problem": find_card_problem(),
         "precision": precision,
         "precision_reason": reason,
         "backends": backends,
@@ -80,6 +85,8 @@ def describe(facts: dict[str, Any]) -> Iterator[str]:
     for device in facts["devices"]:
         yield "device      " + ", ".join(_say(name, value) for name, value in device.items())
     yield f"accelerator {facts['accelerator']}"
+    if facts["problem"]:
+        yield f"warning     {facts['problem']}"
     yield f"precision   {facts['precision']} ({facts['precision_reason']})"
     above = None
     for backend in facts["backends"]:

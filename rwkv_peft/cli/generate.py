@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -90,6 +90,16 @@ class ModelOptions(AdapterOptions):
     def seed(self) -> int | None:
         """Seed of the draws, None for a new one each time."""
         return None if self.random_seed < 0 else self.random_seed
+
+
+def without_last_breaks(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces of a text without the line breaks and spaces at its end."""
+    held = ""
+    for piece in pieces:
+        text = held + piece
+        shown = text.rstrip()
+        held = text[len(shown) :]
+        yield shown
 
 
 def say_undecodable(text: str) -> str:
@@ -199,6 +209,6 @@ def run(args: Sequence[str]) -> int:
         answer = {"prompt": prompt, "text": text, "seconds": round(seconds, 3)}
         print_json(answer)
         return 0
-    for piece in chain([opening], pieces, ["\n"]):
+    for piece in chain(without_last_breaks(chain([opening], pieces)), ["\n"]):
         print_answer(piece)
     return 0

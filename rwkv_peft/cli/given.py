@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from rwkv_peft.errors import CheckpointError, ConfigError
+from rwkv_peft.recognise import OLD_TORCH, SAFETENSORS, TORCH, recognise
 
 T = TypeVar("T")
 Kind = Literal["model", "adapter", "state", "run", "checkpoint", "other"]
 # bytes of a file in the old format of torch.save, which is read whole, up to which it is looked at
 LOOKED_AT = 1 << 28
 _RESULT = re.compile(r"rwkv-(\d+)(-adapter|\.pth|-.+\.pth)", re.DOTALL)
-_BASE = "base_model_name_or_path"
+_ADAPTER, _BASE = "adapter_config.json", "base_model_name_or_path"
 _STEP = re.compile(r"step-(\d+)")
 # how a command takes an adapter or a state whose base is not known
 _BASES = {
@@ -50,15 +51,20 @@ def find_kind(path: str | Path) -> Kind:
         return _kind_of_folder(path)
     if not path.is_file():
         return "other"
+    try:
+        kind = recognise(path)
+    except OSError:
+        return "other"
+    if kind not in (TORCH, OLD_TORCH, SAFETENSORS):
+        return "other"
+    if kind is OLD_TORCH and path.stat().st_size > LOOKED_AT:
+        return "model"
     from rwkv_peft.checkpoint.older import method_of_names
     from rwkv_peft.checkpoint.pth import STATE_SUFFIX, read_weights
-    from rwkv_peft.recognise import OLD_TORCH, recognise
 
     try:
-        if path.stat().st_size > LOOKED_AT and recognise(path) is OLD_TORCH:
-            return "model"
         names = list(read_weights(path))
-    except (CheckpointError, OSError):
+    except CheckpointError:
         return "other"
     if method_of_names(names):
         return "adapter"
@@ -112,13 +118,13 @@ def find_run(path: str | Path) -> Path | None:
 
 
 def _kind_of_folder(path: Path) -> Kind:
-    from rwkv_peft.checkpoint.folder import CONFIG
-    from rwkv_peft.checkpoint.tree import MANIFEST
+    if not any((path / name).is_file() for name in ("config.yaml", "manifest.json", _ADAPTER)):
+        return "other"
     from rwkv_peft.training.folder import read_settings
 
-    if (path / CONFIG).is_file():
+    if (path / _ADAPTER).is_file():
         return "adapter"
-    if (path / MANIFEST).is_file():
+    if (path / "manifest.json").is_file():
         return "checkpoint"
     return "run" if read_settings(path) is not None else "other"
 
@@ -188,10 +194,10 @@ def _known_bases(path: Path) -> Iterator[str]:
     """The names of the base that an adapter's config and its run have noted."""
     import json
 
-    from rwkv_peft.checkpoint.folder import CONFIG, LARGEST_TEXT
+    from rwkv_peft.checkpoint.folder import LARGEST_TEXT
     from rwkv_peft.training.folder import read_settings
 
-    config = path / CONFIG
+    config = path / _ADAPTER
     if config.is_file() and config.stat().st_size <= LARGEST_TEXT:
         try:
             values = json.loads(config.read_bytes())

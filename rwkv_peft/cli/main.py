@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from rwkv_peft import __version__
+from rwkv_peft.cli.environment import describe_missing
 from rwkv_peft.deferred import defer_transformers
 from rwkv_peft.errors import RwkvPeftError, Stopped
 from rwkv_peft.printing import prepare_streams, print_line, print_text
@@ -66,6 +67,11 @@ def _run_and_tell(arguments: list[str]) -> int:
         if shows_trace:
             raise
         _tell(f"error: {error}")
+        return ERROR_CODE
+    except ModuleNotFoundError as error:
+        if shows_trace or not (advice := describe_missing(error)):
+            raise
+        _tell(f"error: {advice}")
         return ERROR_CODE
     except BrokenPipeError:
         raise

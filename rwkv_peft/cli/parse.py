@@ -5,14 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
+from rwkv_peft.cli.foreign import answer_foreign
+from rwkv_peft.cli.help import describe_options, describe_type
 from rwkv_peft.config import require_finite
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.guard import require_paths
+from rwkv_peft.printing import print_text
 from rwkv_peft.yaml_file import read_yaml
 
 T = TypeVar("T")
+# unknown flags that are answered at once
+NAMED = 6
 
 
 def parse(
@@ -34,12 +39,18 @@ def parse(
     Raises:
         ConfigError: a flag, key or value is not allowed.
     """
+    if any(word in ("-h", "--help") for word in args):
+        print_text(describe_options(options, command, positional))
+        raise SystemExit(0)
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    usage = " ".join([f"rwkv-peft {command}", *(f"[{p.upper()}]" for p in positional), "[flags]"])
     parser = jsonargparse.ArgumentParser(
-        prog=f"rwkv-peft {command}", usage=usage, exit_on_error=False, default_env=False
+        prog=f"rwkv-peft {command}",
+        exit_on_error=False,
+        default_env=False,
+        # --device is no short form of --devices, nor --lr of three flags
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of the keys below.")
     parser.add_class_arguments(options)
@@ -103,39 +114,33 @@ def _name_positionals(arguments: list[str], names: Sequence[str], command: str) 
 def _one_line(message: str, options: type[Any]) -> str:
     """jsonargparse's message, which may span lines, in ours: what came, what is allowed."""
     names = [f.name for f in fields(options)]
-    if found := re.search(
-        r"unrecognized arguments: (\S+)|Option '(\S+?)' is not accepted", message
-    ):
-        given = _cut((found[1] or found[2]).partition("=")[0])
-        near = get_close_matches(given.lstrip("-"), [*names, "config"], 1, cutoff=0.5)
-        dashes = "--" if found[1] else ""
-        what = "flag" if found[1] else "key"
-        if found[1] and not given.startswith("-"):
-            return f"'{given}' belongs to no flag: write --name value"
-        hint = f"did you mean {dashes}{near[0]}?" if near else "see --help"
-        return f"unknown {what} {given}: {hint}"
+    if found := re.search(r"unrecognized arguments: (.+)", message, re.DOTALL):
+        words = found[1].split()
+        if not words[0].startswith("-"):
+            return f"'{_cut(words[0])}' belongs to no flag: write --name value"
+        flags = [word.partition("=")[0] for word in words if re.match("--?[a-zA-Z]", word)]
+        return "; ".join(_answer("flag", flag, names) for flag in (flags or words)[:NAMED])
+    if found := re.search(r"Option '(\S+?)' is not accepted", message):
+        return _answer("key", found[1], names)
     key = re.search(r'key "(\w+)"', message)
     if key and key[1] in names:
         value = re.search(r"(?:Got|Given) value: ?(.*)", message)
-        allowed = _allowed(get_type_hints(options)[key[1]])
+        allowed = describe_type(get_type_hints(options)[key[1]])
         return f"--{key[1]}: got {_cut(value[1] if value else 'nothing')}, allowed is {allowed}"
     if key and key[1] == "config":
         return "--config: " + message.partition(": ")[2].splitlines()[0].strip()
     return _cut(" ".join(message.split()), 1000)
 
 
+def _answer(what: str, given: str, names: Sequence[str]) -> str:
+    """What to say of a flag or key that the command lacks."""
+    bare, known = given.lstrip("-"), [*names, "config", "debug"]
+    if not (hint := answer_foreign(bare, known)):
+        near = get_close_matches(bare, known, 1, cutoff=0.5)
+        dashes = "--" if what == "flag" else ""
+        hint = f"did you mean {dashes}{near[0]}?" if near else "see --help"
+    return f"unknown {what} {_cut(given)}: {hint}"
+
+
 def _cut(text: str, length: int = 200) -> str:
     return text if len(text) <= length else text[:length] + " …"
-
-
-def _allowed(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return ", ".join(map(str, get_args(hint)))
-    if args := [a for a in get_args(hint) if a is not type(None)]:
-        if get_origin(hint) is dict:
-            return "JSON in braces such as '{\"r\": 8}'"
-        if get_origin(hint) in (list, tuple):
-            return f"a list of {_allowed(args[0])}"
-        return " or ".join(map(_allowed, args))
-    plain = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    return plain.get(hint, Path(str(hint)).name)

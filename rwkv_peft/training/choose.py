@@ -18,6 +18,7 @@ from rwkv_peft.device import (
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods.catalog import resolve
 from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.printing import counted
 from rwkv_peft.training.memory import fits, positions_at_once
 from rwkv_peft.training.settings import Choice, Facts, Settings
 
@@ -201,10 +202,13 @@ def _choose_rows(chooser: _Chooser, documents: Documents) -> None:
     wanted = max(16, math.ceil(wanted / 16) * 16)
     if not _is_infctx(values):
         wanted = min(MAX_CHOSEN_CTX, wanted)
-    chooser.choose("ctx_len", wanted, f"the longest document has {longest} tokens")
+    chooser.choose("ctx_len", wanted, f"the longest document has {counted(longest, 'token')}")
     ctx_len = values["ctx_len"]
     typical = max(1, min(ctx_len, documents.num_targets // len(documents)))
-    micro_bsz, reason = TOKENS_PER_MICRO_BATCH // typical, f"a document has {typical} tokens"
+    micro_bsz, reason = (
+        TOKENS_PER_MICRO_BATCH // typical,
+        f"a document has {counted(typical, 'token')}",
+    )
     if is_static:
         micro_bsz, reason = TOKENS_PER_MICRO_BATCH // ctx_len, f"rows are full, of {ctx_len} tokens"
     if values["dataload"] == "only":
@@ -216,7 +220,7 @@ def _choose_training(chooser: _Chooser, documents: Documents, model_config: Mode
     """Epochs and rates."""
     values = chooser.values
     few = len(documents) < SMALL_SET
-    reason = f"{len(documents)} documents are {'few' if few else 'enough'}"
+    reason = f"{counted(len(documents), 'document')} {'are few' if few else 'are enough'}"
     chooser.choose("epoch_count", 3 if few else 1, reason)
     if values["peft"] == "none":
         lr, reason = 3e-5 * math.sqrt(768 / model_config.n_embd), "full tuning at this width"
@@ -228,7 +232,7 @@ def _choose_training(chooser: _Chooser, documents: Documents, model_config: Mode
     if values["optimizer"] == "lion":
         lr, reason = lr * LION_SHARE, f"{reason}, a fifth for Lion"
     chooser.choose("lr_init", float(f"{lr:.1g}"), reason)
-    chooser.choose("lr_final", values["lr_init"] / 10, "a tenth of lr_init")
+    chooser.choose("lr_final", float(f"{values['lr_init'] / 10:.6g}"), "a tenth of lr_init")
 
 
 def _is_infctx(values: dict[str, Any]) -> bool:

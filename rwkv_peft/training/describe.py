@@ -11,6 +11,7 @@ from rwkv_peft.data.batching import Batches
 from rwkv_peft.data.documents import Documents
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.printing import counted
 from rwkv_peft.training.borders import BorderSizes, Room, count_passes, least_room
 from rwkv_peft.training.choose import Plan
 from rwkv_peft.training.memory import guess_memory
@@ -42,7 +43,7 @@ def describe_plan(plan: Plan) -> Iterable[str]:
     split = int((documents.sizes - 1 > settings.ctx_len).sum())
     is_split = split and settings.dataload != "get"
     yield (
-        f"data: {len(documents):,} documents, {documents.num_tokens:,} tokens, "
+        f"data: {counted(len(documents), 'document')}, {counted(documents.num_tokens, 'token')}, "
         f"{documents.num_trained:,} of them trained in each pass"
         + (f"; {split:,} longer than ctx_len are split" if is_split else "")
     )
@@ -60,8 +61,9 @@ def describe_plan(plan: Plan) -> Iterable[str]:
             "whole: --train_type infctx takes them through in chunks"
         )
     yield (
-        f"plan: {settings.epoch_count} epochs of {plan.micro_batches:,} micro-batches of "
-        f"{batches.micro_bsz} rows, {plan.steps:,} optimizer steps"
+        f"plan: {counted(settings.epoch_count, 'epoch')} of "
+        f"{counted(plan.micro_batches, 'micro-batch')} of {counted(batches.micro_bsz, 'row')}, "
+        f"{counted(plan.steps, 'optimizer step')}"
     )
     if plan.micro_batches < len(batches):
         seen = plan.micro_batches * settings.epoch_count / len(batches)
@@ -110,7 +112,7 @@ def describe_chunks(plan: Plan, model: RWKV, room: Room) -> Iterable[str]:
     work = passes + (2 if settings.peft == "none" else 1) + settings.grad_cp
     share = plan.micro_batches * settings.epoch_count / len(batches)
     seconds = int(sizes.sum()) * share * work * _time_token(model, settings)
-    yield f"time: about {_duration(seconds)} for {plan.steps:,} optimizer steps (a guess)"
+    yield f"time: about {_duration(seconds)} for {counted(plan.steps, 'optimizer step')} (a guess)"
 
 
 @torch.no_grad()
@@ -166,7 +168,7 @@ def describe_validation(settings: Settings, documents: Documents | None) -> Iter
         return
     every = settings.val_every_steps
     yield (
-        f"validation: {len(documents):,} documents, {documents.num_tokens:,} tokens, "
+        f"validation: {counted(len(documents), 'document')}, {documents.num_tokens:,} tokens, "
         f"{documents.num_trained:,} of them counted, before the first step"
         + (f", every {every:,} steps" if every else "")
         + " and at each epoch's end"

@@ -164,11 +164,13 @@ class Recorder:
             self._checkpoint(run, record)
             self._try(run, self._checkpoints.wait)
         what = f"stopped by signal {run.stopped_by} after step {step}"
-        if self._checkpoints.last:
-            command = shlex.join(["rwkv-peft", "train", "--resume", str(self._checkpoints.last)])
-            self.say(f"{what}; to go on: {command}")
         if run.saved_step != step:
-            self.say(f"{what}, {self._save(run, f'{folder_name(step)}/rwkv')}")
+            what += f", {self._save(run, f'{folder_name(step)}/rwkv')}"
+        self.say(what)
+        # last, where it is found
+        if self._checkpoints.last:
+            command = ["rwkv-peft", "train", "--resume", str(self._checkpoints.last)]
+            self.say(f"to go on: {shlex.join(command)}")
 
     def _checkpoint(self, run: Run, record: StepRecord, *, is_saving: bool = False) -> None:
         self._try(run, self._checkpoints.wait)

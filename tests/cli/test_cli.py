@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rwkv_peft.checkpoint.pth import read_weights
+from rwkv_peft.cli.main import main
 
 Cli = Callable[..., SimpleNamespace]
 ROOT = Path(__file__).parents[2]
@@ -160,7 +161,7 @@ def test_the_short_form_chooses_the_rest_and_says_why(
     for chosen in ("proj_dir = out", "precision = ", "peft = lora", "ctx_len = ", "lr_init = "):
         assert f"chosen: {chosen}" in done.err
     assert "op: torch" in done.err
-    assert "plan: 1 epochs" in done.err
+    assert "plan: 1 epoch of " in done.err
     assert (tmp_path / "out" / "rwkv-0.pth").exists()
     again = cli("train", model_file, data_file, "--epoch-count", 1, "--accelerator=cpu")
     assert "chosen: proj_dir = out-2 (the first free name)" in again.err
@@ -345,3 +346,34 @@ def test_help_of_train_explains_every_flag(cli: Cli, capsys: pytest.CaptureFixtu
 def test_an_unknown_command_is_met_with_the_nearest(cli: Cli) -> None:
     assert cli("trai").err == "error: unknown command 'trai': did you mean train?\n"
     assert cli("trai").code == 2
+
+
+@pytest.mark.parametrize("command", ["train", "chat", "data", "merge", "eval"])
+def test_help_speaks_no_python(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    for word in ("Optional", "Literal", "Union", "None", "null", "list[", "dict[", "(type:"):
+        assert word not in text
+    assert text.startswith(f"usage: rwkv-peft {command} [")
+
+
+def test_an_answer_ends_with_one_line_break(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    import rwkv_peft.api
+    import rwkv_peft.generation.engine
+
+    pieces = [" a", "\n\n", "b \n", "\n", "\n"]
+    monkeypatch.setattr(rwkv_peft.api, "load_model", lambda *_, **__: None)
+    monkeypatch.setattr(rwkv_peft.generation.engine, "stream", lambda *_, **__: pieces)
+    assert cli("generate", "m.pth", "--prompt", "x").out == " a\n\nb\n"
+
+
+def test_numbers_that_are_chosen_and_counted_read_well(
+    cli: Cli, model_file: Path, make_data_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    line = ("train", model_file, make_data_file(["one text"]), "--proj_dir", tmp_path / "out")
+    done = cli(*line, "--lr_init", 1e-5, "--epoch_count", 1)
+    assert done.code == 0, done.err
+    assert "chosen: lr_final = 1e-06 (a tenth of lr_init)" in done.err
+    assert "data: 1 document, " in done.err
+    assert "plan: 1 epoch of 1 micro-batch of 1 row, 1 optimizer step\n" in done.err

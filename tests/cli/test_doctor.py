@@ -107,6 +107,7 @@ def test_devices_are_told_in_words() -> None:
             }
         ],
         "accelerator": "cuda",
+        "problem": "",
         "precision": "bf16",
         "precision_reason": "half the memory",
         "backends": [],

@@ -1,17 +1,18 @@
 import json
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from rwkv_peft.checkpoint.older import LegacyAdapterHints
-from rwkv_peft.cli.legacy.methods import OPTIONS
+from rwkv_peft.cli.legacy.methods import NAMING, OPTIONS
 from rwkv_peft.cli.legacy.train import DEAD, FIXED, MODEL_FLAGS, UNBUILT, translate_train
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import UNSAVED, TrainConfig
@@ -78,6 +79,9 @@ TRANSLATIONS = {
     ),
     "--state_tune": "--peft state",
     "--optim lion": "--optimizer lion",
+    "--optim adamw_torch --precision bfloat16 --lr_schedule cosine": (
+        "--optimizer adamw --precision bf16 --lr_schedule cos"
+    ),
     "--LISA --lisa_r 2 --lisa_k 100": "--peft lisa",
     """--peft lora --lora_config '{"lora_load":"", "lora_r":8, "lora_alpha":32}'""": (
         """--peft lora --peft_config '{"r": 8, "lora_alpha": 32}'"""
@@ -178,9 +182,16 @@ def test_a_dead_flag_is_left_out_with_one_note(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_an_option_without_its_method_is_noted(name: str) -> None:
-    note = f"--{name} has no effect: no method is named"
-    assert translate_train([f"--{name}", "1"]) == ([], [note], {})
+def test_an_option_without_its_method_names_it_or_is_noted(name: str) -> None:
+    found = translate_train([f"--{name}", "1"])
+    if name in NAMING:
+        option = {"r": 1} if name.endswith("_r") else {name: 1}
+        assert found.arguments == ["--peft", NAMING[name], "--peft_config", json.dumps(option)]
+        assert not found.notes
+        note = f"--{name} has no effect: no method is named"
+        assert translate_train([f"--{name}", "1", "--peft", "none"]).notes == [note]
+    else:
+        assert found == ([], [f"--{name} has no effect: no method is named"], {})
 
 
 def test_the_config_of_another_method_is_noted() -> None:
@@ -214,6 +225,17 @@ def test_what_cannot_be_honoured_is_refused_in_one_line(line: list[str], message
     assert "\n" not in str(caught.value)
 
 
+def test_wandb_of_an_old_line_is_a_note_where_it_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    arguments, (note,), _ = translate_train(["--wandb", "mine", "--ctx_len", "8"])
+    assert arguments == ["--ctx_len", "8"]
+    assert note.startswith("--wandb mine has no effect: wandb is not installed")
+    asked = ["--wandb", "mine", "--report_to", "wandb"]
+    assert "--wandb" in translate_train(asked).arguments
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_of_old_runs(
     name: str, cli: Cli, model_file: Path, data_file: Path, tmp_path: Path
@@ -229,7 +251,8 @@ def test_a_script_of_old_runs(
     assert ("note: --pre_ffn has no effect" in done.err) == (name == "2024")
 
 
-def test_every_flag_of_today_passes_through() -> None:
+def test_every_flag_of_today_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
     for name in parse(TrainConfig, [], command="train").__dataclass_fields__:
         if name not in UNBUILT:
             assert translate_train([f"--{name}", "7"]).arguments[0] == f"--{name}", name

@@ -22,6 +22,9 @@ PREFIXED += ["bone_r", "bone_load", "bone_mode"]
 OPTIONS = {name: name.partition("_")[2] for name in PREFIXED}
 OPTIONS |= {name: name for name in ("lora_alpha", "lora_dropout", "svd_niter", "pissa_init")}
 OPTIONS |= {name: name for name in ("lisa_r", "lisa_k")}
+# options that name their method where nothing else does
+NAMING = {"lora_r": "lora", "lora_alpha": "lora", "lora_dropout": "lora"}
+NAMING |= {"pissa_r": "pissa", "bone_r": "miss"}
 # method -> options that it took for a new adapter, and for one to train further
 NEW_OPTIONS = {
     "lora": ("r", "lora_alpha", "lora_dropout"),
@@ -88,6 +91,8 @@ def _find_method(old: Mapping[str, str]) -> str:
     configs = {CONFIGS[name] for name in old if name in CONFIGS}
     if len(configs) == 1:
         named += configs
+    if not named and not old.get("load_adapter"):
+        named += [method for name, method in NAMING.items() if name in old]
     return named[0] if named else ""
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,10 @@ DEAD = {
         "RWKV-5, 6 and 7 have no such part",
     ),
     **dict.fromkeys(
-        ("my_ffn_shift", "my_att_shift", "dropout", "my_sample_len", "my_random_steps", "avg_loss"),
+        ("my_ffn_shift", "my_att_shift", "my_sample_len", "my_random_steps", "avg_loss"),
         "it was never read",
     ),
+    "dropout": "it was never read; LoRA has --peft_config '{\"lora_dropout\": 0.05}'",
     **dict.fromkeys(
         ("my_pile_version", "my_pile_stage", "my_pile_shift", "my_pile_edecay", "magic_prime"),
         "the order of the data is a permutation drawn from --random_seed",
@@ -49,7 +51,12 @@ REPLACED = {
     ("strategy", "ddp_find_unused_parameters_true"): "ddp",
     ("strategy", "ddp_find_unused_parameters_false"): "ddp",
     ("optimizer", "none"): "adamw",
-    ("optimizer", "adam"): "adamw",
+    **{("optimizer", n): "adamw" for n in ("adam", "adamw_torch", "adamw_torch_fused")},
+    **{("optimizer", n): "adamw8bit" for n in ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")},
+    ("lr_schedule", "cosine"): "cos",
+    **{("precision", n): "bf16" for n in ("bfloat16", "bf16-mixed", "bf16-true")},
+    **{("precision", n): "fp16" for n in ("float16", "16", "16-mixed", "16-true", "half")},
+    **{("precision", n): "fp32" for n in ("float32", "32", "32-true", "float")},
     ("train_type", "states"): "state",
     ("warmup_steps", "-1"): "0",
     ("epoch_save", "0"): "99999999",
@@ -60,7 +67,10 @@ FIXED = {"head_size_divisor": "8"}
 MODEL_FLAGS = {n: n for n in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn")}
 MODEL_FLAGS |= {"head_size_a": "head_size", "my_testing": "version"}
 # flags of features that are not built yet
-UNBUILT = {"quant": "quantised weights are"}
+UNBUILT = {
+    "quant": "quantised weights are not built yet: leave it out; memory is saved by --grad_cp 1 "
+    "and a smaller --micro_bsz or --ctx_len"
+}
 
 
 def translate_train(arguments: Sequence[str]) -> Translation:
@@ -133,15 +143,36 @@ def _translate_flags(flags: Flags, notes: list[str], said: dict[str, str]) -> Fl
     for name, words in flags:
         given = " ".join(words)
         if name in UNBUILT:
-            raise ConfigError(f"--{name} {given}: {UNBUILT[name]} not built yet: leave it out")
+            raise ConfigError(f"--{name} {given}: {UNBUILT[name]}")
         if name in FIXED and given != FIXED[name]:
             raise ConfigError(f"--{name}: got {given or 'nothing'}, allowed is {FIXED[name]}")
         if name in MODEL_FLAGS:
             said[name] = given
+    flags = _without_missing_logger(flags, notes)
     method = {name: " ".join(words) for name, words in flags if name in METHOD_FLAGS}
     gone = {*METHOD_FLAGS, *MODEL_FLAGS, *FIXED}
     flags = [f for f in flags if f[0] not in gone] + translate_method(method, notes)
     return _without_exits(flags, notes)
+
+
+def _without_missing_logger(flags: Flags, notes: list[str]) -> Flags:
+    """The flags without `wandb`, which old lines have, where it is not installed."""
+    given = dict(flags)
+    if "wandb" not in given or "report_to" in given or _is_installed("wandb"):
+        return flags
+    notes.append(
+        f"--wandb {' '.join(given['wandb'])} has no effect: wandb is not installed "
+        "(pip install 'rwkv-peft[wandb]'); every step is in loss_data.jsonl"
+    )
+    return [flag for flag in flags if flag[0] != "wandb"]
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:
+        # it is imported already, from no file
+        return True
 
 
 def _without_exits(flags: Flags, notes: list[str]) -> Flags:

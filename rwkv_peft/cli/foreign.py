@@ -1,0 +1,35 @@
+"""Flags of other programs, answered by meaning with the flags of this one."""
+
+import re
+from collections.abc import Collection, Iterator
+from functools import cache
+
+from rwkv_peft.assets import FOREIGN_FLAGS
+
+
+def answer_foreign(name: str, known: Collection[str]) -> str:
+    """What a flag of another program is called here; "" if it is known as none.
+
+    Args:
+        name: without dashes in front, with underscores inside, in any case.
+        known: names of the command's own flags.
+    """
+    # refused by name where it is not built
+    has = {*known, "quant"} if "proj_dir" in known else set(known)
+    answers = _table().get(name.lower(), ())
+    return next((x for x in answers if has.issuperset(re.findall(r"--(\w+)", x))), "")
+
+
+@cache
+def _table() -> dict[str, tuple[str, ...]]:
+    return dict(read_table())
+
+
+def read_table() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each name of a flag elsewhere, with what there is to say of it."""
+    for block in FOREIGN_FLAGS.read_text(encoding="utf-8").split("\n\n"):
+        lines = [line for line in block.splitlines() if not line.startswith("#")]
+        answers = tuple(line[2:] for line in lines if line.startswith("> "))
+        for line in lines:
+            if not line.startswith("> "):
+                yield from ((name, answers) for name in line.split())
