@@ -32,6 +32,17 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{plural if number != 1 else ''}"
 
 
+def duration(seconds: float) -> str:
+    """A time for a person: 42 s, 17 min, 3 h 05 min, 2 d 4 h."""
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{max(0, seconds):.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest:02d} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
+
+
 def print_line(text: str, *, file: TextIO | io.TextIOBase | None = None) -> None:
     """Prints one line, whatever characters it holds; on stdout if no file is given."""
     print(escape(text), file=file, flush=True)

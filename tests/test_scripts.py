@@ -107,7 +107,7 @@ def test_a_script_without_an_environment_says_what_to_type(shell: str, tmp_path:
         pytest.skip(f"{shell} is not installed")
     # a Python that has none of the packages
     bare = tmp_path / "python"
-    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n', encoding="utf-8")
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -E -s -S "$@"\n', encoding="utf-8")
     bare.chmod(0o755)
     for path in (ROOT / "scripts").iterdir():
         done = subprocess.run(

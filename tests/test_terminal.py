@@ -14,7 +14,8 @@ import pytest
 
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.terminal import Unbreakable
-from rwkv_peft.training.metrics import Display, StepRecord
+from rwkv_peft.training.display import Display
+from rwkv_peft.training.metrics import StepRecord
 from rwkv_peft.training.run import train
 
 
@@ -48,7 +49,8 @@ def test_progress_goes_on_without_its_stream(
 ) -> None:
     stream = Breaking(error, 2, is_terminal=is_terminal)
     monkeypatch.setattr(sys, "stderr", stream)
-    with Display(3) as display:
+    with Display() as display:
+        display.begin(3)
         for step in range(3):
             display.line("a line")
             display.update(StepRecord(step + 1, 0, 1.0, 0.1, 1.0, 5, 5, 0.1, 0.05, 0))

@@ -11,7 +11,7 @@ from rwkv_peft.data.batching import Batches
 from rwkv_peft.data.documents import Documents
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.config import ModelConfig
-from rwkv_peft.printing import counted
+from rwkv_peft.printing import counted, duration
 from rwkv_peft.training.borders import BorderSizes, Room, count_passes, least_room
 from rwkv_peft.training.choose import Plan
 from rwkv_peft.training.memory import guess_memory
@@ -112,7 +112,7 @@ def describe_chunks(plan: Plan, model: RWKV, room: Room) -> Iterable[str]:
     work = passes + (2 if settings.peft == "none" else 1) + settings.grad_cp
     share = plan.micro_batches * settings.epoch_count / len(batches)
     seconds = int(sizes.sum()) * share * work * _time_token(model, settings)
-    yield f"time: about {_duration(seconds)} for {counted(plan.steps, 'optimizer step')} (a guess)"
+    yield f"time: about {duration(seconds)} for {counted(plan.steps, 'optimizer step')} (a guess)"
 
 
 @torch.no_grad()
@@ -133,13 +133,6 @@ def _time_token(model: RWKV, settings: Settings) -> float:
         seconds = time.perf_counter() - started
     model.train(was_training)
     return seconds / tokens.numel()
-
-
-def _duration(seconds: float) -> str:
-    for name, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.2g} {name}"
-    return f"{max(1, round(seconds))} s"
 
 
 def describe_end(steps: int, resume: str) -> str:

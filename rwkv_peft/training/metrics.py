@@ -1,21 +1,17 @@
-"""What a run writes and shows: its folder's logs, and progress on a terminal or in plain lines."""
+"""What a run writes while it goes on: the logs in its folder."""
 
 import io
 import json
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from rwkv_peft.config import TEMPLATE_FILE
-from rwkv_peft.printing import escape, print_text
-from rwkv_peft.terminal import Unbreakable
 from rwkv_peft.training.settings import Settings
 from rwkv_peft.training.validation import Evaluation, Sample
 from rwkv_peft.writing import atomic_file, flush
@@ -24,8 +20,6 @@ from rwkv_peft.writing import atomic_file, flush
 LOSSES, EVALUATIONS, SAMPLES = "loss_data.jsonl", "val_data.jsonl", "val_samples.jsonl"
 LOG = "train_log.txt"
 LOGS = (LOSSES, EVALUATIONS, SAMPLES, LOG)
-# without a terminal, at most one line of progress in so many seconds
-PLAIN_INTERVAL = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,101 +211,6 @@ def free_name(path: Path) -> Path:
     while (free := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
         number += 1
     return free
-
-
-class Display:
-    """Progress for a person: a bar on a terminal, a line now and then elsewhere.
-
-    Args:
-        total: steps of the run.
-        done: those that were taken before.
-    """
-
-    def __init__(self, total: int, done: int = 0) -> None:
-        self._total, self._done, self._last_line, self._last_chunk = total, done, 0.0, 0.0
-        self._before, self._summary = done, ""
-        self._start = time.monotonic()
-        self._stream = Unbreakable(sys.stderr)
-        self._bar = _rich_bar(total, done, self._stream) if self._stream.isatty() else None
-
-    def line(self, text: str) -> None:
-        """Prints a line above the progress."""
-        if self._bar is not None:
-            self._bar.console.print(escape(text, keeps="\n\t"), markup=False, highlight=False)
-        else:
-            print_text(text, file=self._stream)
-
-    def update(self, record: StepRecord) -> None:
-        """Shows a finished step."""
-        self._done = done = record.step
-        self._summary = _summary(record)
-        if self._bar is not None:
-            self._bar.update(0, completed=done, text=self._summary)
-            return
-        now = time.monotonic()
-        if now - self._last_line >= PLAIN_INTERVAL or done == self._total:
-            self._last_line = now
-            left = (now - self._start) / (done - self._before) * (self._total - done)
-            self.line(f"step {done}/{self._total}  {self._summary}  {left:.0f} s left")
-
-    def show_chunk(self, done: int, total: int) -> None:
-        """Shows how many of its chunks a micro-batch in work has been through."""
-        if total == 1:
-            return
-        if self._bar is not None:
-            self._bar.update(0, text=f"chunk {done}/{total}  {self._summary}")
-            return
-        now = time.monotonic()
-        # in lines of their own, so that none of a step is left out for them
-        if now - max(self._start, self._last_line, self._last_chunk) >= PLAIN_INTERVAL:
-            self._last_chunk = now
-            self.line(f"step {self._done + 1}/{self._total}  chunk {done}/{total}")
-
-    def __enter__(self) -> "Display":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-def _summary(record: StepRecord) -> str:
-    memory = f"  {record.peak_memory / 2**30:.1f} GiB" if record.peak_memory else ""
-    return (
-        f"epoch {record.epoch}  loss {record.loss:.4f}  lr {record.lr:.2e}  "
-        f"{record.kt_s:.2f} kt/s{memory}"
-    )
-
-
-def _rich_bar(total: int, done: int, stream: Unbreakable) -> Any:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    bar = Progress(
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(file=stream),  # type: ignore[arg-type]
-    )
-    bar.add_task("", total=total, completed=done, text="")
-    return bar
 
 
 def peak_memory(device: torch.device) -> int:

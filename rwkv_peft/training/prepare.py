@@ -1,6 +1,6 @@
 """From a config to a run that is ready for its first step."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ def prepare_run(
     step: Step | None = None,
     claim: Claim | None = None,
     start: Start | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[Run, list[str]]:
     """A run that is ready for its first step, and what a person should read before it.
 
@@ -61,9 +62,11 @@ def prepare_run(
         step: forward, loss and backward of a micro-batch; None: that of the settings.
         claim: of its folder; None if nothing is to be saved.
         start: where it goes on; None if it begins.
+        tell: called with what is being done next.
     Raises:
         RwkvPeftError: a file, a setting or the data cannot be used.
     """
+    tell("checking the files, reading the data")
     require_inputs(config)
     mark = mark_file(config.load_model)
     base = read_weights(config.load_model)
@@ -76,6 +79,7 @@ def prepare_run(
     if claim:
         claim.try_names(settings, saved_endings(settings, names))
     torch.manual_seed(settings.random_seed)
+    tell(f"loading the model, to {facts.device}")
     model = load_base(settings, facts, base)
     checked = require_right(
         model.op,
@@ -83,6 +87,7 @@ def prepare_run(
         packed=settings.dataload == "pack",
         heads=settings.micro_bsz * facts.model_config.n_head,
     )
+    tell(f"making what is trained ({settings.peft})")
     target = make_target(settings, model, base, mark, names, plan.steps)
     optimizer = make_optimizer(settings, target)
     optimizer.load(target.initial_values)

@@ -8,11 +8,12 @@ from pathlib import Path
 from rwkv_peft.errors import CheckpointError
 from rwkv_peft.training.aside import Aside, Finished
 from rwkv_peft.training.checkpoints import Checkpoints, folder_name
+from rwkv_peft.training.display import Display
 from rwkv_peft.training.folder import Claim
 from rwkv_peft.training.infctx import InfctxStep
 from rwkv_peft.training.interrupt import Interrupt
 from rwkv_peft.training.loop import Run
-from rwkv_peft.training.metrics import Display, RunFolder, StepRecord
+from rwkv_peft.training.metrics import RunFolder, StepRecord
 from rwkv_peft.training.progress import RandomGenerators
 from rwkv_peft.training.saved import Saved
 from rwkv_peft.training.validation import Evaluation
@@ -107,6 +108,9 @@ class Recorder:
         for line in words:
             self._display.line(line)
         self._folder.introduce()
+        self._display.begin(run.plan.steps, run.progress.step)
+        evaluation = "evaluating, then " if run.validation else ""
+        self._display.tell(f"{evaluation}the first step, in which kernels are built")
         if isinstance(run.step, InfctxStep):
             run.step.after_chunk = self._display.show_chunk
 

@@ -6,11 +6,12 @@ from rwkv_peft.terminal import keep_going
 from rwkv_peft.training.aside import Aside
 from rwkv_peft.training.checkpoints import Checkpoints
 from rwkv_peft.training.describe import describe_end
+from rwkv_peft.training.display import Display
 from rwkv_peft.training.folder import take_folder
 from rwkv_peft.training.inputs import find_inputs
 from rwkv_peft.training.interrupt import Interrupt
 from rwkv_peft.training.loop import run_steps
-from rwkv_peft.training.metrics import Display, RunFolder
+from rwkv_peft.training.metrics import RunFolder
 from rwkv_peft.training.prepare import prepare_run
 from rwkv_peft.training.recorder import Recorder, Result, make_result
 from rwkv_peft.training.reporter import Reporter, find_loggers
@@ -44,6 +45,7 @@ def train(config: TrainConfig, *, step: Step | None = None) -> Result:
         keep_going(),
         own_stream(resolve_device(config.accelerator)),
         Interrupt() as interrupt,
+        Display() as display,
         take_folder(
             config.proj_dir,
             overwrite=bool(config.overwrite),
@@ -51,10 +53,9 @@ def train(config: TrainConfig, *, step: Step | None = None) -> Result:
             goes_on=start is not None,
         ) as claim,
     ):
-        run, lines = prepare_run(config, step=step, claim=claim, start=start)
+        run, lines = prepare_run(config, step=step, claim=claim, start=start, tell=display.tell)
         with (
             RunFolder(claim.path, places=start.places if start else None) as folder,
-            Display(run.plan.steps, run.progress.step) as display,
             Checkpoints(run, folder, start.folder if start else None) as checkpoints,
             Aside() as aside,
         ):

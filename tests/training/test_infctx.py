@@ -539,7 +539,7 @@ def test_a_run_says_its_chunks_before_and_while_it_goes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("rwkv_peft.training.metrics.PLAIN_INTERVAL", 0.0)
+    monkeypatch.setattr("rwkv_peft.training.display.PLAIN_INTERVAL", 0.0)
     line = ["train", config.load_model, config.data_file, "--accelerator", "cpu", "--merge", 0]
     line += ["--epoch_count", 1, "--ctx_len", 600, "--data_shuffle", 0, "--epoch_steps", 1]
     line += ["--proj_dir", tmp_path / "out"]
@@ -551,7 +551,7 @@ def test_a_run_says_its_chunks_before_and_while_it_goes(
     ) in done.err
     kept = r"\nchunks: 1 states between chunks are kept at a time, \S+ MiB on the host; "
     assert re.search(kept + r"a chunk goes forward 1\.5 times\n", done.err)
-    assert "\ntime: about " in done.err and " for 1 optimizer steps (a guess)\n" in done.err
+    assert "\ntime: about " in done.err and " for 1 optimizer step (a guess)\n" in done.err
     # twice two chunks forward, the first of which again
     for number in range(1, 7):
         assert f"\nstep 1/1  chunk {number}/6\n" in done.err
