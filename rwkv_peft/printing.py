@@ -26,10 +26,9 @@ def escape(text: str, *, keeps: str = "") -> str:
     )
 
 
-def counted(number: int, noun: str) -> str:
-    """A number and what it counts: 1 epoch, 2 epochs."""
-    plural = "es" if noun.endswith("ch") else "s"
-    return f"{number:,} {noun}{plural if number != 1 else ''}"
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number and what it counts: 1 epoch, 2 epochs; 1 batch, 2 batches."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def duration(seconds: float) -> str:

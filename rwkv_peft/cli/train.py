@@ -1,6 +1,7 @@
 """`rwkv-peft train model.pth data.jsonl`"""
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,10 +49,17 @@ def run(args: Sequence[str]) -> int:
         model_config = infer_model_config(read_weights(config.load_model))
         require_agreement(model_flags, model_config, config.load_model)
 
+    from rwkv_peft.training.answers import Answers
+    from rwkv_peft.training.ending import describe_ending
     from rwkv_peft.training.run import train
 
-    result = train(config)
-    return 128 + result.signal if result.signal else 0
+    started = time.monotonic()
+    result = train(config, answers=Answers())
+    if result.signal:
+        return 128 + result.signal
+    for line in describe_ending(result, time.monotonic() - started):
+        print_line(line, file=sys.stderr)
+    return 0
 
 
 def _take_given(config: TrainConfig) -> tuple[TrainConfig, list[str]]:

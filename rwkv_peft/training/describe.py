@@ -60,10 +60,10 @@ def describe_plan(plan: Plan) -> Iterable[str]:
             f"rows: --chunk_ctx {settings.chunk_ctx} has no effect, as rows go through the model "
             "whole: --train_type infctx takes them through in chunks"
         )
+    micro_batches = counted(plan.micro_batches, "micro-batch", "micro-batches")
     yield (
-        f"plan: {counted(settings.epoch_count, 'epoch')} of "
-        f"{counted(plan.micro_batches, 'micro-batch')} of {counted(batches.micro_bsz, 'row')}, "
-        f"{counted(plan.steps, 'optimizer step')}"
+        f"plan: {counted(settings.epoch_count, 'epoch')} of {micro_batches} of "
+        f"{counted(batches.micro_bsz, 'row')}, {counted(plan.steps, 'optimizer step')}"
     )
     if plan.micro_batches < len(batches):
         seen = plan.micro_batches * settings.epoch_count / len(batches)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_peft.errors import CheckpointError
+from rwkv_peft.training.answers import Answers
 from rwkv_peft.training.aside import Aside, Finished
 from rwkv_peft.training.checkpoints import Checkpoints, folder_name
+from rwkv_peft.training.describe import describe_end
 from rwkv_peft.training.display import Display
 from rwkv_peft.training.folder import Claim
 from rwkv_peft.training.infctx import InfctxStep
@@ -16,6 +18,7 @@ from rwkv_peft.training.loop import Run
 from rwkv_peft.training.metrics import RunFolder, StepRecord
 from rwkv_peft.training.progress import RandomGenerators
 from rwkv_peft.training.saved import Saved
+from rwkv_peft.training.settings import Settings
 from rwkv_peft.training.validation import Evaluation
 
 
@@ -33,6 +36,8 @@ class Result:
         checkpoint: the newest, from which `TrainConfig.resume` goes on; None if there is none.
         evaluations: made while it trained, in their order.
         best: files of the best of them; None if there was none, or a signal ended the run.
+        answers: to the first question of the data; None if it was not asked.
+        settings: all of them, as they were chosen.
     """
 
     proj_dir: Path
@@ -44,9 +49,13 @@ class Result:
     checkpoint: Path | None = None
     evaluations: tuple[Evaluation, ...] = ()
     best: Saved | None = None
+    answers: Answers | None = None
+    settings: Settings | None = None
 
 
-def make_result(run: Run, proj_dir: Path, checkpoint: Path | None) -> Result:
+def make_result(
+    run: Run, proj_dir: Path, checkpoint: Path | None, answers: Answers | None = None
+) -> Result:
     """The result of a run that has ended.
 
     Raises:
@@ -66,6 +75,8 @@ def make_result(run: Run, proj_dir: Path, checkpoint: Path | None) -> Result:
         checkpoint=checkpoint,
         evaluations=tuple(run.validation.evaluations) if run.validation else (),
         best=run.best,
+        answers=answers,
+        settings=run.settings,
     )
 
 
@@ -84,10 +95,11 @@ class Recorder:
         interrupt: Interrupt,
         checkpoints: Checkpoints,
         aside: Aside,
+        answers: Answers | None = None,
     ) -> None:
         self._claim, self._folder = claim, folder
         self._checkpoints, self._aside = checkpoints, aside
-        self._display, self._interrupt = display, interrupt
+        self._display, self._interrupt, self._answers = display, interrupt, answers
         self._has_begun = self._has_problem = False
         # a run that goes on leaves later checkpoints until it has taken a step of its own
         self._first_step = checkpoints.step
@@ -109,6 +121,9 @@ class Recorder:
             self._display.line(line)
         self._folder.introduce()
         self._display.begin(run.plan.steps, run.progress.step)
+        if self._answers:
+            self._display.tell("answering the first question of the data")
+            self._answers.ask_before(run)
         evaluation = "evaluating, then " if run.validation else ""
         self._display.tell(f"{evaluation}the first step, in which kernels are built")
         if isinstance(run.step, InfctxStep):
@@ -183,6 +198,8 @@ class Recorder:
     def finish(self, run: Run) -> None:
         """Waits for the last checkpoint; the last save is written by then."""
         self._try(run, self._checkpoints.wait)
+        if self._answers:
+            self._answers.ask_after(run)
 
     def _try(self, run: Run, action: Callable[[], None]) -> None:
         try:
@@ -194,8 +211,13 @@ class Recorder:
                 f"warning: no checkpoint was made: {error} (--on_save_error stop ends a run here)"
             )
 
-    def save_start(self, run: Run) -> None:
-        """Saves what a run of no steps begins with."""
+    def meet_end(self, run: Run) -> None:
+        """Says it of a run that has no step to take; saves what one of no steps begins with."""
+        if not run.is_done:
+            return
+        if run.progress.step:
+            self.say(describe_end(run.plan.steps, run.settings.resume))
+            return
         self._begin(run)
         files = self._save(run, f"rwkv-{run.settings.epoch_begin}")
         self.say(f"no steps to take, {files}")

@@ -3,9 +3,9 @@
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.device import own_stream, resolve_device
 from rwkv_peft.terminal import keep_going
+from rwkv_peft.training.answers import Answers
 from rwkv_peft.training.aside import Aside
 from rwkv_peft.training.checkpoints import Checkpoints
-from rwkv_peft.training.describe import describe_end
 from rwkv_peft.training.display import Display
 from rwkv_peft.training.folder import take_folder
 from rwkv_peft.training.inputs import find_inputs
@@ -20,7 +20,9 @@ from rwkv_peft.training.step import Step
 from rwkv_peft.training.validator import Validator
 
 
-def train(config: TrainConfig, *, step: Step | None = None) -> Result:
+def train(
+    config: TrainConfig, *, step: Step | None = None, answers: Answers | None = None
+) -> Result:
     """Trains as configured and writes the run folder.
 
     Ctrl-C, SIGTERM or SIGHUP finish the optimizer step, write a checkpoint and what was learned to
@@ -30,6 +32,7 @@ def train(config: TrainConfig, *, step: Step | None = None) -> Result:
 
     Args:
         step: forward, loss and backward of a micro-batch, in place of that of the settings.
+        answers: takes what the model answers before and after.
     Raises:
         RwkvPeftError: a file, a setting, the folder or the data cannot be used, or the loss is not
             a number.
@@ -59,16 +62,13 @@ def train(config: TrainConfig, *, step: Step | None = None) -> Result:
             Checkpoints(run, folder, start.folder if start else None) as checkpoints,
             Aside() as aside,
         ):
-            recorder = Recorder(claim, folder, display, interrupt, checkpoints, aside)
+            recorder = Recorder(claim, folder, display, interrupt, checkpoints, aside, answers)
             recorder.introduce(run, lines, start.lines if start else ())
             validator = Validator(folder, recorder.say)
             validator.evaluate(run)
             reporter = Reporter(loggers, recorder.say)
             interrupt.defer()
-            if run.is_done and run.progress.step:
-                recorder.say(describe_end(run.plan.steps, config.resume))
-            elif run.is_done:
-                recorder.save_start(run)
+            recorder.meet_end(run)
             actions = recorder.log, recorder.end_epoch, recorder.save_checkpoint, recorder.stop
             # a run that is stopped, or resumed, makes up for its evaluation when it goes on
             run_steps(run, (*actions, validator.after_step, reporter.after_step))
@@ -76,4 +76,4 @@ def train(config: TrainConfig, *, step: Step | None = None) -> Result:
             # merges, which is not done beside another merge
             validator.end(run)
             reporter.end(run)
-    return make_result(run, folder.path, checkpoints.last)
+    return make_result(run, folder.path, checkpoints.last, answers)

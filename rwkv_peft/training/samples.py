@@ -1,7 +1,10 @@
 """What a model answers to fixed prompts while it is trained, so that a person sees it change."""
 
 import json
+import math
+import time
 from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,11 +82,19 @@ def _read_row(where: str, line: str, template: str, tokenizer: Tokenizer) -> Pro
     return Prompt(text, tokens, found.opening, tuple(found.stops))
 
 
-def sample(model: RWKV, prompts: Iterable[Prompt], state: RWKVState | None = None) -> Iterator[str]:
+def sample(
+    model: RWKV,
+    prompts: Iterable[Prompt],
+    state: RWKVState | None = None,
+    *,
+    num_tokens: int = NUM_TOKENS,
+    seconds: float = math.inf,
+) -> Iterator[str]:
     """The likeliest answer to each prompt, token by token.
 
     Args:
         state: of one row, in which each text begins; the model's own start if None.
+        num_tokens, seconds: after which an answer is cut off.
     """
     tokenizer = Tokenizer(model.model_config.vocab_size)
     for prompt in prompts:
@@ -91,5 +102,8 @@ def sample(model: RWKV, prompts: Iterable[Prompt], state: RWKVState | None = Non
         session.state = state
         session.read(prompt.tokens)
         sampler = Sampler(Sampling(temperature=0), count_known_tokens(model, tokenizer), seed=0)
-        pieces = tokenizer.decode_stream(session.generate(sampler, NUM_TOKENS))
+        end = time.monotonic() + seconds
+        tokens = session.generate(sampler, num_tokens)
+        in_time = takewhile(lambda _, end=end: time.monotonic() < end, tokens)  # type: ignore[misc]
+        pieces = tokenizer.decode_stream(in_time)
         yield prompt.opening + "".join(cut_at_stop(pieces, prompt.stops))

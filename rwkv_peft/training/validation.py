@@ -118,7 +118,7 @@ class Validation:
                 for name in self._states or [""]
                 for prompt, text in zip(
                     self._prompts,
-                    sample(model, self._prompts, target.initial_state(_one_row(name))),
+                    sample(model, self._prompts, target.initial_state(one_row(name))),
                     strict=True,
                 )
             ]
@@ -174,7 +174,7 @@ def _lay_out(trained: Batches, documents: Documents) -> Batches:
     )
 
 
-def _one_row(state: str) -> Batch:
+def one_row(state: str) -> Batch:
     """A batch of one row that begins in the state of this name."""
     token = torch.zeros(1, 1, dtype=torch.int64)
     return Batch(token, token, [], states=[state] if state else None)

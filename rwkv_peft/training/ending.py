@@ -1,0 +1,94 @@
+"""What is said when a run has ended: what it learned, and what to do with its files."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from rwkv_peft.checkpoint.merge import REPORT, TOLERABLE
+from rwkv_peft.printing import counted, duration
+from rwkv_peft.training.metrics import LOSSES
+from rwkv_peft.training.recorder import Result
+
+# characters of an answer
+SHOWN = 300
+# steps at each end of a run whose losses are averaged
+NUM_STEPS = 10
+
+
+def describe_ending(result: Result, seconds: float) -> Iterator[str]:
+    """What a run came to, in lines for a person."""
+    line = f"done in {duration(seconds)}: {counted(result.steps, 'step')}"
+    if losses := read_losses(result.proj_dir):
+        line += f", loss {losses[0]:.4f} at the beginning and {losses[1]:.4f} at the end"
+    measured = [x.loss for x in result.evaluations if x.loss is not None]
+    if len(measured) > 1:
+        line += f"; on what was kept aside {measured[0]:.4f} before and {measured[-1]:.4f} after"
+    yield line
+    if (answers := result.answers) and answers.after:
+        yield f"the first question of the data: {_shorten(answers.question)}"
+        if answers.before:
+            yield f"  before: {_shorten(answers.before)}"
+        yield f"  after:  {_shorten(answers.after)}"
+    yield from _describe_files(result)
+    yield from _describe_rounding(result)
+
+
+def read_losses(folder: Path) -> tuple[float, float] | None:
+    """Mean loss of a run's first steps, and of its last; None of fewer than two steps."""
+    try:
+        lines = (folder / LOSSES).read_text(encoding="utf-8").splitlines()
+        count = min(NUM_STEPS, len(lines) // 2)
+        parts = [[json.loads(x)["loss"] for x in y] for y in (lines[:count], lines[-count:])]
+    except (OSError, ValueError, KeyError):
+        return None
+    return (sum(parts[0]) / count, sum(parts[1]) / count) if count else None
+
+
+def _describe_files(result: Result) -> Iterator[str]:
+    settings = result.settings
+    if result.weights or result.adapter:
+        yield f"talk with it: {_command('chat', result.proj_dir)}"
+    if result.weights and settings and settings.peft == "state":
+        yield f"  {result.weights}: the state alone, for RWKV-Runner and Ai00 beside its base"
+        if settings.train_type == "fullstate":
+            yield (
+                "  it also holds the vectors before the first token, which other programs do not "
+                "read: they want plain states, of --train_type state"
+            )
+    elif result.weights:
+        yield (
+            f"  {result.weights}: the whole tuned model, for RWKV-Runner, Ai00, the rwkv package "
+            "and all that opens its base"
+        )
+    if result.adapter:
+        yield (
+            f"  {result.adapter}: the adapter alone, small; on its base it is the same model: "
+            f"{_command('chat', result.adapter)}, and {_command('train', result.adapter)} "
+            "data.jsonl trains it further"
+        )
+    if result.best and (best := result.best.weights or result.best.adapter):
+        yield f"  {best}: the best evaluation: {_command('chat', best)}"
+
+
+def _describe_rounding(result: Result) -> Iterator[str]:
+    """What rounding took from a merged model, what that means and what to do, where it matters."""
+    try:
+        report = json.loads((result.proj_dir / REPORT).read_text(encoding="utf-8"))
+        lost, dtype, advice = (report[n] for n in ("relative_error", "dtype", "recommendation"))
+    except (OSError, ValueError, LookupError):
+        return
+    if result.adapter and result.weights and lost > TOLERABLE:
+        yield (
+            f"rounding: {dtype} has so few digits that {lost:.0%} of what was learned is missing "
+            f"in {result.weights}, which may answer otherwise than the adapter: {advice}"
+        )
+
+
+def _command(name: str, path: Path) -> str:
+    return shlex.join(["rwkv-peft", name, str(path)])
+
+
+def _shorten(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= SHOWN else line[:SHOWN] + " …"
