@@ -52,10 +52,17 @@ def print_text(text: str, *, file: TextIO | io.TextIOBase | None = None) -> None
     print(escape(text, keeps="\n\t"), file=file, flush=True)
 
 
-def print_answer(text: str) -> None:
-    """Prints a part of a model's answer: on a terminal with escapes, in a pipe as it is."""
-    shown = escape(text, keeps="\n\t") if sys.stdout.isatty() else text
-    print(shown, end="", flush=True)
+def print_answer(text: str, *, is_dim: bool = False) -> None:
+    """Prints a part of a model's answer: on a terminal with escapes, in a pipe as it is.
+
+    Args:
+        is_dim: whether a terminal is to show it faintly.
+    """
+    if not sys.stdout.isatty():
+        print(text, end="", flush=True)
+        return
+    shown = escape(text, keeps="\n\t")
+    print(f"\x1b[2m{shown}\x1b[0m" if is_dim and shown else shown, end="", flush=True)
 
 
 def print_json(value: object) -> None:

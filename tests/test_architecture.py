@@ -43,6 +43,7 @@ CHOSEN = {TRITON_KERNELS: {"triton"}, "sandbox.py": {"jinja2"}}
 READS_DAMAGED_FILES = "records.py"
 HEAVY |= {
     "gguf",
+    "prompt_toolkit",
     "pyrwkv_tokenizer",
     "jsonargparse",
     "yaml",

@@ -56,7 +56,7 @@ def run(args: Sequence[str]) -> int:
 
     tokenizer = Tokenizer(_find_vocab_size(options))
     documents = read_documents(options, tokenizer)
-    shown = list(_rows(documents, tokenizer, options.show))
+    shown = list(rows_of(documents, tokenizer, options.show))
     if options.json:
         print_json({**_facts(documents, options, tokenizer.vocab_size), "rows": shown})
         return 0
@@ -69,7 +69,7 @@ def run(args: Sequence[str]) -> int:
         )
     for line in documents.report.describe(documents.paths):
         print_line(line)
-    _show(shown, tokenizer)
+    show_rows(shown, tokenizer)
     return 0
 
 
@@ -151,8 +151,9 @@ def _plain(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _rows(documents: "Documents", tokenizer: "Tokenizer", count: int) -> Iterator[dict[str, Any]]:
-    for i in range(min(count, len(documents))):
+def rows_of(documents: "Documents", tokenizer: "Tokenizer", count: int) -> Iterator[dict[str, Any]]:
+    """The first documents with their text, their tokens and which of them are trained."""
+    for i in documents.indices[:count].tolist():
         start, end = documents.starts[i], documents.starts[i + 1]
         tokens = documents.tokens[start:end].tolist()
         weights = [1] * len(tokens)
@@ -170,7 +171,7 @@ def _rows(documents: "Documents", tokenizer: "Tokenizer", count: int) -> Iterato
         }
 
 
-def _show(rows: Sequence[dict[str, Any]], tokenizer: "Tokenizer") -> None:
+def show_rows(rows: Sequence[dict[str, Any]], tokenizer: "Tokenizer") -> None:
     """Prints documents, what is trained in green; ∎ is the end of a document."""
     from rich.console import Console
     from rich.text import Text

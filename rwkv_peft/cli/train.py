@@ -3,9 +3,10 @@
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from rwkv_peft.cli.data import rows_of, show_rows
 from rwkv_peft.cli.generate import template_of
 from rwkv_peft.cli.given import find_kind, find_parts, find_run
 from rwkv_peft.cli.legacy.arguments import split_arguments
@@ -15,20 +16,39 @@ from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.printing import print_line
 
+# rows of a dry run
+SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions(TrainConfig):
+    """Settings of one training run."""
+
+    dry_run: bool = False
+    """Do everything but train: say what is chosen, take three steps to know memory and time, show
+    rows with what is trained of them, and write nothing."""
+
+    @property
+    def config(self) -> TrainConfig:
+        """What is said of the run itself."""
+        return TrainConfig(**{f.name: getattr(self, f.name) for f in fields(TrainConfig)})
+
 
 def run(args: Sequence[str]) -> int:
     """Trains, and exits with 128 + the number of a signal that ended the run early."""
     arguments, notes, model_flags = translate_train(args)
     positional = ("load_model", "data_file")
-    config = parse(TrainConfig, arguments, command="train", positional=positional)
+    options = parse(TrainOptions, arguments, command="train", positional=positional)
+    config = options.config
     if config.resume:
         from rwkv_peft.training.resume import find_settings
 
         # what the line does not say is as the run had it
         saved = find_settings(config.resume, config.proj_dir)
-        config = parse(
-            TrainConfig, arguments, command="train", positional=positional, defaults=saved
+        options = parse(
+            TrainOptions, arguments, command="train", positional=positional, defaults=saved
         )
+        config = options.config
     else:
         config, found = _take_given(config)
         notes += found
@@ -49,6 +69,9 @@ def run(args: Sequence[str]) -> int:
         model_config = infer_model_config(read_weights(config.load_model))
         require_agreement(model_flags, model_config, config.load_model)
 
+    if options.dry_run:
+        return _rehearse(config)
+
     from rwkv_peft.training.answers import Answers
     from rwkv_peft.training.ending import describe_ending
     from rwkv_peft.training.run import train
@@ -59,6 +82,17 @@ def run(args: Sequence[str]) -> int:
         return 128 + result.signal
     for line in describe_ending(result, time.monotonic() - started):
         print_line(line, file=sys.stderr)
+    return 0
+
+
+def _rehearse(config: TrainConfig) -> int:
+    from rwkv_peft.data.tokenizer import Tokenizer
+    from rwkv_peft.training.dry_run import dry_run
+
+    run = dry_run(config, lambda line: print_line(line, file=sys.stderr))
+    tokenizer = Tokenizer(run.model.model_config.vocab_size)
+    print_line("rows, and what is trained of them:", file=sys.stderr)
+    show_rows(list(rows_of(run.plan.batches.documents, tokenizer, SHOWN)), tokenizer)
     return 0
 
 

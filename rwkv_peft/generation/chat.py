@@ -15,6 +15,7 @@ class Chat:
 
     Args:
         template: how turns are written; that of RWKV's chat models if None.
+        system: what stands before the first turn, nothing if it is empty.
     """
 
     def __init__(
@@ -24,6 +25,7 @@ class Chat:
         *,
         template: Template | None = None,
         seed: int | None = None,
+        system: str = "",
     ) -> None:
         self._template = template or TEMPLATES["chat"]
         self._tokenizer = Tokenizer(model.model_config.vocab_size)
@@ -31,29 +33,51 @@ class Chat:
         self._session = Session(model, self._tokenizer)
         num_tokens = count_known_tokens(model, self._tokenizer)
         self._sampler = Sampler(sampling, num_tokens, seed)
-        self._turns: list[Turn] = []
-        self._start, self._read = self._session.snapshot(), ""
+        self._start = self._session.snapshot()
+        self.reset(system)
+
+    @property
+    def turns(self) -> list[Turn]:
+        """The dialogue so far."""
+        return list(self._turns)
+
+    def reset(self, system: str = "") -> None:
+        """Forgets the dialogue.
+
+        Args:
+            system: of the one that begins.
+        """
+        self._turns = [Turn("system", system)] if system else []
+        self._session.restore(self._start)
+        # the text that the session's state stands behind
+        self._read = ""
 
     def reply(self, text: str, max_tokens: int = 1024) -> Iterator[str]:
-        """The answer to a turn of the user, in pieces; it begins with the template's opening."""
+        """The answer to a turn of the user, in pieces; it begins with the template's opening.
+
+        Of an answer that is broken off, by closing the iterator or by an exception, what was said
+        stays in the dialogue.
+        """
         turns = [*self._turns, Turn("user", text)]
         prompt = self._template.prompt(turns)
         if not prompt.startswith(self._read):
-            # the template has rewritten earlier turns
+            # the template has rewritten earlier turns, or a turn was broken off
             self._session.restore(self._start)
             self._read = ""
         before = self._session.snapshot()
-        new = prompt[len(self._read) :]
+        new, self._read = prompt[len(self._read) :], "\0"
         self._session.read(self._tokenizer.encode(new))
-        if self._template.opening:
-            yield self._template.opening
         answer = ""
-        tokens = self._session.generate(self._sampler, max_tokens)
-        for piece in cut_at_stop(self._tokenizer.decode_stream(tokens), self._template.stops):
-            answer += piece
-            yield piece
-        # tokens past the stop were read too: go back, and on from the text of the answer alone
-        self._session.restore(before)
-        self._session.read(self._tokenizer.encode(new + answer.rstrip()))
-        self._read = prompt + answer.rstrip()
-        self._turns = [*turns, Turn("assistant", self._template.opening + answer)]
+        try:
+            if self._template.opening:
+                yield self._template.opening
+            tokens = self._session.generate(self._sampler, max_tokens)
+            for piece in cut_at_stop(self._tokenizer.decode_stream(tokens), self._template.stops):
+                answer += piece
+                yield piece
+        finally:
+            self._turns = [*turns, Turn("assistant", self._template.opening + answer)]
+            # tokens past the stop were read too: go back, and on from the text of the answer alone
+            self._session.restore(before)
+            self._session.read(self._tokenizer.encode(new + answer.rstrip()))
+            self._read = prompt + answer.rstrip()

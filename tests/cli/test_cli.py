@@ -304,7 +304,7 @@ def test_generate_with_an_adapter_gives_the_merged_models_text(
     assert cli("generate", "--load_model", base, *arguments).out != merged.out
 
 
-def test_chat_answers_each_line_until_an_empty_one(model_file: Path) -> None:
+def test_chat_answers_each_line_of_a_pipe(model_file: Path) -> None:
     command = [sys.executable, "-m", "rwkv_peft.cli.main", "chat", str(model_file)]
     command += ["--max_tokens", "5", "--accelerator", "cpu"]
     done = subprocess.run(command, input="hi\nthere\n\n", capture_output=True, text=True)
