@@ -17,8 +17,8 @@ ctx_len=${ctx_len:-1024}
 epoch_steps=${epoch_steps:-0}
 epoch_count=${epoch_count:-1}
 epoch_save=${epoch_save:-1}
-lr_init=${lr_init:-0.1}
-lr_final=${lr_final:-0.01}
+lr_init=${lr_init:-1e-3}
+lr_final=${lr_final:-1e-5}
 QUANT=${QUANT:-none}
 # pad trains every token; qa the answers of dialogues alone
 loss_mask=${loss_mask:-pad}

@@ -11,6 +11,11 @@ from rwkv_peft.cli.parse import parse
 from rwkv_peft.errors import ConfigError, RwkvPeftError
 from rwkv_peft.printing import print_json, print_line
 
+FULL_STATE = (
+    "a full state, with the vectors before the first token: other programs read plain ones, of "
+    "--train_type state"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class InspectOptions:
@@ -60,7 +65,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         return _describe_folder(path)
     require_sums(path)
     if method := old_method(path) or ("state" if holds_state_alone(path) else ""):
-        return {"file": str(path), "method": method, **_totals(path)}
+        facts = {"file": str(path), "method": method, **_totals(path)}
+        return facts | ({"odd": [FULL_STATE]} if method == "state" and _is_full(path) else {})
     return _describe_model(path)
 
 
@@ -77,6 +83,13 @@ def _describe_folder(path: str | Path) -> dict[str, Any]:
     facts["base"] = adapter.note.get("base") or "not noted"
     facts["parameters"] = sum(x.numel() for x in adapter.tensors.values())
     return facts
+
+
+def _is_full(path: str | Path) -> bool:
+    """Whether a state file holds more than the states of the recurrence."""
+    from rwkv_peft.checkpoint.pth import read_weights
+
+    return any(not name.endswith("time_state") for name in read_weights(path))
 
 
 def _describe_run(path: str, kind: str) -> dict[str, Any]:

@@ -19,11 +19,16 @@ from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods.catalog import resolve
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.printing import counted
+from rwkv_peft.training.defaults import (
+    add_options,
+    choose_last_rate,
+    choose_rate,
+    choose_warmup,
+    longest_chosen,
+)
 from rwkv_peft.training.memory import fits, positions_at_once
 from rwkv_peft.training.settings import Choice, Facts, Settings
 
-# longest row chosen without being asked: what recent official files were trained on
-MAX_CHOSEN_CTX = 4096
 # tokens of a micro-batch aimed at; more keeps a GPU busier but costs memory
 TOKENS_PER_MICRO_BATCH = 1024
 PACKED = "documents share rows, each with a state of its own, so that next to nothing is padding"
@@ -38,15 +43,6 @@ LONG_RUN = 1e15
 # tokens of a chunk whose gradient ends with it, as of old, and of one whose gradient does not,
 # the largest first
 TRUNCATED_CHUNK, EXACT_CHUNKS = 512, (4096, 2048, 1024, 512)
-LORA_DEFAULTS = {"r": 32, "lora_alpha": 32}
-STATE_RATE = 0.1
-# rates of optimizers whose steps are of another size than AdamW's, whatever is trained
-OTHER_RATES = {
-    "sgd": (0.1, "SGD's steps are as small as the gradient"),
-    "adafactor": (1e-2, "Adafactor's rate is a share of each tensor's size"),
-}
-# Lion moves every number by the whole rate
-LION_SHARE = 0.2
 
 
 class Plan(NamedTuple):
@@ -76,13 +72,16 @@ def choose(config: TrainConfig, facts: Facts) -> Plan:
     """
     chooser = _Chooser(with_method(config, facts.saved_method))
     _choose_run(chooser, facts, is_open=config.peft == "auto")
-    _choose_rows(chooser, facts.documents)
+    is_left_open = not (config.peft_config or config.load_adapter or config.peft == "auto")
+    if is_left_open and (options := chooser.values["peft_config"]):
+        chooser.set("peft_config", options, "what suits most tasks with this method")
+    _choose_rows(chooser, facts)
     _choose_training(chooser, facts.documents, facts.model_config)
     _choose_memory(chooser, facts)
     batches = make_batches(chooser.values, facts.documents)
     _require_room(batches)
     micro_batches, steps = count_steps(chooser.values, len(batches))
-    chooser.choose("warmup_steps", min(100, steps // 20), "a twentieth of the steps")
+    chooser.choose("warmup_steps", *choose_warmup(steps))
     positions = micro_batches * chooser.values["epoch_count"] * batches.positions
     _choose_step(chooser, facts, positions)
     return Plan(Settings(**chooser.values), chooser.choices, batches, micro_batches, steps)
@@ -152,6 +151,8 @@ def with_method(config: TrainConfig, saved_method: str) -> TrainConfig:
                 "--peft out"
             )
         method, options = saved_method, dict(config.peft_config)
+    elif not config.peft_config:
+        options = add_options(method, options)
     train_type = config.train_type
     if train_type in ("state", "fullstate") and method in ("auto", "none"):
         method = "state"
@@ -178,14 +179,14 @@ def _choose_run(chooser: _Chooser, facts: Facts, *, is_open: bool) -> None:
         chooser.choose("peft", "lora", "needs little memory and gives small files")
         if not values["peft_config"]:
             reason = "a rank that suits most tasks, at a scale of 1"
-            chooser.set("peft_config", dict(LORA_DEFAULTS), reason)
+            chooser.set("peft_config", add_options("lora", {}), reason)
     if values["random_seed"] < 0:
         chooser.set("random_seed", randbelow(2**31), "drawn; give it to repeat the run")
 
 
-def _choose_rows(chooser: _Chooser, documents: Documents) -> None:
+def _choose_rows(chooser: _Chooser, facts: Facts) -> None:
     """How documents become rows, and the size of a micro-batch."""
-    values = chooser.values
+    values, documents = chooser.values, facts.documents
     is_state = values["peft"] == "state"
     if is_state and values["dataload"] in ("pack", "get"):
         raise ConfigError(
@@ -201,8 +202,11 @@ def _choose_rows(chooser: _Chooser, documents: Documents) -> None:
     wanted = max(longest, min(TOKENS_PER_MICRO_BATCH, documents.num_targets) if is_static else 0)
     wanted = max(16, math.ceil(wanted / 16) * 16)
     if not _is_infctx(values):
-        wanted = min(MAX_CHOSEN_CTX, wanted)
-    chooser.choose("ctx_len", wanted, f"the longest document has {counted(longest, 'token')}")
+        wanted = min(longest_chosen(values, facts), wanted)
+    reason = f"the longest document has {counted(longest, 'token')}"
+    if wanted < longest:
+        reason += ", and is split; --train_type infctx takes rows of any length"
+    chooser.choose("ctx_len", wanted, reason)
     ctx_len = values["ctx_len"]
     typical = max(1, min(ctx_len, documents.num_targets // len(documents)))
     micro_bsz, reason = (
@@ -222,17 +226,8 @@ def _choose_training(chooser: _Chooser, documents: Documents, model_config: Mode
     few = len(documents) < SMALL_SET
     reason = f"{counted(len(documents), 'document')} {'are few' if few else 'are enough'}"
     chooser.choose("epoch_count", 3 if few else 1, reason)
-    if values["peft"] == "none":
-        lr, reason = 3e-5 * math.sqrt(768 / model_config.n_embd), "full tuning at this width"
-    elif values["peft"] == "state":
-        lr, reason = STATE_RATE, "a state has far to go from zero"
-    else:
-        lr, reason = 2e-4, "usual for adapters"
-    lr, reason = OTHER_RATES.get(values["optimizer"], (lr, reason))
-    if values["optimizer"] == "lion":
-        lr, reason = lr * LION_SHARE, f"{reason}, a fifth for Lion"
-    chooser.choose("lr_init", float(f"{lr:.1g}"), reason)
-    chooser.choose("lr_final", float(f"{values['lr_init'] / 10:.6g}"), "a tenth of lr_init")
+    chooser.choose("lr_init", *choose_rate(values, model_config))
+    chooser.choose("lr_final", *choose_last_rate(values))
 
 
 def _is_infctx(values: dict[str, Any]) -> bool:
