@@ -9,6 +9,35 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 
 
+def test_uv_has_the_constraints_of_pip() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    wanted = [line for line in lines if line and not line.startswith("#")]
+    text = (ROOT / "pyproject.toml").read_text()
+    found = re.search(r"constraint-dependencies = \[\n(.*?)\n\]", text, re.DOTALL)
+    assert found
+    assert [x.strip().rstrip(",")[1:-1] for x in found[1].splitlines()] == wanted
+    assert "uv.lock" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_a_plain_pip_install_takes_no_newer_minor_version_than_was_tested() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    found = re.search(r"\ndependencies = \[\n(.*?)\n\]", text, re.DOTALL)
+    assert found
+    tested: dict[str, list[Version]] = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            pinned = Requirement(line)
+            (specifier,) = pinned.specifier
+            name = pinned.name.lower().replace("_", "-")
+            tested.setdefault(name, []).append(Version(specifier.version))
+    for asked in re.findall(r'"([^"]+)"', found[1]):
+        requirement = Requirement(asked)
+        versions = tested[requirement.name.lower()]
+        newest = max(versions)
+        assert all(version in requirement.specifier for version in versions), asked
+        assert f"{newest.major}.{newest.minor + 1}.0" not in requirement.specifier, asked
+
+
 def test_the_one_minor_version_of_peft_that_is_tested_is_allowed() -> None:
     # another minor version may change the private parts that methods/factors.py uses
     found = re.search(r'"(peft[^"]*)"', (ROOT / "pyproject.toml").read_text())

@@ -1,5 +1,6 @@
 """Every command and example of README.md and docs/ runs."""
 
+import io
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ from rwkv_peft.exports.formats import FORMATS
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "README_zh.md")
-CHAT_LINE = "rwkv-peft chat out/rwkv-0.pth"
+CHAT_LINE = "rwkv-peft chat out"
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -46,7 +47,7 @@ def run(line: str, folder: Path, given: str = "") -> subprocess.CompletedProcess
 def test_both_readmes_hold_the_same_commands() -> None:
     english, chinese = (blocks(page, "bash") for page in PAGES)
     assert english == chinese
-    assert len(commands("README.md")) == 17
+    assert len(commands("README.md")) == 18
 
 
 def test_the_commands_of_the_readme_run_in_their_order(
@@ -82,6 +83,86 @@ def test_the_first_line_of_the_readme_installs_and_learns(tmp_path: Path) -> Non
     assert "Thus the Devil's Dictionary." in done.stdout
 
 
+@pytest.mark.slow
+def test_the_lines_of_the_readme_can_be_pasted_in_their_order(
+    make_model_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    make_model_file("model.pth", vocab_size=1000).rename(clone / "model.pth")
+    rows = blocks("README.md", "json")[0] * 8
+    (clone / "data.jsonl").write_text(rows, encoding="utf-8")
+    # as a person pastes them; the tests are run by CI with the very line
+    pasted = [block for block in blocks("README.md", "bash") if "pytest" not in block]
+    session = "sudo() { :; }\nset -e\n" + "".join(pasted)
+    environment = {**os.environ, "PATH": os.environ["PATH"]}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        ["bash", "-c", session], cwd=clone, input="hello\n", capture_output=True, text=True,
+        env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (clone / "merged.pth").exists()
+
+
+# page -> its commands that run in the order of the pages, after those of the README
+PAGE_FOLDERS = ("docs", "docs/zh")
+
+
+def page_commands() -> list[str]:
+    """Every command in a block of code of a page of docs, each once."""
+    found: list[str] = []
+    for folder in PAGE_FOLDERS:
+        for page in sorted((ROOT / folder).glob("*.md")):
+            for block in re.findall(r"```(?:bash)?\n(.*?)```", page.read_text("utf-8"), re.S):
+                lines = re.findall(r"^(?:rwkv-peft|\w+=\S+ ).*$", block, re.M)
+                found += [line.partition("  #")[0].strip() for line in lines]
+    return list(dict.fromkeys(found))
+
+
+def test_the_commands_of_the_pages_run(
+    make_model_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    from rwkv_peft.cli.main import main
+    from tests.checkpoint.old_files import old_run
+
+    monkeypatch.chdir(tmp_path)
+    make_model_file("model.pth", vocab_size=1000)
+    old, _ = old_run(tmp_path, Path("model.pth"), "lora")
+    Path(old).rename("rwkv-0.pth")
+    rows = blocks("README.md", "json")[0] * 8
+    for name in ("data.jsonl", "book.jsonl"):
+        Path(name).write_text(rows, encoding="utf-8")
+    seen = 0
+    for line in page_commands():
+        if not line.startswith("rwkv-peft "):
+            # of scripts, which tests/test_scripts.py runs; this one is known there
+            assert re.search(r" sh scripts/run_\w+\.sh", line), line
+            continue
+        words = shlex.split(line)[1:]
+        if words[0] == "train":
+            words += ["--epoch_steps", "1", "--epoch_count", "1", "--accelerator", "cpu"]
+        if "--resume" in words:
+            given = words[words.index("--resume") + 1]
+            settings = ["--save_every_steps", "1", "--random_seed", "1"]
+            run = ["train", "model.pth", "data.jsonl", "--proj_dir", "out", *settings]
+            shutil.rmtree("out", ignore_errors=True)
+            assert main([*run, *words[-6:]]) == 0
+            if given != "auto":
+                Path("out/checkpoints/step-000001").rename(given)
+            words = words[:-6]
+        elif "--proj_dir" in words:
+            shutil.rmtree(words[words.index("--proj_dir") + 1], ignore_errors=True)
+        if words[0] == "chat":
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
+            words += ["--max_tokens", "3"]
+        assert main(words) == 0, line
+        seen += 1
+    assert seen >= 6
+
+
 def test_the_example_of_the_library_page_runs(tmp_path: Path) -> None:
     (code,) = blocks("docs/library.md", "python")
     done = subprocess.run(
@@ -103,7 +184,7 @@ def test_the_hardware_page_tells_of_every_device_that_can_be_asked_for() -> None
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("examples/*/*.md")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("examples/*/*.md")]
     for page in pages:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -87,14 +87,14 @@ def sample(
     prompts: Iterable[Prompt],
     state: RWKVState | None = None,
     *,
-    num_tokens: int = NUM_TOKENS,
+    num_tokens: int | None = None,
     seconds: float = math.inf,
 ) -> Iterator[str]:
     """The likeliest answer to each prompt, token by token.
 
     Args:
         state: of one row, in which each text begins; the model's own start if None.
-        num_tokens, seconds: after which an answer is cut off.
+        num_tokens, seconds: after which an answer is cut off; NUM_TOKENS if None.
     """
     tokenizer = Tokenizer(model.model_config.vocab_size)
     for prompt in prompts:
@@ -103,7 +103,7 @@ def sample(
         session.read(prompt.tokens)
         sampler = Sampler(Sampling(temperature=0), count_known_tokens(model, tokenizer), seed=0)
         end = time.monotonic() + seconds
-        tokens = session.generate(sampler, num_tokens)
+        tokens = session.generate(sampler, NUM_TOKENS if num_tokens is None else num_tokens)
         in_time = takewhile(lambda _, end=end: time.monotonic() < end, tokens)  # type: ignore[misc]
         pieces = tokenizer.decode_stream(in_time)
         yield prompt.opening + "".join(cut_at_stop(pieces, prompt.stops))

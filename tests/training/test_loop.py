@@ -308,7 +308,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(
     merged = read_weights(folder / "rwkv.pth")
     assert list(merged) == list(read_weights(model_file))
     config = read_adapter(folder / "rwkv-adapter").config
-    assert config.r == 8
+    assert config.r == 32
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
