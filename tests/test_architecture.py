@@ -32,6 +32,7 @@ LAYERS = (
         "deferred",
         "assets",
         "yaml_file",
+        "language",
     ),
 )
 HEAVY = {"peft", "transformers", "datasets", "triton", "fla", "deepspeed", "bitsandbytes", "wandb"}

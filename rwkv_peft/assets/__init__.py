@@ -10,3 +10,5 @@ DIALOGUES = _FOLDER / "dialogues.jsonl"
 HELD_OUT_DIALOGUES = _FOLDER / "dialogues_heldout.jsonl"
 # flags of other programs and what to say of them
 FOREIGN_FLAGS = _FOLDER / "foreign_flags.txt"
+# catalogues of messages in other languages
+LOCALES = _FOLDER / "locale"

@@ -11,6 +11,7 @@ from rwkv_peft import __version__
 from rwkv_peft.cli.environment import describe_missing
 from rwkv_peft.deferred import defer_transformers
 from rwkv_peft.errors import RwkvPeftError, Stopped
+from rwkv_peft.language import _, choose_language
 from rwkv_peft.printing import prepare_streams, print_line, print_text
 from rwkv_peft.terminal import drop_unwritten, whole_process
 from rwkv_peft.training.interrupt import Interrupt
@@ -54,8 +55,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run_and_tell(arguments: list[str]) -> int:
     shows_trace = "--debug" in arguments
-    command, *rest = [a for a in arguments if a != "--debug"] or ["--help"]
     try:
+        command, *rest = _take_language([a for a in arguments if a != "--debug"]) or ["--help"]
         with Interrupt(), defer_transformers(), warnings.catch_warnings():
             warnings.showwarning = _as_note
             try:
@@ -87,6 +88,21 @@ def _run_and_tell(arguments: list[str]) -> int:
         return 128 + (error.signal if isinstance(error, Stopped) else signal.SIGINT)
 
 
+def _take_language(arguments: list[str]) -> list[str]:
+    """Chooses the language that --lang names, or the environment, and gives the other words."""
+    rest, named = [], ""
+    words = iter(arguments)
+    for word in words:
+        if word == "--lang":
+            named = next(words, "") or "-"
+        elif word.startswith("--lang="):
+            named = word.partition("=")[2] or "-"
+        else:
+            rest.append(word)
+    choose_language(named)
+    return rest
+
+
 def run(command: str, args: Sequence[str]) -> int:
     """Runs one command; raises where `main` prints."""
     if command in ("-h", "--help", "help"):
@@ -107,7 +123,7 @@ def run(command: str, args: Sequence[str]) -> int:
     return code
 
 
-def _as_note(message: Warning | str, *_: Any, **__: Any) -> None:
+def _as_note(message: Warning | str, *_args: Any, **_options: Any) -> None:
     _tell(f"note: {message}")
 
 
@@ -117,9 +133,15 @@ def _tell(message: str) -> None:
 
 
 def _help() -> str:
-    lines = [f"rwkv-peft {__version__}: fine-tuning of RWKV models", ""]
-    lines += [f"  rwkv-peft {name:<9} {what}" for name, what in COMMANDS.items()]
-    lines += ["", "rwkv-peft COMMAND --help lists a command's flags; --debug shows error traces."]
+    title = _("rwkv-peft {version}: fine-tuning of RWKV models").format(version=__version__)
+    lines = [title, ""]
+    lines += [f"  rwkv-peft {name:<9} {_(what)}" for name, what in COMMANDS.items()]
+    lines += [
+        "",
+        _("rwkv-peft COMMAND --help lists a command's flags; --debug shows error traces;")
+        + " "
+        + _("--lang zh speaks Chinese."),
+    ]
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ import time
 from types import TracebackType
 from typing import Any
 
+from rwkv_peft.language import _
 from rwkv_peft.printing import duration, escape, print_text
 from rwkv_peft.terminal import Unbreakable
 from rwkv_peft.training.metrics import StepRecord
@@ -115,9 +116,16 @@ class Display:
 
     def _summarise(self, record: StepRecord, seconds_left: float) -> str:
         memory = f"  {record.peak_memory / 2**30:.1f} GiB" if record.peak_memory else ""
-        return (
-            f"step {record.step}/{self._total}  loss {self._loss.value:.4f}  lr {record.lr:.2e}  "
-            f"{self._rate.value:,.0f} tokens/s{memory}  {duration(seconds_left)} left"
+        return _(
+            "step {step}/{total}  loss {loss}  lr {lr}  {rate} tokens/s{memory}  {time} left"
+        ).format(
+            step=record.step,
+            total=self._total,
+            loss=f"{self._loss.value:.4f}",
+            lr=f"{record.lr:.2e}",
+            rate=f"{self._rate.value:,.0f}",
+            memory=memory,
+            time=duration(seconds_left),
         )
 
     def _stop_waiting(self) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rwkv_peft.checkpoint.merge import REPORT, TOLERABLE
-from rwkv_peft.printing import counted, duration
+from rwkv_peft.language import _
+from rwkv_peft.printing import duration
 from rwkv_peft.training.metrics import LOSSES
 from rwkv_peft.training.recorder import Result
 
@@ -18,18 +19,24 @@ NUM_STEPS = 10
 
 def describe_ending(result: Result, seconds: float) -> Iterator[str]:
     """What a run came to, in lines for a person."""
-    line = f"done in {duration(seconds)}: {counted(result.steps, 'step')}"
+    time, steps = duration(seconds), result.steps
+    line = _("done in {time}, steps: {steps}").format(time=time, steps=steps)
     if losses := read_losses(result.proj_dir):
-        line += f", loss {losses[0]:.4f} at the beginning and {losses[1]:.4f} at the end"
+        first, last = (f"{x:.4f}" for x in losses)
+        said = _("loss {first} at the beginning and {last} at the end")
+        line += "; " + said.format(first=first, last=last)
     measured = [x.loss for x in result.evaluations if x.loss is not None]
     if len(measured) > 1:
-        line += f"; on what was kept aside {measured[0]:.4f} before and {measured[-1]:.4f} after"
+        first, last = f"{measured[0]:.4f}", f"{measured[-1]:.4f}"
+        said = _("on what was kept aside {first} before and {last} after")
+        line += "; " + said.format(first=first, last=last)
     yield line
     if (answers := result.answers) and answers.after:
-        yield f"the first question of the data: {_shorten(answers.question)}"
+        question = _shorten(answers.question)
+        yield _("the first question of the data: {question}").format(question=question)
         if answers.before:
-            yield f"  before: {_shorten(answers.before)}"
-        yield f"  after:  {_shorten(answers.after)}"
+            yield _("  before: {text}").format(text=_shorten(answers.before))
+        yield _("  after:  {text}").format(text=_shorten(answers.after))
     yield from _describe_files(result)
     yield from _describe_rounding(result)
 
@@ -46,29 +53,30 @@ def read_losses(folder: Path) -> tuple[float, float] | None:
 
 
 def _describe_files(result: Result) -> Iterator[str]:
-    settings = result.settings
-    if result.weights or result.adapter:
-        yield f"talk with it: {_command('chat', result.proj_dir)}"
-    if result.weights and settings and settings.peft == "state":
-        yield f"  {result.weights}: the state alone, for RWKV-Runner and Ai00 beside its base"
+    settings, weights, adapter = result.settings, result.weights, result.adapter
+    if weights or adapter:
+        yield _("talk with it: {command}").format(command=_command("chat", result.proj_dir))
+    if weights and settings and settings.peft == "state":
+        said = _("  {file}: the state alone, for RWKV-Runner and Ai00 beside its base")
+        yield said.format(file=weights)
         if settings.train_type == "fullstate":
-            yield (
+            yield _(
                 "  it also holds the vectors before the first token, which other programs do not "
                 "read: they want plain states, of --train_type state"
             )
-    elif result.weights:
-        yield (
-            f"  {result.weights}: the whole tuned model, for RWKV-Runner, Ai00, the rwkv package "
-            "and all that opens its base"
-        )
-    if result.adapter:
-        yield (
-            f"  {result.adapter}: the adapter alone, small; on its base it is the same model: "
-            f"{_command('chat', result.adapter)}, and {_command('train', result.adapter)} "
-            "data.jsonl trains it further"
-        )
+    elif weights:
+        yield _(
+            "  {file}: the whole tuned model, for RWKV-Runner, Ai00, the rwkv package and all that "
+            "opens its base"
+        ).format(file=weights)
+    if adapter:
+        yield _(
+            "  {file}: the adapter alone, small; on its base it is the same model: {chat}, and "
+            "{train} data.jsonl trains it further"
+        ).format(file=adapter, chat=_command("chat", adapter), train=_command("train", adapter))
     if result.best and (best := result.best.weights or result.best.adapter):
-        yield f"  {best}: the best evaluation: {_command('chat', best)}"
+        said = _("  {file}: the best evaluation: {command}")
+        yield said.format(file=best, command=_command("chat", best))
 
 
 def _describe_rounding(result: Result) -> Iterator[str]:
@@ -79,10 +87,10 @@ def _describe_rounding(result: Result) -> Iterator[str]:
     except (OSError, ValueError, LookupError):
         return
     if result.adapter and result.weights and lost > TOLERABLE:
-        yield (
-            f"rounding: {dtype} has so few digits that {lost:.0%} of what was learned is missing "
-            f"in {result.weights}, which may answer otherwise than the adapter: {advice}"
-        )
+        yield _(
+            "rounding: {dtype} has so few digits that {lost} of what was learned is missing in "
+            "{file}, which may answer otherwise than the adapter: {advice}"
+        ).format(dtype=dtype, lost=f"{lost:.0%}", file=result.weights, advice=advice)
 
 
 def _command(name: str, path: Path) -> str:

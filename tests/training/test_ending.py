@@ -43,7 +43,7 @@ def test_the_end_tells_of_loss_answers_and_files(
     count = len(records)
     first, last = (sum(part) / 3 for part in (records[:3], records[-3:]))
     assert count == 6
-    assert end[0].endswith(f"6 steps, loss {first:.4f} at the beginning and {last:.4f} at the end")
+    assert end[0].endswith(f"steps: 6; loss {first:.4f} at the beginning and {last:.4f} at the end")
     assert end[1] == "the first question of the data: What is love?"
     # the same answers by another way, from the files
     for shown, weights, adapter in (
