@@ -22,6 +22,7 @@ import torch
 import torch._weights_only_unpickler
 
 from rwkv_peft.errors import CheckpointError
+from rwkv_peft.printing import escape
 from rwkv_peft.recognise import TORCH, recognise
 
 TABLE = "data.pkl"
@@ -78,7 +79,9 @@ def find_records(path: str | Path) -> dict[str, Record]:
         for info in infos:
             name = info.filename.removeprefix(folder)
             if name in found:
-                raise CheckpointError(f"{path} is damaged: it holds two records {name[:80]}")
+                raise CheckpointError(
+                    f"{path} is damaged: it holds two records {escape(name[:80])}"
+                )
             if info.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(
                     f"{path} was packed again with compression, so that it cannot be mapped: write "
@@ -87,7 +90,7 @@ def find_records(path: str | Path) -> dict[str, Record]:
                 )
             start = _find_start(file, info)
             if start is None or start + info.file_size > length:
-                raise CheckpointError(f"{path} is damaged: it lacks the record {name[:80]}")
+                raise CheckpointError(f"{path} is damaged: it lacks the record {escape(name[:80])}")
             found[name] = Record(start, info.file_size, info.CRC)
     return found
 
@@ -132,7 +135,7 @@ def map_pth(path: str | Path) -> Any:
         if record is None or count * dtype.itemsize != record.size:
             has = f"{record.size:,} bytes" if record else "no bytes"
             raise CheckpointError(
-                f"{path} is damaged: its record {name[:80]} has {has}, "
+                f"{path} is damaged: its record {escape(name[:80])} has {has}, "
                 f"{count * dtype.itemsize:,} are needed; download or copy it again"
             )
         storage = content[record.start : record.start + record.size]
@@ -185,7 +188,9 @@ def _find_wrong(path: str | Path, name: str, record: Record) -> str:
         file.seek(record.start)
         while left and (chunk := file.read(min(CHUNK, left))):
             crc, left = zlib.crc32(chunk, crc), left - len(chunk)
-    return f"is damaged: {name[:80]} has another checksum" if left or crc != record.crc else ""
+    return (
+        f"is damaged: {escape(name[:80])} has another checksum" if left or crc != record.crc else ""
+    )
 
 
 def _read(path: str | Path, record: Record) -> bytes:

@@ -30,7 +30,7 @@ def validate_weights(loaded: Mapping[Any, Any], path: object, size: int) -> dict
             `ALLOWED`; none has more elements than are stored; names are those of weights.
     """
     strange = [
-        str(name)[:80] for name, x in loaded.items() if type(x) not in (Tensor, nn.Parameter)
+        ascii(name)[:80] for name, x in loaded.items() if type(x) not in (Tensor, nn.Parameter)
     ]
     if strange:
         raise CheckpointError(

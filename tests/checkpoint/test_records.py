@@ -120,3 +120,16 @@ def test_wrong_sums_end_commands_unless_they_are_told_not_to_look(
     flip(tmp_path / "state.pth", "data/0")
     assert json.loads(cli("inspect", model_file, "--json").out)["odd"] is not None
     assert rwkv_peft.load_model(model_file).model_config.n_layer == 2
+
+
+def test_names_in_damaged_files_are_told_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"a": torch.ones(9)}, path)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        for _ in range(2):
+            archive.writestr("a\nb\x1b[2J", b"")
+    with pytest.raises(CheckpointError, match=r"two records a\\nb\\x1b\[2J"):
+        read_weights(path)
+    torch.save({"a\n\x1b[2J": 5}, path)
+    with pytest.raises(CheckpointError, match=r"\('a\\n\\x1b\[2J' …\)"):
+        read_weights(path)
