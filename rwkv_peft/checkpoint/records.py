@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple
 import torch
 import torch._weights_only_unpickler
 
-from rwkv_peft.errors import CheckpointError
+from rwkv_peft.errors import CheckpointError, RwkvPeftError
 from rwkv_peft.printing import escape
 from rwkv_peft.recognise import TORCH, recognise
 
@@ -43,7 +43,9 @@ class Record(NamedTuple):
 
 
 @contextmanager
-def damage_in_one_line(path: str | Path) -> Iterator[None]:
+def damage_in_one_line(
+    path: str | Path, what: str = "is damaged or no file of weights"
+) -> Iterator[None]:
     """Makes one CheckpointError of whatever a library raises about a file of weights.
 
     No one knows what damage makes them raise: 343 files that were changed at random gave
@@ -54,14 +56,14 @@ def damage_in_one_line(path: str | Path) -> Iterator[None]:
             # of PyTorch, about kinds of tensors that are then refused
             warnings.simplefilter("ignore")
             yield
-    except CheckpointError:
+    except (RwkvPeftError, torch.OutOfMemoryError):
         raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is refused: {_explain(error)}") from error
     except Exception as error:
         first = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise CheckpointError(
-            f"{path} is damaged or no file of weights ({first[:120]}): download or copy it again"
+            f"{path} {what} ({first[:120]}): download or copy it again"
         ) from error
 
 

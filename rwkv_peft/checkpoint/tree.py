@@ -9,6 +9,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from rwkv_peft import __version__
+from rwkv_peft.checkpoint.records import damage_in_one_line
 from rwkv_peft.checkpoint.stream import Spec, as_bytes, map_safetensors, write_safetensors
 from rwkv_peft.errors import CheckpointError
 
@@ -45,10 +46,19 @@ def write_tree(folder: Path, tree: Mapping[str, Any]) -> None:
 
 
 def read_tree(folder: Path) -> dict[str, Any]:
-    """The tree in a folder in which `find_damage` found none; its tensors are mapped from disk."""
-    tensors = map_safetensors(folder / TENSORS)
-    tree: dict[str, Any] = _put_back(read_values(folder), tensors)
-    return tree
+    """The tree in a folder in which `find_damage` found none; its tensors are mapped from disk.
+
+    Raises:
+        CheckpointError: its hashes are right, and its content is no tree.
+    """
+    from safetensors import safe_open
+
+    with damage_in_one_line(folder):
+        # the library looks at all that the header says
+        with safe_open(folder / TENSORS, framework="pt"):
+            tensors = map_safetensors(folder / TENSORS)
+        tree: dict[str, Any] = _put_back(read_values(folder), tensors)
+        return tree
 
 
 def read_values(folder: Path) -> dict[str, Any]:
@@ -66,16 +76,22 @@ def find_damage(folder: Path) -> str:
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         version, files = manifest["format"], manifest["files"]
-        wanted = {name: (files[name]["size"], files[name]["sha256"]) for name in (VALUES, TENSORS)}
+        wanted = {
+            name: (int(files[name]["size"]), str(files[name]["sha256"]))
+            for name in (VALUES, TENSORS)
+        }
     except FileNotFoundError:
         return f"it has no {MANIFEST}: it was not written to its end"
     except OSError as error:
         return f"{MANIFEST} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return f"{MANIFEST} is damaged"
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         return f"{MANIFEST} is damaged"
     if version != FORMAT:
+        program = str(manifest.get("program", "another version"))[:80]
         raise CheckpointError(
-            f"{folder} has format {version}, of {manifest.get('program', 'another version')}; "
+            f"{folder} has format {str(version)[:20]}, of {program}; "
             f"rwkv-peft {__version__} reads {FORMAT}: use the version that wrote it"
         )
     for name, (size, digest) in wanted.items():

@@ -105,9 +105,13 @@ def _find_answer(given: object, choices: tuple[str, ...]) -> int:
             return choices.index(given)
         word = given.strip().upper()
         # tables of text hold numbers as text
-        given = int(word) if word.isdecimal() else LETTERS.find(word) if len(word) == 1 else given
+        if word.isdecimal() and len(word) < 5:
+            given = int(word)
+        elif len(word) == 1:
+            given = LETTERS.find(word)
     if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < len(choices):
         raise DataError(
-            f"the answer must be the number of a choice from 0, its letter or its text, got {given}"
+            "the answer must be the number of a choice from 0, its letter or its text, got "
+            f"{str(given)[:100]}"
         )
     return given

@@ -34,8 +34,16 @@ class Memory:
         return {k: x if x.ndim == 0 else self.flat.part(x, self.index) for k, x in found.items()}
 
     def write(self, values: Mapping[str, Any], device: torch.device) -> None:
-        """Takes up what `read` gave."""
-        held = self.optimizer.state[self.stepped]
+        """Takes up what `read` gave.
+
+        Raises:
+            KeyError: for other tensors of as many dimensions it gave other things.
+        """
+        state = self.optimizer.state
+        alike = (held for x, held in state.items() if held and x.ndim == self.stepped.ndim)
+        if values and (first := next(alike, values)).keys() != values.keys():
+            raise KeyError(f"of a tensor there is {', '.join(values)}, not {', '.join(first)}")
+        held = state[self.stepped]
         for key, x in values.items():
             if self.flat is None or x.ndim == 0:
                 held[key] = x.to(device, copy=True) if isinstance(x, Tensor) else x

@@ -17,6 +17,7 @@ from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.training.checkpoints import FOLDER, find_versions, list_checkpoints
 from rwkv_peft.training.choose import with_method
 from rwkv_peft.training.folder import read_settings
+from rwkv_peft.training.form import foreign_in_one_line, require_form
 from rwkv_peft.training.loop import Run
 from rwkv_peft.training.metrics import LOGS, LogPlaces
 from rwkv_peft.training.saved import Saved
@@ -112,7 +113,8 @@ class Start:
             self.lines.append("resume: there is no checkpoint yet, the run begins again")
             return
         state = self.values["run"]
-        saved = {n: tuple(x.shape) for n, x in state["optimizer"]["values"].items()}
+        with foreign_in_one_line(self.folder):
+            saved = {n: tuple(x.shape) for n, x in state["optimizer"]["values"].items()}
         here = {n: tuple(x.shape) for n, x in run.target.parameters.items()}
         if saved != here:
             differ = [n for n in {**here, **saved} if saved.get(n) != here.get(n)]
@@ -121,7 +123,10 @@ class Start:
                 f"was {saved.get(differ[0], 'not trained')}, {len(differ)} tensors differ: begin a "
                 "new run, or give the method and its options as they were"
             )
-        run.load_state_dict(state)
+        if not state["progress"]["step"] <= run.plan.steps:
+            raise CheckpointError(f"--resume {self.folder} is of more steps than the run has")
+        with foreign_in_one_line(self.folder):
+            run.load_state_dict(state)
         weights, adapter = (x and Path(run.settings.proj_dir, x) for x in self.values["saved"])
         if weights or adapter:
             run.saved = Saved(weights, adapter)
@@ -159,6 +164,7 @@ def find_start(config: TrainConfig) -> Start | None:
     if folder is None:
         return _begin_again(config, lines)
     values = read_tree(folder)
+    require_form(values, folder)
     config = _fill(config, values["settings"], folder)
     changes = _find_changes(config, values["settings"])
     wrong = {n: x for n, x in changes.items() if n not in config.resume_changes}
@@ -180,9 +186,11 @@ def find_settings(resume: str, proj_dir: str) -> dict[str, Any]:
     folders = list_checkpoints(Path(proj_dir)) if resume == AUTO else [Path(resume)]
     for folder in folders:
         try:
-            settings = read_values(folder)["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
+            values = read_values(folder)
+            require_form(values, folder)
+        except (OSError, ValueError, RecursionError, CheckpointError):
             continue
+        settings = values["settings"]
         return {**settings, "resume": resume, "proj_dir": proj_dir or _home(folder)}
     return {}
 

@@ -49,7 +49,8 @@ def read_prompts(config: TrainConfig, tokenizer: Tokenizer) -> list[Prompt]:
     if not path:
         return []
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        # JSON may hold other characters that end a line, such as U+2028, as they are
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ConfigError(f"--val_prompts {path} cannot be read: {reason}") from error
