@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rwkv_peft.models.compile import compile_function
+
 # largest number of logits that exist at once; compiled, they need no float32 copies
 MAX_LOGITS, MAX_COMPILED = 1 << 24, 1 << 25
 
@@ -93,7 +95,7 @@ def losses_of(
 
 @cache
 def _compile_losses() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(losses_of, fullgraph=True)
+    return compile_function(losses_of)
 
 
 class _HeadLoss(torch.autograd.Function):

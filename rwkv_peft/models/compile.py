@@ -8,11 +8,31 @@ import torch
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.layers import Block
 
+# codes that are kept of a function, each for one shape
+MAX_SHAPES = 64
+
+
+def compile_function(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """A function compiled anew for each shape, so that what it gives depends on no earlier shape.
+
+    Code for several lengths at once takes minutes to compile on a GPU, and is tuned for the length
+    that came first: a run that goes on in its middle would get another code.
+
+    Args:
+        options: of `torch.compile`.
+    """
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, **options)
+
+    def run(*args: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
+            return compiled(*args)
+
+    return run
+
 
 def compile_blocks(
     model: RWKV,
     *,
-    dynamic: bool | None = False,
     backend: str = "inductor",
     on_failure: Callable[[str], None] | None = None,
 ) -> None:
@@ -21,8 +41,6 @@ def compile_blocks(
     With `grad_cp` the compiled backward recomputes all that a block's inputs give.
 
     Args:
-        dynamic: one code for rows of all lengths, rather than one for each shape; None: as soon as
-            a second length comes.
         backend: of `torch.compile`.
         on_failure: is told why a block could not be compiled; blocks then run as they are. None:
             the error is raised.
@@ -30,10 +48,8 @@ def compile_blocks(
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
 
-    compiled = torch.compile(
+    compiled = compile_function(
         Block.forward,
-        fullgraph=True,
-        dynamic=dynamic,
         backend=backend,
         # dropout draws the numbers that it draws without a compiler
         options={"fallback_random": True} if backend == "inductor" else None,

@@ -263,6 +263,8 @@ def _choose_step(chooser: _Chooser, facts: Facts, positions: int) -> None:
         compiles, reason = False, "on a CPU it seldom pays"
     elif missing:
         compiles, reason = False, f"the blocks would be faster compiled, which needs {missing}"
+    elif values["dataload"] == "pad" and not _is_infctx(values):
+        compiles, reason = False, "rows of each length would have to be compiled"
     else:
         compiles, reason = (
             is_long,

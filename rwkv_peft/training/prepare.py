@@ -10,7 +10,6 @@ from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weig
 from rwkv_peft.checkpoint.records import require_sums
 from rwkv_peft.checkpoint.stream import require_finite
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.data.batching import Batches
 from rwkv_peft.data.documents import first_documents
 from rwkv_peft.data.held_out import read_held_out, split_documents
 from rwkv_peft.data.prepare import read_documents
@@ -97,7 +96,7 @@ def prepare_run(
     lines += [x for x in describe_validation(settings, facts.held_out) if x not in lines]
     remarks: list[str] = []
     if settings.compile:
-        compile_model(settings, model, plan.batches, remarks)
+        compile_model(model, remarks)
     if step is None:
         step = make_step(settings, facts, optimizer, remarks)
     if isinstance(step, InfctxStep):
@@ -164,12 +163,10 @@ def load_base(settings: Settings, facts: Facts, base: Mapping[str, Tensor]) -> R
     return model
 
 
-def compile_model(settings: Settings, model: RWKV, batches: Batches, remarks: list[str]) -> None:
+def compile_model(model: RWKV, remarks: list[str]) -> None:
     """Has the blocks of a model compiled in the first steps; remarks are made if that fails."""
-    dynamic = None if settings.is_infctx else not batches.is_static
     compile_blocks(
         model,
-        dynamic=dynamic,
         on_failure=lambda why: remarks.append(
             f"the blocks cannot be compiled, and run as they are: {why}"
         ),

@@ -87,17 +87,19 @@ def test_a_compiled_block_has_the_gradients_of_the_plain_one(
         require_equal(gradients(model, trained, batch), plain, 1e-11)
 
 
-def test_blocks_that_are_alike_share_their_code_and_lengths_too_if_asked(
+def test_blocks_that_are_alike_share_their_code_for_each_of_many_lengths(
     make_model_file: Callable[..., Path],
 ) -> None:
     model, trained = load(make_model_file(n_layer=5), "lora")
-    plain = {T: gradients(model, trained, make_batch(2, T, packed=True)) for T in (70, 33, 64)}
-    compile_blocks(model, backend="aot_eager", dynamic=True)
-    for T in (70, 33, 64, 70):
-        found = gradients(model, trained, make_batch(2, T, packed=True))
-        require_equal(found, plain[T], 1e-11)
-        # of the first block, which has a norm more, and of the others
-        assert counters["stats"]["unique_graphs"] == 2
+    lengths = [70, 33, 64, *range(10, 18)]
+    plain = {T: gradients(model, trained, make_batch(2, T, packed=True)) for T in lengths}
+    compile_blocks(model, backend="aot_eager")
+    for count, T in enumerate(lengths, 1):
+        for _ in range(2):
+            found = gradients(model, trained, make_batch(2, T, packed=True))
+            require_equal(found, plain[T], 1e-11)
+            # of the first block, which has a norm more, and of the others
+            assert counters["stats"]["unique_graphs"] == 2 * count
 
 
 def test_blocks_that_cannot_be_compiled_run_as_they_are_and_the_reason_is_told(

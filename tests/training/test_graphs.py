@@ -257,11 +257,16 @@ def test_a_compiled_and_captured_run_is_near_the_plain_one_and_compiles_nothing_
 ) -> None:
     torch._dynamo.reset()
     counters.clear()
-    options = {"dataload": dataload, "ctx_len": 128, "epoch_count": 60}
+    options = {
+        "dataload": dataload,
+        "ctx_len": 128,
+        "epoch_count": 200 if dataload == "pack" else 20,
+    }
     plain = losses(config, tmp_path, "plain", **options)
     fast = losses(config, tmp_path, "fast", compile=1, cuda_graph=1, **options)
+    lengths = 1 if dataload == "pack" else 4
     # of the first block, of the others, and of the loss for few and for many rows
-    assert counters["stats"]["unique_graphs"] <= 6
+    assert counters["stats"]["unique_graphs"] <= 4 * lengths
     assert len(plain) >= 200
     assert fast == losses(config, tmp_path, "again", compile=1, cuda_graph=1, **options)
     for one, other in zip(fast, plain, strict=True):
