@@ -131,7 +131,7 @@ def test_a_full_disk_ends_training_with_one_line_and_no_part_of_a_file(
         "sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = ["train", str(model_file), str(data_file), "--proj_dir", str(folder)]
-    arguments += ["--epoch_count", "1", "--peft", "lora"]
+    arguments += ["--epoch_count", "1", "--peft", "lora", "--peft_config", '{"r": 8}']
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
