@@ -135,6 +135,8 @@ def test_the_commands_of_the_pages_run(
     rows = blocks("README.md", "json")[0] * 8
     for name in ("data.jsonl", "book.jsonl"):
         Path(name).write_text(rows, encoding="utf-8")
+    brief = ["--epoch_steps", "1", "--epoch_count", "1", "--accelerator", "cpu"]
+    assert main(["train", "model.pth", "data.jsonl", "--proj_dir", "out", *brief]) == 0
     seen = 0
     for line in page_commands():
         if not line.startswith("rwkv-peft "):
@@ -143,7 +145,7 @@ def test_the_commands_of_the_pages_run(
             continue
         words = shlex.split(line)[1:]
         if words[0] == "train":
-            words += ["--epoch_steps", "1", "--epoch_count", "1", "--accelerator", "cpu"]
+            words += brief
         if "--resume" in words:
             given = words[words.index("--resume") + 1]
             settings = ["--save_every_steps", "1", "--random_seed", "1"]
