@@ -7,9 +7,10 @@ steps; with --cuda_graph 1 they are captured. First loss and gradient of a whole
 chunks are compared with those of a whole row in float64: nothing is measured if chunks are off by
 more than twice as much as the whole row. Then: both ways at one length (--compared), blocks of the
 whole row being recomputed; rows of rising --lengths, truncated and exact, whose peak should not
-rise but by the states at the borders; one very long row (--long), exact. Peaks are of allocated
-tensors; the host's is of pinned memory. Results are written after each part, as a table and, beside
-it, as FILE.json. On a CPU, where nobody counts memory, only time is measured.
+rise but by the states at the borders; one very long row (--long), exact. Times are of the last of
+several steps. Peaks are of allocated tensors, and of reserved memory where steps are captured,
+whose tensors nobody counts; the host's is of pinned memory. Results are written after each part, as
+a table and, beside it, as FILE.json. On a CPU, where nobody counts memory, only time is measured.
 """
 
 import argparse
@@ -140,7 +141,7 @@ class Bench:
         borders = chunks - 1 if way == "exact" else 0
         config, dtype = self.model.model_config, self.model.emb.weight.dtype
         on_device, on_host = BorderSizes(config, 1, dtype, self.device).take(borders, self.room)
-        peak = torch.accelerator.max_memory_allocated() / GIB if has_peak else 0.0
+        peak = self.peak() / GIB if has_peak else 0.0
         pinned = host_peak() / GIB if has_peak else 0.0
         row = {
             "way": way,
@@ -159,6 +160,12 @@ class Bench:
         print(line(row), flush=True)
         return row
 
+    def peak(self) -> int:
+        """Most bytes on the device: of tensors, or with those of graphs all that is reserved."""
+        if self.chunks:
+            return int(torch.accelerator.max_memory_reserved())
+        return int(torch.accelerator.max_memory_allocated())
+
 
 def host_peak() -> int:
     """Most bytes of pinned memory on the host since its peak was reset."""
@@ -171,17 +178,25 @@ def line(row: dict[str, Any]) -> str:
     return f"| {row['way']} | {' | '.join(texts)} |"
 
 
+def warm(tokens: int, options: argparse.Namespace) -> int:
+    """Steps until one can be timed; a long row is itself many chunks."""
+    steps = 2 if tokens > 100_000 else 3
+    return steps + 2 if options.cuda_graph and tokens <= 100_000 else steps
+
+
 def parts(bench: Bench, options: argparse.Namespace) -> Iterator[str]:
     """Measures part after part, and says what each shows."""
     # what is laid out at first calls, or captured, is not timed
-    exact = bench.measure("exact", options.compared, 2)
-    whole = bench.measure("whole, recomputed", options.compared, 4 if options.cuda_graph else 2)
+    exact, whole = (
+        bench.measure(way, options.compared, warm(options.compared, options))
+        for way in ("exact", "whole, recomputed")
+    )
     yield (
         f"Exact chunks take {exact['seconds'] / whole['seconds']:.3f} times as long as a whole row "
         f"of {options.compared:,} tokens whose blocks are recomputed."
     )
     for way in ("truncated", "exact"):
-        rows = [bench.measure(way, tokens) for tokens in options.lengths]
+        rows = [bench.measure(way, n, warm(n, options)) for n in options.lengths]
         # a single chunk goes forward once, and a step's own work weighs in it
         longer = rows[1:] if len(rows) > 2 else rows
         peaks, times = [r["flat"] for r in rows], [r["seconds"] / r["tokens"] for r in longer]
