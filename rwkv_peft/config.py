@@ -295,6 +295,10 @@ class TrainConfig(DataConfig):
         "deepspeed_stage_3_offload",
     ] = "auto"
     """How devices share the work; one device has nothing to share, so that all are the same."""
+    quant: Literal["none", "int8", "nf4", "fp4"] = "none"
+    """How frozen projections are stored, for lora, miss and state: none as precision says; int8
+    with a scale for each row; nf4 and fp4 in 4 bits with a scale for 64 numbers, as bitsandbytes
+    has them."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Dtype of weights and activations; trained tensors are stepped in float32."""
     num_workers: int = 1

@@ -232,7 +232,6 @@ def test_forms_of_old_merge_lines(line: str, today: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--quant nf4 --type lora", "--quant nf4: a merge into weights as they were quantised"),
         ("--type lisa", "--type lisa: there are lora, pissa, disha, bone, miss, state"),
     ],
 )

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,6 +27,8 @@ from rwkv_peft.methods.attach import (
 from rwkv_peft.methods.miss import lay_along_inputs
 from rwkv_peft.methods.sketch import sketch_layers
 from rwkv_peft.models.base import RWKV
+from rwkv_peft.models.frozen import FrozenLinear
+from rwkv_peft.quant import Storage
 
 
 def write_adapter(
@@ -51,7 +54,11 @@ def to_saved(
     """What belongs into the folder of an adapter, its values under the names of `attachment`."""
     assert attachment.peft_model is not None
     config = attachment.peft_model.peft_config[ADAPTER]
-    note = {"base": base_fingerprint, "trained": sketch_layers(attachment, values)}
+    note: dict[str, Any] = {"base": base_fingerprint, "trained": sketch_layers(attachment, values)}
+    modules = attachment.peft_model.modules()
+    if stored := next((x for x in modules if isinstance(x, FrozenLinear) and x.storage), None):
+        dtype = str(stored.compute_dtype).removeprefix("torch.")
+        note["quant"] = {"storage": stored.storage, "dtype": dtype}
     if attachment.start:
         values = residual.join_start(values, attachment.start)
         config = residual.with_rank(config, 2)
@@ -146,11 +153,17 @@ def load_adapter(
 
 
 def attach_to_base(
-    weights: Mapping[str, Tensor], adapter: SavedAdapter, folder: str | Path
+    weights: Mapping[str, Tensor],
+    adapter: SavedAdapter,
+    folder: str | Path,
+    storage: Storage | None = None,
 ) -> tuple[RWKV, Attachment]:
     """A model made of a base's mapped tensors, and an adapter attached to it in float32.
 
     Learned states among `weights` are left out.
+
+    Args:
+        storage: in which the model has its projections; None: as they are in the file.
 
     Raises:
         CheckpointError: the adapter's tensors are not exactly those that its config makes in this
@@ -160,7 +173,7 @@ def attach_to_base(
     if factors.reads_base(adapter.config):
         # as a model computes it from the whole file; most methods leave the base on disk
         own = {n: x.float() for n, x in own.items()}
-    model = build_mapped(own)
+    model = build_mapped(own, storage)
     official = list(model.parameters())
     attachment = attach_adapter(model, adapter, folder)
     trained = {id(attachment[name]) for name in attachment.plain}

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from rwkv_peft.checkpoint.merge import MergeReport, merge
+from rwkv_peft.checkpoint.merge import merge
+from rwkv_peft.checkpoint.report import MergeReport
 from rwkv_peft.deferred import defer_transformers
 from rwkv_peft.errors import CheckpointError, RwkvPeftError
 from rwkv_peft.printing import print_json

@@ -44,8 +44,9 @@ class SavedAdapter(NamedTuple):
     Attributes:
         config: the method's config in peft.
         tensors: by the names of peft's files.
-        note: what this program adds: `base`, the fingerprint of the base model; `init`, if the
-            first half of the factors is what was trained and the other what it began with; and
+        note: what this program adds: `base`, the fingerprint of the base model; `quant`, how it
+            was stored if it was not dense, and the dtype of products; `init`, if the first half
+            of the factors is what was trained and the other what it began with; and
             `trained`, what its layers computed when it was saved, see `methods.sketch`.
     """
 

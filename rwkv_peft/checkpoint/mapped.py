@@ -13,6 +13,7 @@ from rwkv_peft.methods.merge import row_slices, split_rows
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.frozen import FrozenLinear
+from rwkv_peft.quant import Storage
 
 # a tensor by its name in the model, as float32 pieces along its first dimension
 Pieces = Callable[[], Iterable[Tensor]]
@@ -29,10 +30,13 @@ class Made(Protocol):
         """One as float32 pieces along its first dimension."""
 
 
-def build_mapped(weights: Mapping[str, Tensor]) -> RWKV:
-    """A frozen model whose parameters are the mapped tensors themselves, which costs no memory."""
+def build_mapped(weights: Mapping[str, Tensor], storage: Storage | None = None) -> RWKV:
+    """A frozen model whose parameters are the mapped tensors themselves, which costs no memory.
+
+    With `storage` projections are stored by it, which costs the memory that they take so.
+    """
     model = build(infer_model_config(weights), op="torch")
-    load_weights(model, weights, dtype=None)
+    load_weights(model, weights, dtype=None, storage=storage)
     return model
 
 

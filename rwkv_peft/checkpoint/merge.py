@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -12,13 +11,16 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.checkpoint.adapter import attach_to_base, read_adapter
-from rwkv_peft.checkpoint.compare import Comparison, compare_models, draw_sample
+from rwkv_peft.checkpoint.compare import compare_models, draw_sample
 from rwkv_peft.checkpoint.fingerprint import fingerprint
+from rwkv_peft.checkpoint.folder import SavedAdapter
 from rwkv_peft.checkpoint.mapped import build_mapped, upcast_on_use
 from rwkv_peft.checkpoint.older import LegacyAdapterHints
 from rwkv_peft.checkpoint.pth import STATE_SUFFIX, infer_model_config, read_weights
 from rwkv_peft.checkpoint.records import require_sums
+from rwkv_peft.checkpoint.report import REPORT, MergeBase, MergeReport
 from rwkv_peft.checkpoint.state import is_state_file, read_state
+from rwkv_peft.checkpoint.stored import BaseAsTrained, storage_of
 from rwkv_peft.checkpoint.stream import Spec, StoredDtype, require_ending, write_tensors
 from rwkv_peft.data.sources import find_sources
 from rwkv_peft.device import dtype_of
@@ -27,101 +29,13 @@ from rwkv_peft.guard import require_free
 from rwkv_peft.methods.merge import Addition, MergedWeights, split_rows
 from rwkv_peft.methods.sketch import AsTrained
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.writing import atomic_file
+from rwkv_peft.quant import Storage
 
-# a change of which rounding takes more than this is worth another type
-TOLERABLE = 0.05
-# name of what a merge writes beside its output
-REPORT = "merge_report.json"
 # tokens on which a merged file is compared with the adapter model
 COMPARED = 64
 
 # an adapter or a state, and the weight of its change
 Source: TypeAlias = tuple[str | Path, float]
-
-
-@dataclass(slots=True)
-class MergeReport:
-    """What a merge did, as in merge_report.json.
-
-    Attributes:
-        relative_error: norm of what rounding to the stored type took from the learned change, over
-            the norm of the change; of all tensors together.
-        relative_error_fp16: the same if the changed tensors were stored as fp16.
-        changed: names of the tensors with a change, and the relative error of each.
-        states: how many tensors of learned states were added.
-        comparison: of the merged file's answers with the adapter model's; None if none was made.
-        as_trained: how many merged tensors were compared with what their layers computed when the
-            adapters were saved; 0 if the adapters do not tell.
-        as_trained_error: the largest difference found, relative to the tensor.
-    """
-
-    base_model: str
-    adapters: list[str]
-    weights: list[float]
-    output: str
-    dtype: str
-    version: str
-    relative_error: float = 0.0
-    relative_error_fp16: float = 0.0
-    changed: dict[str, float] = field(default_factory=dict)
-    states: int = 0
-    comparison: Comparison | None = None
-    as_trained: int = 0
-    as_trained_error: float = 0.0
-
-    @property
-    def is_lossy(self) -> bool:
-        """Whether rounding took more of the learned change than is tolerable."""
-        return self.relative_error > TOLERABLE
-
-    def lines(self) -> tuple[str, str, str]:
-        """Rounding, comparison and recommendation, for a person."""
-        first = f"rounding: {len(self.changed)} tensors changed"
-        if self.changed:
-            first += f"; storing them as {self.dtype} loses {self.relative_error:.2%} of the change"
-        if self.states:
-            first += f"; {self.states} tensors of a learned state added"
-        second = "not made" if self.comparison is None else self.comparison.describe()
-        if self.as_trained:
-            second += (
-                f"; {self.as_trained} merged tensors are what their layers computed as they were "
-                f"trained, to {self.as_trained_error:.1g}"
-            )
-        elif self.changed and self.adapters:
-            second += "; what the layers computed as they were trained is not known, or not asked"
-        return first, f"comparison: {second}", f"recommendation: {self.recommendation()}"
-
-    def recommendation(self) -> str:
-        """What to do where too much was lost, or that there is nothing to do."""
-        is_far = self.comparison is not None and self.comparison.is_far
-        if not self.is_lossy and not is_far:
-            advice = "use the merged file; it holds what was learned"
-            if self.states and self.version == "x070":
-                advice += ". Programs that read no state from an RWKV-7 file need the state's own"
-            return advice
-        if self.relative_error_fp16 < self.relative_error / 2:
-            advice = (
-                f"merge again with --dtype fp16, which loses {self.relative_error_fp16:.2%}, or "
-                "use the adapter unmerged"
-            )
-        else:
-            advice = "use the adapter unmerged, or merge with --dtype fp32"
-        if self.comparison is not None and not is_far:
-            advice += "; on the text compared, the answers are still close"
-        return advice
-
-    def note(self, checks: Sequence[AsTrained]) -> None:
-        """Takes the figures of finished comparisons with layers as they were trained."""
-        self.as_trained = sum(len(check.compared) for check in checks)
-        self.as_trained_error = max((check.worst for check in checks), default=0.0)
-
-    def write(self) -> Path:
-        """Writes merge_report.json beside the output."""
-        path = Path(self.output).with_name(REPORT)
-        with atomic_file(path, "w") as file:
-            json.dump({**asdict(self), "recommendation": self.recommendation()}, file, indent=2)
-        return path
 
 
 @contextmanager
@@ -145,6 +59,7 @@ def merge(
     lora_alpha: float | None = None,
     pissa_init: str | Path = "",
     force: bool = False,
+    merge_base: MergeBase = "trained",
     compare: int = COMPARED,
     data_file: str = "",
     overwrite: bool = False,
@@ -163,6 +78,7 @@ def merge(
         dtype: of the file's tensors; 'keep' leaves each as in the base.
         lora_alpha, pissa_init: what an older file does not hold, see `LegacyAdapterHints`.
         force: add an adapter that was trained on another base, or that is not what it was then.
+        merge_base: of a base stored in 8 or 4 bits in training: as trained, or as in its file.
         compare: tokens on which the merged file is compared with the adapter model; 0 for none.
         data_file: held-out rows to compare on, in any form of training; a built-in text if empty.
         overwrite: replace what has the name of the output, if it is nothing that is read.
@@ -174,24 +90,22 @@ def merge(
             changes nothing, or fp16 cannot hold a value.
     """
     pairs = _pair(adapter, weights)
-    sources = [source for source, _ in pairs]
-    _require_files(output, [base_model, pissa_init, *sources], data_file, overwrite, check_files)
+    inputs = [base_model, pissa_init, *(source for source, _ in pairs)]
+    _require_files(output, inputs, data_file, overwrite, check_files)
     base = read_weights(base_model)
-    model_config = infer_model_config(base)
-    text = draw_sample(model_config.vocab_size, compare, data_file)
-    states = _add_up_states(base, pairs)
-    hints = LegacyAdapterHints(lora_alpha, pissa_init)
-    additions, checks = _attach_adapters(base, pairs, hints, force)
-    merged = MergedWeights(base, additions)
-    report = _begin_report(base_model, pairs, output, model_config.version)
+    text = draw_sample(infer_model_config(base).vocab_size, compare, data_file)
+    report = _begin_report(base_model, pairs, output, infer_model_config(base).version)
+    read = _read_adapters(base, pairs, LegacyAdapterHints(lora_alpha, pissa_init), force)
+    values, storage, additions, checks = _take_adapters(base, read, report, merge_base, force)
+    merged, states = MergedWeights(values, additions), _add_up_states(base, pairs)
     # not around the lines above: attaching may decompose whole matrices, which threads speed up
     with _use_one_thread():
         if not may_be_unchanged:
-            _require_change(base, merged, states, sources)
-        _write(base, merged, states, dtype, report)
+            _require_change(values, merged, states, pairs)
+        _write(base, values, merged, states, dtype, report)
         report.note(checks)
         if text.rows:
-            adapted = _build_adapter_model(base, merged, additions, states)
+            adapted = _build_adapter_model(base, merged, additions, states, storage)
             report.comparison = compare_models(adapted, _map_whole(output), text)
     report.write()
     return report
@@ -239,12 +153,18 @@ def _is_report(path: Path) -> bool:
 
 def _write(
     base: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
     merged: MergedWeights,
     states: Mapping[str, Tensor],
     dtype: StoredDtype,
     report: MergeReport,
 ) -> None:
-    """Writes the merged file and notes in the report what was added and what rounding took."""
+    """Writes the merged file and notes in the report what was added and what rounding took.
+
+    Args:
+        base: of the file, whose order and dtypes the merged one has.
+        values: what the adapters are added to.
+    """
     names, report.states = merged.names, len(states)
     stored = {n: x.dtype if dtype == "keep" else dtype_of(dtype) for n, x in base.items()}
     specs = {n: Spec(tuple(x.shape), stored[n]) for n, x in base.items()}
@@ -256,11 +176,11 @@ def _write(
         if name in states:
             yield states[name]
         elif name not in names:
-            for x in split_rows(base[name]):
+            for x in split_rows(values[name]):
                 yield _round(name, x, stored[name])
         else:
             own = torch.zeros_like(total)
-            for x, value in zip(split_rows(base[name]), merged.pieces(name), strict=True):
+            for x, value in zip(split_rows(values[name]), merged.pieces(name), strict=True):
                 result = _round(name, value, stored[name])
                 own += _measure_losses(x, value, result)
                 if not math.isfinite(own[0]):
@@ -286,19 +206,77 @@ def _round(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def _attach_adapters(
+def _read_adapters(
     base: Mapping[str, Tensor], pairs: Sequence[Source], hints: LegacyAdapterHints, force: bool
-) -> tuple[list[Addition], list[AsTrained]]:
-    additions, checks, own = [], [], fingerprint(base)
+) -> list[tuple[Source, SavedAdapter]]:
+    found, own = [], fingerprint(base)
     sources = [pair for pair in pairs if not is_state_file(pair[0])]
-    for folder, factor in sources:
+    for source in sources:
+        folder, _ = source
         # hints for one of several adapters are for those that need some
         lacks_it = len(sources) == 1 or Path(folder).is_file()
         given = hints if lacks_it else None
         adapter = read_adapter(folder, given, base_fingerprint=own, force=force)
-        # on another base than that of training nothing is as it was trained
-        check = AsTrained({} if force else adapter.note.get("trained", {}))
-        additions.append(Addition(*attach_to_base(base, adapter, folder), factor, check.check))
+        found.append((source, adapter))
+    return found
+
+
+def _find_storage(adapters: Sequence[tuple[Source, SavedAdapter]]) -> Storage | None:
+    """How the base of all adapters was stored."""
+    found = {str(folder): storage_of(x.note, folder) for (folder, _), x in adapters}
+    if len(set(found.values())) > 1:
+        forms = ", ".join(f"{n} on {x.name if x else 'dense weights'}" for n, x in found.items())
+        raise ConfigError(
+            f"the adapters were trained on a base stored in several ways ({forms}): merge one, or "
+            "those of one way"
+        )
+    return next(iter(found.values()), None)
+
+
+def _take_adapters(
+    base: Mapping[str, Tensor],
+    adapters: Sequence[tuple[Source, SavedAdapter]],
+    report: MergeReport,
+    merge_base: MergeBase,
+    force: bool,
+) -> tuple[Mapping[str, Tensor], Storage | None, list[Addition], list[AsTrained]]:
+    """What adapters are added to and how its projections are stored, they, and their checks."""
+    storage = _find_storage(adapters)
+    values: Mapping[str, Tensor] = base
+    if storage:
+        as_trained = BaseAsTrained(base, storage)
+        report.quant, report.merge_base = storage.name, merge_base
+        report.quant_error = _measure_storage(base, as_trained)
+        if merge_base == "trained":
+            values = as_trained
+        else:
+            storage = None
+    # on another base than that of training nothing is as it was trained
+    is_as_trained = not force and report.merge_base == "trained"
+    return values, storage, *_attach_adapters(base, adapters, storage, is_as_trained)
+
+
+def _measure_storage(base: Mapping[str, Tensor], trained: BaseAsTrained) -> float:
+    """What storing took from the weights, relative to them."""
+    lost = total = 0.0
+    for name in trained.stored:
+        x = base[name].float()
+        total += x.square().sum().item()
+        lost += (trained[name].float() - x).square().sum().item()
+    return _relative(lost, total)
+
+
+def _attach_adapters(
+    base: Mapping[str, Tensor],
+    adapters: Sequence[tuple[Source, SavedAdapter]],
+    storage: Storage | None,
+    is_as_trained: bool,
+) -> tuple[list[Addition], list[AsTrained]]:
+    additions, checks = [], []
+    for (folder, factor), adapter in adapters:
+        check = AsTrained(adapter.note.get("trained", {}) if is_as_trained else {})
+        model, attachment = attach_to_base(base, adapter, folder, storage)
+        additions.append(Addition(model, attachment, factor, check.check))
         checks.append(check)
     return additions, checks
 
@@ -316,6 +294,7 @@ def _build_adapter_model(
     merged: MergedWeights,
     additions: Sequence[Addition],
     states: Mapping[str, Tensor],
+    storage: Storage | None,
 ) -> RWKV:
     """The model whose answers the merged file should give.
 
@@ -323,7 +302,7 @@ def _build_adapter_model(
     no forward: it is the base with the merged tensors before they are rounded.
     """
     is_one = [addition.weight for addition in additions] == [1]
-    model = additions[0].model if is_one else build_mapped(base)
+    model = additions[0].model if is_one else build_mapped(base, storage)
     given = {n: x.float() for n, x in base.items() if n.endswith(STATE_SUFFIX)} | dict(states)
     if given:
         model.initial_state = model.version.state.to_state(given, model.model_config)
@@ -338,7 +317,7 @@ def _require_change(
     base: Mapping[str, Tensor],
     merged: MergedWeights,
     states: Mapping[str, Tensor],
-    sources: Sequence[str | Path],
+    pairs: Sequence[Source],
 ) -> None:
     if any(bool(x.any()) for x in states.values()):
         return
@@ -347,7 +326,7 @@ def _require_change(
         for x, value in zip(split_rows(base[name]), merged.pieces(name), strict=True):
             if not torch.equal(value, x.float()):
                 return
-    names = ", ".join(map(str, sources))
+    names = ", ".join(str(source) for source, _ in pairs)
     raise CheckpointError(f"{names} changes nothing in the base: it was never trained")
 
 

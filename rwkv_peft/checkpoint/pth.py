@@ -23,6 +23,7 @@ from rwkv_peft.exports.opened import (
 from rwkv_peft.models import build, read_model_config
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.quant import Storage, quantise, stored_layers
 from rwkv_peft.recognise import OLD_TORCH, SAFETENSORS, TORCH, Kind, recognise
 
 # end of the names of a learned state's tensors
@@ -127,10 +128,12 @@ def load_weights(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.float32,
+    storage: Storage | None = None,
 ) -> None:
     """Puts weights into a model made by `build`, frozen, in one type on one device.
 
-    With None for the type each keeps its own, and its memory where the device is the same.
+    With None for the type each keeps its own, and its memory where the device is the same. With
+    `storage` the projections are stored by it, one tensor after the other.
 
     The tensors of a learned state, if the file has one, become the model's initial state.
 
@@ -141,8 +144,12 @@ def load_weights(
     if states:
         here = {name: x.to(device).float() for name, x in states.items()}
         model.initial_state = model.version.state.to_state(here, model.model_config)
+    projections = {name for name, _ in stored_layers(model)} if storage else set()
     for name in dict(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
+        if storage and owner in projections:
+            model.set_submodule(owner, quantise(weights[name].to(device), storage))
+            continue
         value = weights[name].to(device=device, dtype=dtype)
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 

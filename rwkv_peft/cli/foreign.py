@@ -14,8 +14,7 @@ def answer_foreign(name: str, known: Collection[str]) -> str:
         name: without dashes in front, with underscores inside, in any case.
         known: names of the command's own flags.
     """
-    # refused by name where it is not built
-    has = {*known, "quant"} if "proj_dir" in known else set(known)
+    has = set(known)
     answers = _table().get(name.lower(), ())
     return next((x for x in answers if has.issuperset(re.findall(r"--(\w+)", x))), "")
 

@@ -27,6 +27,9 @@ class MergeOptions(AdapterOptions):
     """With which the change of each adapter is added, as a JSON list; 1 each if left out."""
     dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
     """Dtype of the file; that of each tensor in the base if keep."""
+    merge_base: Literal["trained", "original"] = "trained"
+    """Of a base that was trained with --quant: trained adds to what training computed with,
+    original to the weights of the file."""
     compare: int = 64
     """Tokens on which the merged file is compared with the adapter model; 0 compares nothing."""
     data_file: str = ""
@@ -67,6 +70,7 @@ def run(args: Sequence[str]) -> int:
         lora_alpha=options.lora_alpha,
         pissa_init=options.pissa_init,
         force=options.force,
+        merge_base=options.merge_base,
         compare=options.compare,
         data_file=options.data_file,
         overwrite=bool(options.overwrite),

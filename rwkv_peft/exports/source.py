@@ -1,6 +1,6 @@
 """What is to be exported: a model's file, with an adapter or without, as official tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,10 @@ from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.mapped import upcast_on_use
 from rwkv_peft.checkpoint.older import LegacyAdapterHints
 from rwkv_peft.checkpoint.pth import STATE_SUFFIX, infer_model_config, read_weights
+from rwkv_peft.checkpoint.stored import BaseAsTrained, storage_of
 from rwkv_peft.exports.check import build_stored
 from rwkv_peft.exports.stored import Stored, all_mapped
-from rwkv_peft.methods.merge import Addition, MergedWeights
+from rwkv_peft.methods.merge import Addition, MergedWeights, split_rows
 from rwkv_peft.methods.sketch import AsTrained
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.config import ModelConfig
@@ -64,8 +65,20 @@ def open_source(
     adapter = read_adapter(path, hints, base_fingerprint=fingerprint(base), force=force)
     # on another base than that of training nothing is as it was trained
     check = AsTrained({} if force else adapter.note.get("trained", {}))
-    addition = Addition(*attach_to_base(base, adapter, path), 1.0, check.check)
-    merged = MergedWeights(base, [addition])
+    storage = storage_of(adapter.note, path)
+    values: Mapping[str, Tensor] = base
+    if storage:
+        # the base as it was trained
+        values = trained = BaseAsTrained(base, storage)
+        for name in trained.stored:
+            make = partial(_rows, values, name)
+            tensors[name] = Stored(tensors[name].shape, torch.float32, make)
+    addition = Addition(*attach_to_base(base, adapter, path, storage), 1.0, check.check)
+    merged = MergedWeights(values, [addition])
     for name in sorted(merged.names & tensors.keys()):
         tensors[name] = Stored(tensors[name].shape, torch.float32, partial(merged.pieces, name))
     return Source(model_config, tensors, dtypes, states, addition)
+
+
+def _rows(values: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
+    return (x.float() for x in split_rows(values[name]))

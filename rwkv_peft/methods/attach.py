@@ -12,6 +12,7 @@ from rwkv_peft.methods import Method, factors, fast, residual
 from rwkv_peft.methods.catalog import is_residual, method_config
 from rwkv_peft.methods.limits import BoundedMemory, check_patterns
 from rwkv_peft.methods.options import one_line
+from rwkv_peft.methods.stored import require_config
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.frozen import FrozenLinear
 
@@ -79,6 +80,7 @@ def attach(
 def attach_config(model: nn.Module, config: "PeftConfig", *, is_fused: bool = True) -> Attachment:
     """Like `attach`, with peft's own config, for example of a saved adapter."""
     model.requires_grad_(False)
+    require_config(model, config)
     init = ""
     if is_residual(config):
         init = config.init_lora_weights
@@ -129,6 +131,11 @@ def with_parts(
     for name, parameter in parts.items():
         if named.get(name) is not parameter:
             raise ConfigError(f"--train_parts names {name}, which the adapter changes already")
+        if not parameter.is_floating_point():
+            raise ConfigError(
+                f"--train_parts names {name}, which --quant stores rounded: name other parts, or "
+                "use --quant none"
+            )
         parameter.requires_grad_(True)
         attachment[name] = parameter
     attachment.plain = tuple(parts)
@@ -149,7 +156,13 @@ def inject(model: nn.Module, config: "PeftConfig") -> "PeftModel":
     projections: list[nn.Module] = [
         module for module in model.modules() if type(module) is FrozenLinear
     ]
+    stored = {x: x.weight for x in model.modules() if isinstance(x, FrozenLinear) and x.storage}
     try:
+        for layer, weight in stored.items():
+            # an adapter takes the dtype and the device of a weight: one of no memory tells them
+            one = torch.empty(1, dtype=layer.compute_dtype, device=weight.device)
+            dense = one.expand(layer.out_features, layer.in_features)
+            layer.weight = nn.Parameter(dense, requires_grad=False)
         # peft's GLoRA adapts this very class and no subclass of it
         for module in projections:
             module.__class__ = nn.Linear
@@ -159,6 +172,8 @@ def inject(model: nn.Module, config: "PeftConfig") -> "PeftModel":
     finally:
         for module in projections:
             module.__class__ = FrozenLinear
+        for layer, weight in stored.items():
+            layer.weight = weight
 
 
 def _check_targets(model: nn.Module, config: "PeftConfig") -> None:

@@ -23,7 +23,7 @@ class Buffers:
             trained.
     """
 
-    def __init__(self, root: nn.Module, known: Collection[nn.Parameter]) -> None:
+    def __init__(self, root: nn.Module, known: Collection[Tensor]) -> None:
         # held, since the identity of one that is gone may be that of another
         self._root, self._known = root, list(known)
         self._first = dict(self._plain())

@@ -114,7 +114,7 @@ def sketch_layers(attachment: Attachment, values: Mapping[str, Tensor]) -> dict[
                 continue
             leaf = name.rpartition(".")[2]
             with _in_float32(owner, values, names), one_line(f"{name} cannot be merged"):
-                base[name] = sketch(getattr(owner.get_base_layer(), leaf)).tolist()
+                base[name] = sketch(_weight_of(owner.get_base_layer(), leaf)).tolist()
                 outputs[name] = _sketch_output(owner, leaf).tolist()
     dtype = str(next(x.dtype for x in model.parameters())).removeprefix("torch.")
     return {"dtype": dtype, "outputs": outputs, "base": base}
@@ -128,11 +128,19 @@ def sketch(x: Tensor) -> Tensor:
     return sketcher.total
 
 
+def _weight_of(base: Any, leaf: str) -> Tensor:
+    weight: Tensor = getattr(base, leaf)
+    return base.dense(torch.float32) if isinstance(base, FrozenLinear) else weight
+
+
 def _sketch_output(layer: Any, leaf: str) -> Tensor:
     """The sketch of the merged weight of a layer, by what the layer gives."""
     base = layer.get_base_layer()
-    sketcher = _Sketcher((shape := getattr(base, leaf).shape), getattr(base, leaf).device)
-    if isinstance(base, FrozenLinear):
+    weight = getattr(base, leaf)
+    is_linear = isinstance(base, FrozenLinear)
+    shape = (base.out_features, base.in_features) if is_linear else weight.shape
+    sketcher = _Sketcher(shape, weight.device)
+    if is_linear:
         # only the last product is left to do
         sketcher.add_products(layer(sketcher.columns.T.contiguous()).T)
     elif isinstance(base, nn.Embedding):

@@ -15,6 +15,9 @@ class FrozenLinear(nn.Linear):
     read the dictionary of the module, as `nn.Module.__getattr__` costs as much as a product.
     """
 
+    # name of the quantised form, none if dense
+    storage = ""
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 

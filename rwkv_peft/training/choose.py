@@ -17,6 +17,7 @@ from rwkv_peft.device import (
 )
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods.catalog import resolve
+from rwkv_peft.methods.stored import require_served
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.printing import counted
 from rwkv_peft.training.defaults import (
@@ -75,6 +76,8 @@ def choose(config: TrainConfig, facts: Facts) -> Plan:
     is_left_open = not (config.peft_config or config.load_adapter or config.peft == "auto")
     if is_left_open and (options := chooser.values["peft_config"]):
         chooser.set("peft_config", options, "what suits most tasks with this method")
+    if chooser.values["quant"] != "none":
+        require_served(chooser.values["peft"], chooser.values["peft_config"])
     _choose_rows(chooser, facts)
     _choose_training(chooser, facts.documents, facts.model_config)
     _choose_memory(chooser, facts)
@@ -275,6 +278,8 @@ def _choose_step(chooser: _Chooser, facts: Facts, positions: int) -> None:
     reason = "the host would hold up the device" if captures else "there is nothing to capture"
     if captures and values["peft"] not in CAPTURED:
         captures, reason = False, f"{values['peft']} was not measured so: 1 asks for it"
+    if captures and values["quant"] != "none":
+        captures, reason = False, f"--quant {values['quant']} was not measured so: 1 asks for it"
     chooser.choose("cuda_graph", int(captures), reason)
 
 
@@ -308,4 +313,5 @@ def _chunk_fits(values: dict[str, Any], facts: Facts, chunk_ctx: int) -> bool:
         positions=values["micro_bsz"] * positions_at_once(values["ctx_len"], chunk_ctx),
         trains_all=is_full,
         is_recomputed=bool(values["grad_cp"]),
+        quant=values["quant"],
     )

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from rwkv_peft.checkpoint.merge import REPORT, TOLERABLE
+from rwkv_peft.checkpoint.report import REPORT, TOLERABLE
 from rwkv_peft.language import _
 from rwkv_peft.printing import duration
 from rwkv_peft.training.metrics import LOSSES

@@ -2,7 +2,10 @@
 
 import torch
 
+from rwkv_peft.models import build
 from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.quant import stored_layers
+from rwkv_peft.quant.linear import BLOCK
 from rwkv_peft.training.borders import Room
 from rwkv_peft.training.settings import Facts, Settings
 
@@ -31,6 +34,7 @@ def guess_memory(
         num_weights,
         num_trained,
         is_recomputed=bool(settings.grad_cp),
+        quant=settings.quant,
     )
 
 
@@ -43,6 +47,7 @@ def guess_bytes(
     num_trained: int,
     *,
     is_recomputed: bool,
+    quant: str = "none",
 ) -> float:
     """`guess_memory` for so many positions, those of all rows, that have activations at once."""
     size, layers = dtype.itemsize, model_config.n_layer
@@ -52,7 +57,23 @@ def guess_bytes(
     # gradients and moments in float32, and the bits that float32 values have beside 16-bit weights
     training = num_trained * (4 + 8 + (0 if size == 4 else 2))
     logits = min(positions * model_config.vocab_size, 1 << 24) * 12
-    return num_weights * size + training + activations + logits
+    weights = weigh_base(model_config, num_weights, size, quant)
+    return weights + training + activations + logits
+
+
+def weigh_base(model_config: ModelConfig, num_weights: int, size: int, quant: str) -> float:
+    """Bytes of a model's weights, of `size` each but for what is stored, and of dequantising."""
+    if quant == "none":
+        return num_weights * size
+    layers = [layer for _, layer in stored_layers(build(model_config, op="reference"))]
+    numbers = [layer.out_features * layer.in_features for layer in layers]
+    scales = [
+        layer.out_features if quant == "int8" else -(-n // BLOCK)
+        for layer, n in zip(layers, numbers, strict=True)
+    ]
+    packed = sum(numbers) * (1 if quant == "int8" else 0.5) + 4 * sum(scales)
+    # one weight at a time in float32, and in the dtype of its product
+    return (num_weights - sum(numbers)) * size + packed + max(numbers) * (4 + size)
 
 
 def fits(
@@ -63,6 +84,7 @@ def fits(
     positions: int,
     trains_all: bool,
     is_recomputed: bool,
+    quant: str = "none",
 ) -> bool:
     """Whether so many positions leave a fifth of a device's free memory free, as far as is known.
 
@@ -80,6 +102,7 @@ def fits(
         facts.num_weights,
         facts.num_weights if trains_all else facts.num_weights // 20,
         is_recomputed=is_recomputed,
+        quant=quant,
     )
     free = UNKNOWN_MEMORY if facts.memory is None else facts.memory
     return guess <= 0.8 * free

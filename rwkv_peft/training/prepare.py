@@ -22,6 +22,8 @@ from rwkv_peft.models.compile import compile_blocks
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.ops.dispatch import Request
 from rwkv_peft.ops.selfcheck import require_right
+from rwkv_peft.quant import Storage
+from rwkv_peft.quant.linear import QuantisedLinear
 from rwkv_peft.training.choose import Plan, choose
 from rwkv_peft.training.chunk_graphs import GraphedChunks
 from rwkv_peft.training.chunks import Chunks
@@ -156,9 +158,14 @@ def load_base(settings: Settings, facts: Facts, base: Mapping[str, Tensor]) -> R
     torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
     device, dtype = facts.device, settings.dtype
     model = build(facts.model_config, op=settings.op, device=device, dtype=dtype)
-    load_weights(model, base, device=device, dtype=dtype)
+    storage = None if settings.quant == "none" else Storage(settings.quant, dtype)
+    load_weights(model, base, device=device, dtype=dtype, storage=storage)
     # on the device, where it is one more reading of the weights and one wait
-    require_finite(dict(model.named_parameters()), settings.load_model, base)
+    looked_at: dict[str, Tensor] = dict(model.named_parameters())
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantisedLinear):
+            looked_at[f"{name}.weight"] = layer.largest
+    require_finite(looked_at, settings.load_model, base)
     model.grad_cp = bool(settings.grad_cp)
     return model
 
@@ -224,6 +231,17 @@ def _describe(
 ) -> Iterator[str]:
     num_trained, op = _count(target.parameters), model.op
     yield from describe_model(plan.settings, model_config, op.name, num_weights, num_trained)
+    layers = [x for x in model.modules() if isinstance(x, QuantisedLinear)]
+    if layers:
+        stored, dense = (
+            sum(x.num_bytes for x in layers),
+            sum(x.out_features * x.in_features * x.compute_dtype.itemsize for x in layers),
+        )
+        yield (
+            f"quant: {len(layers)} projections are stored as {plan.settings.quant} in "
+            f"{stored / 2**20:,.0f} MiB, which would be {dense / 2**20:,.0f} as "
+            f"{plan.settings.precision}"
+        )
     yield f"op: {op.name} ({op.reason})"
     if checked:
         yield checked

@@ -12,9 +12,10 @@ from rwkv_peft.checkpoint.adapter import attach_saved, to_saved
 from rwkv_peft.checkpoint.apart import merge_apart
 from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.folder import SavedAdapter, write_folder
-from rwkv_peft.checkpoint.merge import MergeReport, merge
+from rwkv_peft.checkpoint.merge import merge
 from rwkv_peft.checkpoint.older import LegacyAdapterHints
 from rwkv_peft.checkpoint.pth import STATE_SUFFIX, read_weights, write_like
+from rwkv_peft.checkpoint.report import MergeReport
 from rwkv_peft.checkpoint.stream import Spec, write_tensors
 from rwkv_peft.checkpoint.trial import try_cycle
 from rwkv_peft.data.batching import Batch
@@ -154,7 +155,7 @@ class Weights:
     def __init__(self, settings: Settings, model: RWKV, base: Base, steps: int) -> None:
         self._settings, self._model, self._base = settings, model, base
         self.initial_values: Mapping[str, Tensor] = {}
-        own = list(model.parameters())
+        own: list[Tensor] = [*model.parameters(), *model.buffers()]
         if settings.load_adapter:
             attachment, self.initial_values = attach_saved(
                 model,

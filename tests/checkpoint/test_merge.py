@@ -14,8 +14,8 @@ from torch import Tensor
 import rwkv_peft
 from rwkv_peft.checkpoint.adapter import write_adapter
 from rwkv_peft.checkpoint.compare import Comparison, draw_sample
-from rwkv_peft.checkpoint.merge import MergeReport
 from rwkv_peft.checkpoint.pth import read_weights
+from rwkv_peft.checkpoint.report import MergeReport
 from rwkv_peft.checkpoint.state import write_state
 from rwkv_peft.errors import CheckpointError
 from rwkv_peft.methods.attach import attach

@@ -13,7 +13,7 @@ import yaml
 
 from rwkv_peft.checkpoint.older import LegacyAdapterHints
 from rwkv_peft.cli.legacy.methods import NAMING, OPTIONS
-from rwkv_peft.cli.legacy.train import DEAD, FIXED, MODEL_FLAGS, UNBUILT, translate_train
+from rwkv_peft.cli.legacy.train import DEAD, FIXED, MODEL_FLAGS, translate_train
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import UNSAVED, TrainConfig
 from rwkv_peft.errors import ConfigError
@@ -38,6 +38,11 @@ TRANSLATIONS = {
     "--fla --op torch": "--op torch",
     "--op cuda": "--op cuda",
     "--quant none": "",
+    "--quant 4bit": "--quant nf4",
+    "--quant 8bit": "--quant int8",
+    "--quant int8": "--quant int8",
+    "--quant nf4": "--quant nf4",
+    "--quant fp4": "--quant fp4",
     "--wandb ''": "",
     "--my_exit 99999999 --my_exit_tokens 0": "",
     "--my_exit 3 --epoch_begin 1 --epoch_count 9": "--epoch_begin 1 --epoch_count 2",
@@ -204,7 +209,6 @@ def test_the_config_of_another_method_is_noted() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["--quant", "nf4"], "--quant nf4: quantised weights are not built yet: leave it out"),
         (["--lora_config", "{lora_r:8}"], r"--lora_config: got \{lora_r:8\}, allowed is JSON"),
         (["--lora_config"], "--lora_config: got nothing, allowed is JSON"),
         (
@@ -254,8 +258,7 @@ def test_a_script_of_old_runs(
 def test_every_flag_of_today_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
     for name in parse(TrainConfig, [], command="train").__dataclass_fields__:
-        if name not in UNBUILT:
-            assert translate_train([f"--{name}", "7"]).arguments[0] == f"--{name}", name
+        assert translate_train([f"--{name}", "7"]).arguments[0] == f"--{name}", name
 
 
 def test_flags_of_the_model_are_taken_out_and_the_last_word_counts(tmp_path: Path) -> None:
@@ -363,13 +366,13 @@ def test_old_keys_of_a_yaml_file_are_translated(case: str, tmp_path: Path) -> No
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-def test_a_dead_key_of_a_yaml_file_is_noted_and_an_unbuilt_one_refused(tmp_path: Path) -> None:
+def test_a_dead_key_of_a_yaml_file_is_noted_and_an_old_value_translated(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("pre_ffn: 0\n")
     _, notes, _ = translate_train(["--config", str(tmp_path / "run.yaml")])
     assert notes == ["--pre_ffn has no effect: RWKV-5, 6 and 7 have no such part"]
-    (tmp_path / "run.yaml").write_text("quant: nf4\n")
-    with pytest.raises(ConfigError, match="--quant nf4: quantised weights are not built"):
-        translate_train(["--config", str(tmp_path / "run.yaml")])
+    (tmp_path / "run.yaml").write_text("quant: 4bit\n")
+    arguments, _, _ = translate_train(["--config", str(tmp_path / "run.yaml")])
+    assert parse(TrainConfig, arguments, command="train").quant == "nf4"
 
 
 def test_what_an_old_adapter_file_lacks_has_one_list_of_names() -> None:

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rwkv_peft.checkpoint.merge import REPORT
 from rwkv_peft.checkpoint.pth import read_weights, write_weights
+from rwkv_peft.checkpoint.report import REPORT
 
 Cli = Callable[..., SimpleNamespace]
 COMMANDS = ("merge", "state", "convert", "old", "init", "prepare", "again")

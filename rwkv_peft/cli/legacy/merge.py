@@ -25,7 +25,7 @@ def translate_merge(arguments: Sequence[str]) -> Translation:
     """The arguments of an old merge script, in any of their forms, in today's flags.
 
     Raises:
-        ConfigError: it asks for a merge into quantised weights, or of an unknown type.
+        ConfigError: it asks for a merge of an unknown type.
     """
     switches = [a for a in arguments if a in ("--use-gpu", "--use_gpu")]
     positional, flags = split_arguments([a for a in arguments if a not in switches])
@@ -39,10 +39,7 @@ def translate_merge(arguments: Sequence[str]) -> Translation:
     notes = [f"--{name} has no effect: {DEAD[name]}" for name in dead]
     given = {name: " ".join(words) for name, words in flags}
     if given.get("quant", "none").lower() not in ("", "none"):
-        raise ConfigError(
-            f"--quant {given['quant']}: a merge into weights as they were quantised is not built "
-            "yet: leave it out, which adds the adapter to the weights as they are in the file"
-        )
+        notes.append("--quant has no effect: an adapter notes how its base was stored in training")
     kind = given.get("type", "").lower()
     if kind and kind not in TYPES:
         raise ConfigError(f"--type {given['type']}: there are {', '.join(TYPES)}")

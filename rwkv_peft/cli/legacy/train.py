@@ -58,6 +58,8 @@ REPLACED = {
     **{("precision", n): "fp16" for n in ("float16", "16", "16-mixed", "16-true", "half")},
     **{("precision", n): "fp32" for n in ("float32", "32", "32-true", "float")},
     ("train_type", "states"): "state",
+    ("quant", "4bit"): "nf4",
+    ("quant", "8bit"): "int8",
     ("warmup_steps", "-1"): "0",
     ("epoch_save", "0"): "99999999",
 }
@@ -66,11 +68,6 @@ FIXED = {"head_size_divisor": "8"}
 # flags that say what the model's file says too -> the field of ModelConfig they must agree with
 MODEL_FLAGS = {n: n for n in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn")}
 MODEL_FLAGS |= {"head_size_a": "head_size", "my_testing": "version"}
-# flags of features that are not built yet
-UNBUILT = {
-    "quant": "quantised weights are not built yet: leave it out; memory is saved by --grad_cp 1 "
-    "and a smaller --micro_bsz or --ctx_len"
-}
 
 
 def translate_train(arguments: Sequence[str]) -> Translation:
@@ -80,7 +77,7 @@ def translate_train(arguments: Sequence[str]) -> Translation:
     others are left out with a note each.
 
     Raises:
-        ConfigError: a flag asks for a feature that is not built, or its value cannot be read.
+        ConfigError: a value cannot be read.
     """
     positional, flags = split_arguments(arguments)
     notes: list[str] = []
@@ -142,8 +139,6 @@ def _translate_flags(flags: Flags, notes: list[str], said: dict[str, str]) -> Fl
     flags = [f for f in flags if f[0] not in DEAD and (f[0], " ".join(f[1])) not in NEUTRAL]
     for name, words in flags:
         given = " ".join(words)
-        if name in UNBUILT:
-            raise ConfigError(f"--{name} {given}: {UNBUILT[name]}")
         if name in FIXED and given != FIXED[name]:
             raise ConfigError(f"--{name}: got {given or 'nothing'}, allowed is {FIXED[name]}")
         if name in MODEL_FLAGS:

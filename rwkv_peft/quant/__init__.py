@@ -1,0 +1,56 @@
+"""Frozen weights stored in 8 or 4 bits: `--quant`.
+
+The projections of time mixing and channel mixing are stored; embedding, head, norms, low-rank maps
+and vectors stay as they are. A weight is dequantised to the dtype of the activations for each
+product, forward and for the gradient of the input; what backward keeps is the stored form.
+
+| name | storage | numbers |
+|---|---|---|
+| int8 | int8 (out, in), a float32 scale a row | round(w / scale), scale = largest / 127 |
+| nf4 | two numbers a byte, a float32 scale for 64 | the nearest of 16 quantiles of a normal |
+| fp4 | as nf4 | the nearest of 16 numbers of 4-bit floating point |
+
+nf4 and fp4 have the layout and the numbers of bitsandbytes, without its nested scales.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_peft.models.frozen import FrozenLinear
+from rwkv_peft.quant.linear import FP4Linear, Int8Linear, NF4Linear, QuantisedLinear
+
+STORAGES: dict[str, type[QuantisedLinear]] = {
+    layer.storage: layer for layer in (Int8Linear, NF4Linear, FP4Linear)
+}
+
+
+class Storage(NamedTuple):
+    """How weights are stored.
+
+    Attributes:
+        name: of `STORAGES`.
+        dtype: to which they are dequantised.
+    """
+
+    name: str
+    dtype: torch.dtype
+
+
+def quantise(weight: Tensor, storage: Storage) -> QuantisedLinear:
+    """A frozen layer that stores a dense weight (out, in)."""
+    return STORAGES[storage.name](weight, storage.dtype)
+
+
+def round_trip(weight: Tensor, storage: Storage) -> Tensor:
+    """A dense weight as a layer that stores it computes with it."""
+    return quantise(weight, storage).dense()
+
+
+def stored_layers(model: nn.Module) -> Iterator[tuple[str, FrozenLinear]]:
+    """The layers of a plain model that `--quant` stores, by name: all projections but the head."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, FrozenLinear) and name.startswith("blocks."):
+            yield name, layer

@@ -1,0 +1,237 @@
+"""Frozen layers whose weight is stored in 8 or 4 bits."""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv_peft.models.frozen import FrozenLinear
+
+# numbers that share a scale, as in bitsandbytes
+BLOCK = 64
+# the 16 numbers of a code by their places: quantiles of a normal (QLoRA, arXiv 2305.14314), and a
+# sign, two bits of exponent and one of mantissa, over the largest
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+       0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+       0.7229568362236023, 1.0)  # fmt: skip
+_FP4_HALF = tuple(x / 12 for x in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
+CODES = {"nf4": NF4, "fp4": (*_FP4_HALF, *(-x if x else x for x in _FP4_HALF))}
+
+
+class QuantisedLinear(FrozenLinear):
+    """y = x W^T for a weight in fewer bits: `weight` is packed, `scale` has its float32 scales.
+
+    Both are plain frozen tensors. Stored is what the dense weight has in float32, whatever the
+    dtype of the products, so that another machine stores the same.
+    """
+
+    scale: Tensor
+    # the largest stored number
+    _top = 1
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        """Stores a dense weight (out, in); products are of `dtype`."""
+        with torch.device("meta"):
+            super().__init__(weight.shape[1], weight.shape[0])
+        self._dtype = dtype
+        packed, scale = self._pack(weight.detach().float())
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    @staticmethod
+    def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that the weight is dequantised to."""
+        return self._dtype
+
+    @property
+    def largest(self) -> Tensor:
+        """The largest magnitudes of the dense weight, a scale each; not finite if it is not."""
+        return (self.scale * self._top).to(self._dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T of the last dimension of x, of which backward keeps the stored weight alone."""
+        y: Tensor = torch.ops.rwkv_peft.stored_product(
+            x, self.weight, self.scale, self.storage, self.out_features, self._dtype
+        )
+        return y
+
+    def add_product(self, y: Tensor, x: Tensor) -> Tensor:
+        """See `FrozenLinear`."""
+        return y.addmm_(x, self.dense().t())
+
+    def add_transposed(self, dx: Tensor, dy: Tensor) -> Tensor:
+        """See `FrozenLinear`."""
+        return dx.addmm_(dy, self.dense())
+
+    def store(self, weight: Tensor) -> None:
+        """Stores another dense weight (out, in)."""
+        packed, scale = self._pack(weight.detach().float())
+        self.weight.data, self.scale = packed, scale
+
+
+class Int8Linear(QuantisedLinear):
+    """Whole numbers of 8 bits with one scale for each row."""
+
+    storage = "int8"
+    _top = 127
+
+    @staticmethod
+    def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        # a row of zeros has no scale to divide by
+        packed = (weight / torch.where(scale == 0, 1, scale)).round_().clamp_(-127, 127)
+        return packed.to(torch.int8), scale
+
+    def dense(
+        self, dtype: torch.dtype | None = None, rows: slice = slice(None), *, copy: bool = False
+    ) -> Tensor:
+        """See `FrozenLinear`; always a tensor of its own."""
+        found = dequantise_rows(self.weight.detach()[rows], self.scale[rows], self._dtype)
+        return found.to(dtype or self._dtype)
+
+
+class _BlockLinear(QuantisedLinear):
+    """Codes of 4 bits, two a byte, the first in the upper half: `weight` is (out * in / 2, 1)."""
+
+    def dense(
+        self, dtype: torch.dtype | None = None, rows: slice = slice(None), *, copy: bool = False
+    ) -> Tensor:
+        """See `FrozenLinear`; always a tensor of its own."""
+        first, last, _ = rows.indices(self.out_features)
+        width = self.in_features
+        start, end = first * width, max(first, last) * width
+        # from the block that the first row begins in
+        at = start // BLOCK
+        packed = self.weight.detach()[at * BLOCK // 2 : -(-end // 2)]
+        flat = dequantise_blocks(packed, self.scale[at:], self.storage, self._dtype)
+        found = flat[start - at * BLOCK : end - at * BLOCK].view(-1, width)
+        return found.to(dtype or self._dtype)
+
+
+class NF4Linear(_BlockLinear):
+    """The nearest of 16 quantiles of a normal, times the largest of 64 numbers."""
+
+    storage = "nf4"
+
+    @staticmethod
+    def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+        return pack_blocks(weight, "nf4")
+
+
+class FP4Linear(_BlockLinear):
+    """The nearest of 16 numbers of 4-bit floating point, times the largest of 64 numbers."""
+
+    storage = "fp4"
+
+    @staticmethod
+    def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+        return pack_blocks(weight, "fp4")
+
+
+def pack_blocks(weight: Tensor, storage: str) -> tuple[Tensor, Tensor]:
+    """Codes (numbers / 2, 1) and scales (blocks,) of a float32 tensor, in its order in memory."""
+    flat = weight.flatten()
+    blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    scale = blocks.abs().amax(1)
+    # multiplied by the reciprocal, as bitsandbytes does, and not divided: that rounds otherwise
+    shares = (blocks * (1 / scale.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
+    code = torch.tensor(CODES[storage], device=weight.device)
+    order = code.argsort(stable=True)
+    middles = (code[order[:-1]] + code[order[1:]]) / 2
+    places = torch.bucketize(shares.flatten()[: len(flat)], middles, out_int32=True)
+    codes = order.to(torch.uint8)[places]
+    codes = F.pad(codes, (0, len(flat) % 2)).view(-1, 2)
+    return ((codes[:, 0] << 4) | codes[:, 1]).unsqueeze(1), scale
+
+
+def dequantise_rows(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The dense rows of int8 numbers (rows, in) and their scales (rows, 1)."""
+    return (packed.float() * scale).to(dtype)
+
+
+def dequantise_blocks(packed: Tensor, scale: Tensor, storage: str, dtype: torch.dtype) -> Tensor:
+    """The numbers of 4-bit codes, flat, that begin with a block; `scale` may be of more blocks."""
+    values = _pairs(storage, packed.device).index_select(0, packed.flatten().int()).flatten()
+    count = len(values)
+    blocks = F.pad(values, (0, -count % BLOCK)).view(-1, BLOCK)
+    return blocks.mul_(scale[: len(blocks), None]).to(dtype).flatten()[:count]
+
+
+@cache
+def _pairs(storage: str, device: torch.device) -> Tensor:
+    """The two numbers (256, 2) of each byte."""
+    with torch.inference_mode(False):
+        code = torch.tensor(CODES[storage], device=device)
+        return torch.stack((code.repeat_interleave(16), code.repeat(16)), 1)
+
+
+def dequantise(
+    packed: Tensor, scale: Tensor, storage: str, rows: int, dtype: torch.dtype
+) -> Tensor:
+    """The dense weight (rows, in) of a stored one."""
+    if storage == "int8":
+        return dequantise_rows(packed, scale, dtype)
+    return dequantise_blocks(packed, scale, storage, dtype).view(rows, -1)
+
+
+# single operations to a compiler, which would else keep the dense weight for backward
+_library = torch.library.Library("rwkv_peft", "FRAGMENT")
+
+
+def _product(
+    x: Tensor, packed: Tensor, scale: Tensor, storage: str, rows: int, dtype: torch.dtype
+) -> Tensor:
+    return F.linear(x, dequantise(packed, scale, storage, rows, dtype).to(x.dtype))
+
+
+def _fake_product(x: Tensor, packed: Tensor, scale: Tensor, storage: str, rows: int, _: Any) -> Any:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _transposed(
+    dy: Tensor, packed: Tensor, scale: Tensor, storage: str, width: int, dtype: torch.dtype
+) -> Tensor:
+    dense = dequantise(packed, scale, storage, dy.shape[-1], dtype).to(dy.dtype)
+    return torch.matmul(dy, dense)
+
+
+def _fake_transposed(
+    dy: Tensor, packed: Tensor, scale: Tensor, storage: str, width: int, _: Any
+) -> Any:
+    return dy.new_empty((*dy.shape[:-1], width))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, scale, ctx.storage, _, ctx.dtype = inputs
+    ctx.width = x.shape[-1]
+    ctx.save_for_backward(packed, scale)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    packed, scale = ctx.saved_tensors
+    dx = torch.ops.rwkv_peft.stored_transposed(dy, packed, scale, ctx.storage, ctx.width, ctx.dtype)
+    return dx, None, None, None, None, None
+
+
+def _register() -> None:
+    given = "Tensor packed, Tensor scale, str storage, int width, ScalarType dtype"
+    for name, first, function, fake in (
+        ("stored_product", "x", _product, _fake_product),
+        ("stored_transposed", "dy", _transposed, _fake_transposed),
+    ):
+        _library.define(f"{name}(Tensor {first}, {given}) -> Tensor")
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"rwkv_peft::{name}", fake, lib=_library)
+    torch.library.register_autograd(
+        "rwkv_peft::stored_product", _gradients, setup_context=_setup_context, lib=_library
+    )
+
+
+_register()

@@ -1,0 +1,102 @@
+"""Stored weights: bitsandbytes' numbers, products in float64, and what backward keeps."""
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from torch import Tensor, nn
+
+from rwkv_peft.quant import STORAGES, Storage, quantise, round_trip
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# out, in: blocks that end with rows, that cross them, and a last one that is not full
+SHAPES = ((128, 64), (64, 256), (7, 192), (128, 96), (100, 100))
+
+
+def weight(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    made = torch.randn(shape, generator=generator) / 8
+    # zeros, one number far from all others, and numbers near the smallest
+    made[0], made[1, 3], made[2] = 0, 40, made[2] * 1e-6
+    return made.to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_4_bits_are_those_of_bitsandbytes(
+    name: str, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    w = weight(shape, dtype)
+    packed, state = quantize_4bit(w, blocksize=64, quant_type=name)
+    layer = quantise(w, Storage(name, dtype))
+    assert torch.equal(layer.weight, packed) and torch.equal(layer.scale, state.absmax)
+    assert torch.equal(layer.dense(), dequantize_4bit(packed, state))
+    assert layer.num_bytes == packed.nbytes + state.absmax.nbytes
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_is_off_by_half_a_step_of_its_row(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    w = weight(shape, dtype)
+    layer = quantise(w, Storage("int8", dtype))
+    step = w.double().abs().amax(1, keepdim=True) / 127
+    eps = torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps
+    error = (layer.dense().double() - w.double()).abs()
+    # half a step, the rounding of the result, and in fp16 of what is below its smallest number
+    assert (error <= step / 2 * (1 + 1e-4) + eps * w.double().abs() + eps * step + 1e-7).all()
+    assert layer.num_bytes == w.numel() + 4 * shape[0]
+
+
+@pytest.mark.parametrize("name", STORAGES)
+def test_rows_are_those_of_the_whole(name: str) -> None:
+    for shape in SHAPES:
+        layer = quantise(weight(shape, torch.float32), Storage(name, torch.bfloat16))
+        whole = layer.dense()
+        for rows in (slice(0, 2), slice(3, 6), slice(5, 10_000), slice(2, 2), slice(None)):
+            assert torch.equal(layer.dense(rows=rows), whole[rows])
+            assert torch.equal(layer.dense(torch.float32, rows), whole[rows].float())
+        # storing what was stored changes nothing that 8 bits tell apart
+        if name == "int8":
+            layer.store(layer.dense(torch.float32))
+            torch.testing.assert_close(layer.dense(), whole, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("name", STORAGES)
+def test_products_are_those_of_the_dense_weight_and_only_the_stored_one_is_kept(
+    name: str, is_compiled: bool
+) -> None:
+    layer = quantise(weight((128, 192), torch.float32), Storage(name, torch.float32))
+    kept: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    call = torch.compile(layer, backend="aot_eager", fullgraph=True) if is_compiled else layer
+    x = torch.randn(2, 5, 192, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    dy = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(2))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        y = call(x)
+    y.backward(dy)
+    dense = layer.dense(torch.float64)
+    # 192 products of float32 in any order
+    budget = 192 * torch.finfo(torch.float32).eps
+    for found, left, right in (
+        (y.detach(), x.detach().double(), dense.T),
+        (x.grad, dy.double(), dense),
+    ):
+        assert found is not None
+        assert ((found - left @ right).abs() <= budget * (left.abs() @ right.abs())).all()
+    assert kept and all(k.numel() < dense.numel() or k.dtype == torch.int8 for k in kept)
+
+
+@pytest.mark.parametrize("name", STORAGES)
+def test_a_stored_layer_has_two_plain_frozen_tensors(name: str) -> None:
+    layer = quantise(weight((64, 64), torch.float32), Storage(name, torch.float32))
+    tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    assert tensors.keys() == {"weight", "scale"}
+    assert type(layer.weight) is nn.Parameter and type(layer.scale) is Tensor
+    assert not any(x.requires_grad or x.is_meta for x in tensors.values())
+    assert torch.equal(round_trip(torch.zeros(8, 64), Storage(name, torch.float16)),
+                       torch.zeros(8, 64, dtype=torch.float16))  # fmt: skip
