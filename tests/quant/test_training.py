@@ -12,9 +12,11 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 
 import rwkv_peft
+from rwkv_peft.checkpoint.older import LegacyAdapterHints
 from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights, write_weights
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import CheckpointError, ConfigError
+from rwkv_peft.exports.source import open_source
 from rwkv_peft.methods.attach import attach
 from rwkv_peft.methods.catalog import method_names
 from rwkv_peft.methods.stored import SERVED
@@ -283,3 +285,16 @@ def test_a_base_that_is_not_finite_or_not_in_fp16_is_refused(
     what = "too large for" if value == 1e6 else "NaN or infinity in"
     with pytest.raises(CheckpointError, match=rf"{what}.*|blocks.1.ffn.key.weight.*{what}"):
         train(broken)
+
+
+def test_an_export_has_the_base_as_it_was_trained(config: TrainConfig, tmp_path: Path) -> None:
+    options = {"r": 4, "target_modules": ["receptance"]}
+    train(replace(config, peft_config=options))
+    merged = {n: x.float() for n, x in read_weights(tmp_path / "run/rwkv-1.pth").items()}
+    adapter = tmp_path / "run/rwkv-1-adapter"
+    source = open_source(adapter, config.load_model, LegacyAdapterHints(), force=False)
+    assert source.tensors.keys() == merged.keys()
+    for name, x in source.tensors.items():
+        found = torch.cat([piece.float() for piece in x.pieces()])
+        # the merged file is rounded to bf16, the dtype of the base's file
+        assert torch.equal(found.bfloat16().float(), merged[name]), name
