@@ -45,9 +45,10 @@ def variants(op: str) -> Iterator[Variant]:
     ("op", "target", "shared"),
     # those of WKV-7 have not been made to fit into what AMD has
     [
-        (op, *found)
+        # the first is the most usual; each takes half a minute
+        pytest.param(op, *found, marks=[pytest.mark.slow] if number else [])
         for op in OPERATORS
-        for found in (NVIDIA if op == "wkv7" else NVIDIA | AMD).items()
+        for number, found in enumerate((NVIDIA if op == "wkv7" else NVIDIA | AMD).items())
     ],
 )
 def test_kernels_compile_and_fit_into_shared_memory(

@@ -15,8 +15,14 @@ from tests.methods.test_catalog import CASES
 LITTLE = ("adalora", "c3a", "ia3", "pvera", "road", "tinylora", "unilora", "vera")
 
 
+# they take a minute each
+SLOW = ("boft", "hra")
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=[pytest.mark.slow] if x in SLOW else []) for x in CASES]
+)
 def test_a_method_learns_in_bf16(
     case: str, make_model_file: Callable[..., Path], data_file: Path, tmp_path: Path
 ) -> None:
