@@ -1,6 +1,5 @@
 """The loss of a language model over hidden states, with the head run in chunks of rows."""
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from rwkv_peft.models.compile import compile_function
 
 # largest number of logits that exist at once; compiled, they need no float32 copies
 MAX_LOGITS, MAX_COMPILED = 1 << 24, 1 << 25
+_compile = cache(compile_function)
 
 
 class LossSums(NamedTuple):
@@ -54,7 +54,7 @@ def head_loss(
     if weights is None:
         weights = torch.ones_like(targets, dtype=torch.promote_types(rows.dtype, torch.float))
     size = (MAX_COMPILED if is_compiled else MAX_LOGITS) // getattr(head, "out_features", 65536)
-    losses = _compile_losses() if is_compiled else losses_of
+    losses = _compile(losses_of) if is_compiled else losses_of
     return LossSums(
         *_HeadLoss.apply(rows, targets, weights, head, l2wrap, losses, max(1, size), *parameters)
     )
@@ -91,11 +91,6 @@ def losses_of(
         gradient.addcmul_(is_top, l2wrap * top / is_top.sum(-1, keepdim=True))
     gradient.mul_(weights.unsqueeze(-1)).masked_fill_(unused.unsqueeze(-1), 0)
     return torch.stack((objective, cross_entropy)), gradient.to(logits.dtype)
-
-
-@cache
-def _compile_losses() -> Callable[..., tuple[Tensor, Tensor]]:
-    return compile_function(losses_of)
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -29,7 +29,7 @@ def storage_of(note: Mapping[str, Any], path: object) -> Storage | None:
     if name not in STORAGES or dtype not in map(dtype_of, ("fp32", "bf16", "fp16")):
         raise CheckpointError(
             f"{path} notes {str(found)[:80]} as the form of its base, and known are "
-            f"{', '.join(STORAGES)}: update this program, or give --merge_base original"
+            f"{', '.join(STORAGES)}: update this program"
         )
     return Storage(name, dtype)
 

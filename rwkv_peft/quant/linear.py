@@ -138,7 +138,7 @@ class FP4Linear(_BlockLinear):
 def pack_blocks(weight: Tensor, storage: str) -> tuple[Tensor, Tensor]:
     """Codes (numbers / 2, 1) and scales (blocks,) of a float32 tensor, in its order in memory."""
     flat = weight.flatten()
-    blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    blocks = _fill_up(flat).view(-1, BLOCK)
     scale = blocks.abs().amax(1)
     # multiplied by the reciprocal, as bitsandbytes does, and not divided: that rounds otherwise
     shares = (blocks * (1 / scale.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
@@ -160,8 +160,14 @@ def dequantise_blocks(packed: Tensor, scale: Tensor, storage: str, dtype: torch.
     """The numbers of 4-bit codes, flat, that begin with a block; `scale` may be of more blocks."""
     values = _pairs(storage, packed.device).index_select(0, packed.flatten().int()).flatten()
     count = len(values)
-    blocks = F.pad(values, (0, -count % BLOCK)).view(-1, BLOCK)
+    blocks = _fill_up(values).view(-1, BLOCK)
     return blocks.mul_(scale[: len(blocks), None]).to(dtype).flatten()[:count]
+
+
+def _fill_up(x: Tensor) -> Tensor:
+    """Numbers with zeros behind them, in whole blocks."""
+    # padding by nothing is a copy
+    return F.pad(x, (0, -len(x) % BLOCK)) if len(x) % BLOCK else x
 
 
 @cache
