@@ -14,6 +14,7 @@ a table and, beside it, as FILE.json. On a CPU, where nobody counts memory, only
 """
 
 import argparse
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +132,8 @@ class Bench:
         """Seconds of the last of some steps, and peaks of memory over all."""
         step, has_peak = self.step(way, tokens), self.device.type == "cuda"
         if has_peak:
+            # graphs of the last way lie in circles of objects
+            gc.collect()
             torch.accelerator.empty_cache()
             torch.accelerator.reset_peak_memory_stats()
             torch.cuda.reset_peak_host_memory_stats()

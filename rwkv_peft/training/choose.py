@@ -274,7 +274,7 @@ def _choose_step(chooser: _Chooser, facts: Facts, positions: int) -> None:
             "the run is long" if is_long else "the run is short",
         )
     chooser.choose("compile", int(compiles), reason)
-    captures = has_graphs(facts.device) and not _is_infctx(values)
+    captures = has_graphs(facts.device)
     reason = "the host would hold up the device" if captures else "there is nothing to capture"
     if captures and values["peft"] not in CAPTURED:
         captures, reason = False, f"{values['peft']} was not measured so: 1 asks for it"

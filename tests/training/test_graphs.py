@@ -117,7 +117,7 @@ def test_few_shapes_come_and_none_is_longer_than_a_row() -> None:
         ({"peft": "vera"}, 0),
         ({"peft": "adalora", "cuda_graph": 1}, 1),
         ({"peft": "lora", "cuda_graph": 0}, 0),
-        ({"train_type": "infctx"}, 0),
+        ({"train_type": "infctx"}, 1),
     ],
 )
 def test_what_was_compared_on_a_gpu_is_captured_where_a_device_can(
