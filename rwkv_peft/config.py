@@ -1,7 +1,7 @@
 """The settings of a training run, with RWKV-PEFT's names: fields, YAML keys and flags are the same.
 
 A field that is None (or 'auto') is chosen when the model and the data are known, in
-`training.plan`; the choice is printed with its reason and saved with the run.
+`training.choose`; the choice is printed with its reason and saved with the run.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.guard import require_paths
@@ -48,9 +48,12 @@ DataType = Literal[
 def require_finite(options: Any) -> None:
     """Raises ConfigError if a dataclass of options holds NaN or infinity, however deep.
 
-    Nor does anything here count with whole numbers of more than 64 bits.
+    Nor does anything here count with whole numbers of more than 64 bits, or take nothing for a
+    value, as `null` in a file gives it, where that has no meaning.
     """
     for item in fields(options):
+        if getattr(options, item.name) is None and type(None) not in get_args(item.type):
+            raise ConfigError(f"--{item.name}: got nothing: leave it out, and it has its default")
         for where, value in _iterate_values(f"--{item.name}", getattr(options, item.name)):
             if isinstance(value, int):
                 if abs(value) >= 2**63:

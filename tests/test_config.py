@@ -102,3 +102,18 @@ def test_nor_does_another_command(
     done = cli(*(names.get(word, word) for word in words))
     assert done.code == 2, done.err
     assert done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(TrainConfig)])
+def test_nothing_is_no_value_but_where_it_leaves_a_choice_open(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{name}: null\n")
+    (found,) = (f for f in fields(TrainConfig) if f.name == name)
+    if any(x in str(found.type) for x in ("None", "Optional")):
+        assert getattr(parse(TrainConfig, ["--config", str(path)], command="train"), name) is None
+        return
+    with pytest.raises(ConfigError, match=name) as caught:
+        parse(TrainConfig, ["--config", str(path)], command="train")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=f"^--{name}: got nothing"):
+        TrainConfig(**{name: None})

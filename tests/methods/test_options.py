@@ -12,7 +12,7 @@ import rwkv_peft
 from rwkv_peft.checkpoint.adapter import attach_saved, write_adapter
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods.attach import attach
-from rwkv_peft.methods.catalog import method_config
+from rwkv_peft.methods.catalog import check_saved, method_config
 from tests.methods.test_catalog import TOKENS, VERSIONS, moved
 
 MakeModel = Callable[..., Path]
@@ -137,6 +137,12 @@ def test_a_value_of_a_wrong_type_or_size_is_one_line(model_file: Path) -> None:
         with pytest.raises(ConfigError, match=message) as caught:
             attach(rwkv_peft.load_model(model_file), method, options)
         assert "\n" not in str(caught.value), options
+
+
+def test_a_method_with_an_endless_name_is_one_short_line() -> None:
+    with pytest.raises(ConfigError, match=r"^its method x+: no such method") as caught:
+        check_saved({"peft_type": "x" * 100_000})
+    assert len(str(caught.value)) < 2000
 
 
 def test_numbers_that_peft_declares_whole_may_be_any() -> None:
