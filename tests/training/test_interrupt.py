@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rwkv_peft.training import run as training
 from rwkv_peft.training.interrupt import SIGNALS, Interrupt
 from rwkv_peft.training.run import train
 from rwkv_peft.training.step import full_step
+from rwkv_peft.training.validator import Validator
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
 
@@ -102,6 +104,30 @@ def test_a_signal_in_a_save_lets_it_end(
     assert (result.proj_dir / "rwkv-0.pth").exists()
     assert (result.proj_dir / "rwkv-0-adapter" / "adapter_model.safetensors").exists()
     assert not [p for p in result.proj_dir.rglob(".*")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP])
+def test_a_signal_in_an_evaluation_saves_and_the_run_goes_on(
+    number: int, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, val_split=0.3, val_every_steps=1)
+    whole = train(replace(config, proj_dir=f"{config.proj_dir} whole"))
+    evaluate, calls = Validator.evaluate, []
+
+    def interrupted(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            signal.raise_signal(signal.Signals(number))
+        evaluate(*args)
+
+    monkeypatch.setattr(Validator, "evaluate", interrupted)
+    result = train(config)
+    assert result.signal == number
+    assert 0 < result.steps < whole.steps
+    assert not [p for p in result.proj_dir.rglob(".*") if p.name != ".run.lock"]
+    resumed = train(replace(config, resume="auto"))
+    assert resumed.weights and whole.weights
+    assert resumed.weights.read_bytes() == whole.weights.read_bytes()
 
 
 def test_a_second_ctrl_c_stops_at_once_and_an_ignored_signal_stays_ignored() -> None:
