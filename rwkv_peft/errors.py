@@ -1,8 +1,18 @@
 """The exceptions of RWKV-PEFT. The command line prints their message as one line and exits 2."""
 
+# letters of a message: what it says of begins and ends it, a file's endless text fills its middle
+BEGINNING, END = 1500, 500
+
 
 class RwkvPeftError(Exception):
     """Base of every error a user can cause and mend; its message says what to do."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) <= BEGINNING + END:
+            return text
+        left_out = len(text) - BEGINNING - END
+        return f"{text[:BEGINNING]} [{left_out:,} letters left out] {text[-END:]}"
 
 
 class ConfigError(RwkvPeftError, ValueError):

@@ -117,7 +117,7 @@ def check_saved(values: Mapping[str, Any]) -> None:
     if not isinstance(given, str):
         raise ConfigError("its config is no object with a peft_type")
     name = given.lower()
-    config_class = _find_config(name, f"its method {name[:40]}")
+    config_class = _find_config(name, f"its method {name}")
     known = [f.name for f in fields(config_class) if f.init]
     build_options(config_class, {k: x for k, x in values.items() if k in known}, known)
 

@@ -140,9 +140,11 @@ def test_a_value_of_a_wrong_type_or_size_is_one_line(model_file: Path) -> None:
 
 
 def test_a_method_with_an_endless_name_is_one_short_line() -> None:
-    with pytest.raises(ConfigError, match=r"^its method x+: no such method") as caught:
+    with pytest.raises(ConfigError) as caught:
         check_saved({"peft_type": "x" * 100_000})
-    assert len(str(caught.value)) < 2000
+    text = str(caught.value)
+    assert text.startswith("its method xxx") and "letters left out" in text
+    assert text.endswith(method_names()[-1]) and len(text) < 3000
 
 
 def test_numbers_that_peft_declares_whole_may_be_any() -> None:
