@@ -37,10 +37,11 @@ class Memory:
         """Takes up what `read` gave.
 
         Raises:
-            KeyError: for other tensors of as many dimensions it gave other things.
+            KeyError: for other tensors of this kind it gave other things.
         """
         state = self.optimizer.state
-        alike = (held for x, held in state.items() if held and x.ndim == self.stepped.ndim)
+        kind = self._kind(self.stepped)
+        alike = (held for x, held in state.items() if held and self._kind(x) == kind)
         if values and (first := next(alike, values)).keys() != values.keys():
             raise KeyError(f"of a tensor there is {', '.join(values)}, not {', '.join(first)}")
         held = state[self.stepped]
@@ -53,6 +54,12 @@ class Memory:
                     self.stepped, dtype=torch.float32, memory_format=torch.contiguous_format
                 )
             self.flat.part(held[key], self.index).copy_(x)
+
+    def _kind(self, x: Tensor) -> tuple[int, bool]:
+        """What decides which things an optimizer remembers of a tensor."""
+        # of small ones bitsandbytes keeps no moments in 8 bits
+        small = getattr(getattr(self.optimizer, "args", None), "min_8bit_size", 0)
+        return x.ndim, x.numel() < small
 
 
 class Computed(Mapping[str, _T]):

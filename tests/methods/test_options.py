@@ -144,7 +144,7 @@ def test_a_method_with_an_endless_name_is_one_short_line() -> None:
         check_saved({"peft_type": "x" * 100_000})
     text = str(caught.value)
     assert text.startswith("its method xxx") and "letters left out" in text
-    assert text.endswith(method_names()[-1]) and len(text) < 3000
+    assert text.endswith("waveft") and len(text) < 3000
 
 
 def test_numbers_that_peft_declares_whole_may_be_any() -> None:
