@@ -17,7 +17,6 @@ from rwkv_peft.checkpoint.adapter import read_adapter
 from rwkv_peft.checkpoint.pth import read_weights
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import ConfigError
-from rwkv_peft.loss import losses_of
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.compile import compile_blocks
 from rwkv_peft.training.prepare import prepare_run
@@ -368,7 +367,7 @@ def test_evaluation_compiles_nothing_more(
         "rwkv_peft.training.prepare.compile_blocks", partial(compile_blocks, backend="eager")
     )
     # the losses of the head are compiled by inductor, which takes longer than all else
-    monkeypatch.setattr("rwkv_peft.loss._compile_losses", lambda: losses_of)
+    monkeypatch.setattr("rwkv_peft.loss._compile", lambda function: function)
     counts, adapters = [], []
     changes = {"compile": 1, "merge": 0, "epoch_count": 1}
     watched = {"val_every_steps": 1, "val_prompts": str(tmp_path / "prompts.txt"), "overwrite": 1}
