@@ -44,7 +44,7 @@ class Llama:
         return found
 
     def complete(self, prompt: str | list[int], **settings: Any) -> dict[str, Any]:
-        """A continuation of a text or of tokens, drawn from all tokens unless samplers are given."""
+        """A continuation of a text or of tokens, drawn from all unless samplers are given."""
         asked = {"prompt": prompt, "temperature": 0, "cache_prompt": False, "samplers": []}
         choice: dict[str, Any] = self.server.handle_completions(asked | settings)["choices"][0]
         return choice
