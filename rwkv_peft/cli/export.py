@@ -1,10 +1,13 @@
 """`rwkv-peft export MODEL --to gguf`"""
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from rwkv_peft.cli.generate import choose_template
+from rwkv_peft.cli.given import describe_result, find_kind, find_parts, find_result
 from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import Switch
@@ -43,6 +46,7 @@ def run(args: Sequence[str]) -> int:
             f"--{'to' if options.source else 'source'} is missing: rwkv-peft export model.pth "
             "--to gguf (or st, bin, hf, hf-fla, pth)"
         )
+    options = _complete(options)
 
     from rwkv_peft.checkpoint.older import LegacyAdapterHints
     from rwkv_peft.exports.export import export
@@ -62,3 +66,17 @@ def run(args: Sequence[str]) -> int:
     for line in report.lines():
         print_line(line)
     return 0
+
+
+def _complete(options: ExportOptions) -> ExportOptions:
+    """The options with a run's newest result in its place, and with the base of an adapter."""
+    kind = find_kind(options.source)
+    if kind in ("run", "checkpoint"):
+        run = Path(options.source)
+        result = find_result(run, kind, "export", wants_adapter=not options.merge)
+        print_line(f"note: {describe_result(run, result)}", file=sys.stderr)
+        options, kind = replace(options, source=str(result)), find_kind(result)
+    if kind == "adapter" and not options.base_model:
+        base = find_parts(options.source, "export").model
+        return replace(options, base_model=base)
+    return options

@@ -26,6 +26,7 @@ _BASES = {
     "merge": "rwkv-peft merge BASE {path} --output merged.pth",
     "convert": "rwkv-peft convert {path} --base_model BASE --output O",
     "eval": "rwkv-peft eval BASE data.jsonl --{kind} {path}",
+    "export": "rwkv-peft export {path} --base_model BASE --to gguf",
 }
 
 
@@ -129,7 +130,15 @@ def _kind_of_folder(path: Path) -> Kind:
     return "run" if read_settings(path) is not None else "other"
 
 
-def _parts_of_run(path: Path, kind: Kind, command: str, wants_adapter: bool) -> Parts:
+def find_result(path: Path, kind: Kind, command: str, *, wants_adapter: bool = False) -> Path:
+    """The newest result of a run or of a checkpoint: a merged file or states, or the adapter.
+
+    Args:
+        kind: of the path, 'run' or 'checkpoint'.
+        wants_adapter: rather than the merged file.
+    Raises:
+        ConfigError: there is none, or there are several states.
+    """
     stem = _newest(path) if kind == "run" else path / "rwkv"
     weights, adapter = Path(f"{stem}.pth"), Path(f"{stem}-adapter")
     states = sorted(stem.parent.glob(f"{stem.name}-*.pth")) if stem else []
@@ -147,11 +156,20 @@ def _parts_of_run(path: Path, kind: Kind, command: str, wants_adapter: bool) -> 
         raise ConfigError(
             f"{path} holds several states: give one of them, such as rwkv-peft {command} {found[0]}"
         )
-    parts = find_parts(str(found[0]), command)
+    return found[0]
+
+
+def _parts_of_run(path: Path, kind: Kind, command: str, wants_adapter: bool) -> Parts:
+    result = find_result(path, kind, command, wants_adapter=wants_adapter)
+    parts = find_parts(str(result), command)
     return parts._replace(
-        run=find_run(found[0]),
-        note=f"{path}: its newest result is taken, {found[0]}{_on_base(parts)}",
+        run=find_run(result), note=f"{describe_result(path, result)}{_on_base(parts)}"
     )
+
+
+def describe_result(path: Path, result: Path) -> str:
+    """What is said of a result that stands for its run."""
+    return f"{path}: its newest result is taken, {result}"
 
 
 def _newest(folder: Path) -> Path | None:
@@ -173,15 +191,16 @@ def _written(stem: Path) -> float:
 
 def _with_base(path: str, kind: Kind, command: str) -> Parts:
     """An adapter or a state with the base that it was trained on."""
-    what = "an adapter" if kind == "adapter" else "a state"
-    for base in _known_bases(Path(path)):
+    what, bases = "an adapter" if kind == "adapter" else "a state", list(_known_bases(Path(path)))
+    for base in bases:
         # a name that leads to another machine is not looked up
         if base and not base.startswith(("\\\\", "//")) and find_kind(base) == "model":
             parts = Parts(base, run=find_run(path), **{kind: path})
             return parts._replace(note=f"{path} is {what}{_on_base(parts)}")
     line = _BASES.get(command, "rwkv-peft {command} BASE --{kind} {path}")
+    missing = f" ({bases[0]}, which is not there)" if bases else ""
     raise ConfigError(
-        f"{path} is {what}, which needs the model that it was trained on: "
+        f"{path} is {what}, which needs the model that it was trained on{missing}: "
         + line.format(command=command, kind=kind, path=path)
     )
 

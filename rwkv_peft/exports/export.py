@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from rwkv_peft.checkpoint.older import LegacyAdapterHints
+from rwkv_peft.checkpoint.folder import CONFIG
+from rwkv_peft.checkpoint.older import LegacyAdapterHints, old_method
 from rwkv_peft.checkpoint.records import require_sums
+from rwkv_peft.checkpoint.state import holds_state_alone
 from rwkv_peft.data.templates import Template
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.exports.check import compare
-from rwkv_peft.exports.find import Found, find_source
 from rwkv_peft.exports.formats import FORMATS, Format, Job
 from rwkv_peft.exports.parts import (
     STATE_ENDINGS,
@@ -72,10 +73,11 @@ def export(
     """Writes a model as a file of another program.
 
     Args:
-        source: a model's file, the folder of a run, or an adapter.
+        source: a model's file, a state's, or an adapter.
         output: the file or folder to write; named after the source if empty.
         to: a name of `FORMATS`.
         dtype: one of the format's, its first if empty.
+        base_model: the model that an adapter was trained on; empty for all else.
         template: how turns are written, for formats that hold it.
         merge: False writes a LoRA as a file of its own, for 'st'.
         force: take an adapter that was trained on another base.
@@ -84,26 +86,39 @@ def export(
         CheckpointError: a file cannot be read, a value does not fit the dtype, or the file does
             not answer as the model does. Nothing is left of it then.
     """
-    kind, found = FORMATS[to], find_source(source, str(base_model))
-    if found.kind == "state":
-        return _export_state(found.path, output, to, overwrite)
+    kind, source = FORMATS[to], Path(source)
+    if source.is_file() and holds_state_alone(source):
+        return _export_state(source, output, to, overwrite)
+    _require_base(source, base_model)
     dtype = _choose_dtype(kind, to, dtype)
-    inputs: list[str | Path] = [found.path, *filter(None, [found.base_model])]
+    inputs = [source, base_model] if base_model else [source]
     kept = "" if dtype == "keep" else f"-{dtype}"
-    output = Path(output or f"{safe_stem(found.path)}{kept}{kind.ending or f'-{to}'}")
+    output = Path(output or f"{safe_stem(source)}{kept}{kind.ending or f'-{to}'}")
     _require_output(output, kind, inputs, overwrite)
     require_sums(*inputs)
     hints = hints or LegacyAdapterHints()
     if not merge:
-        if found.kind != "adapter" or to != "st":
+        if not base_model or to != "st":
             raise ConfigError("--merge 0 is for adapters and --to st: leave it out")
-        return _export_lora(found, output, hints, force)
-    opened = open_source(found.path, found.base_model, hints, force)
+        return _export_lora(source, base_model, output, hints, force)
+    opened = open_source(source, base_model, hints, force)
     _require_version(opened, kind, to)
     job = Job(opened, dtype, template, output.stem)
     checked = _write_checked(output, kind, job)
     files = [output, *_write_modelfile(output, template)] if to == "gguf" else [output]
     return ExportReport(files, checked, list_remarks(to, output, opened))
+
+
+def _require_base(source: Path, base_model: str | Path) -> None:
+    """Sees that an adapter comes with its base, and nothing else with one."""
+    is_adapter = (source / CONFIG).is_file() or bool(old_method(source))
+    if base_model and not is_adapter:
+        raise CheckpointError(f"{source} is a whole model: leave --base_model out")
+    if is_adapter and not base_model:
+        raise CheckpointError(
+            f"{source} is an adapter, and needs the model that it was trained on: give "
+            "--base_model model.pth"
+        )
 
 
 def _write_checked(output: Path, kind: Format, job: Job) -> str:
@@ -149,9 +164,9 @@ def _export_state(path: Path, output: str | Path, to: str, overwrite: bool) -> E
 
 
 def _export_lora(
-    found: Found, output: Path, hints: LegacyAdapterHints, force: bool
+    path: Path, base_model: str | Path, output: Path, hints: LegacyAdapterHints, force: bool
 ) -> ExportReport:
-    tensors, alpha = make_lora(found.path, found.base_model, hints, force)
+    tensors, alpha = make_lora(path, base_model, hints, force)
     with atomic_file(output) as file:
         checked = write_lora(file, tensors)
     remark = f"in Ai00's Config.toml give this LoRA alpha = {alpha:g}"

@@ -73,7 +73,7 @@ def read_back(path: Path, to: str) -> dict[str, Tensor]:
 
 
 def make_lora(
-    path: Path, base_model: str, hints: LegacyAdapterHints, force: bool
+    path: Path, base_model: str | Path, hints: LegacyAdapterHints, force: bool
 ) -> tuple[dict[str, Tensor], float]:
     """The factors and vectors of an adapter under official names, and the alpha for Ai00.
 
