@@ -21,7 +21,7 @@ from rwkv_peft.checkpoint.records import require_sums
 from rwkv_peft.checkpoint.report import REPORT, MergeBase, MergeReport
 from rwkv_peft.checkpoint.state import is_state_file, read_state
 from rwkv_peft.checkpoint.stored import BaseAsTrained, storage_of
-from rwkv_peft.checkpoint.stream import Spec, StoredDtype, require_ending, write_tensors
+from rwkv_peft.checkpoint.stream import Spec, StoredDtype, require_ending, round_to, write_tensors
 from rwkv_peft.data.sources import find_sources
 from rwkv_peft.device import dtype_of
 from rwkv_peft.errors import CheckpointError, ConfigError
@@ -177,11 +177,11 @@ def _write(
             yield states[name]
         elif name not in names:
             for x in split_rows(values[name]):
-                yield _round(name, x, stored[name])
+                yield round_to(name, x, stored[name])
         else:
             own = torch.zeros_like(total)
             for x, value in zip(split_rows(values[name]), merged.pieces(name), strict=True):
-                result = _round(name, value, stored[name])
+                result = round_to(name, value, stored[name])
                 own += _measure_losses(x, value, result)
                 if not math.isfinite(own[0]):
                     raise CheckpointError(
@@ -197,13 +197,6 @@ def _write(
     write_tensors(report.output, specs, pieces)
     change, *losses = total.tolist()
     report.relative_error, report.relative_error_fp16 = (_relative(x, change) for x in losses)
-
-
-def _round(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    result = x.to(dtype)
-    if dtype == torch.float16 and not bool(result.isfinite().all()):
-        raise CheckpointError(f"{name} does not fit into fp16: use --dtype bf16 or fp32")
-    return result
 
 
 def _read_adapters(

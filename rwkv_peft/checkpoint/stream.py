@@ -150,6 +150,18 @@ def is_finite(x: Tensor) -> bool:
     )
 
 
+def round_to(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A piece of a tensor in another dtype.
+
+    Raises:
+        CheckpointError: a value does not fit fp16.
+    """
+    result = x.to(dtype)
+    if dtype == torch.float16 and not bool(result.isfinite().all()):
+        raise CheckpointError(f"{name} does not fit into fp16: use --dtype bf16 or fp32")
+    return result
+
+
 def _iterate_bytes(
     name: str, spec: Spec, content: Tensor | Iterable[Tensor]
 ) -> Iterator[memoryview]:

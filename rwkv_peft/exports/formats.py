@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.checkpoint.records import map_pth
-from rwkv_peft.checkpoint.stream import Spec, map_safetensors, write_file
+from rwkv_peft.checkpoint.stream import Spec, map_safetensors, round_to, write_file
 from rwkv_peft.data.templates import Template
 from rwkv_peft.device import dtype_of
 from rwkv_peft.exports import gguf, hf, rwkvcpp, st
@@ -114,7 +114,7 @@ def write_stored(
     specs = {n: Spec(x.shape, dtypes[n]) for n, x in tensors.items()}
 
     def pieces(name: str) -> Iterator[Tensor]:
-        return (hf.round_to(name, x, dtypes[name]) for x in tensors[name].pieces())
+        return (round_to(name, x, dtypes[name]) for x in tensors[name].pieces())
 
     write_file(file, specs, pieces, is_safetensors=is_safetensors)
 

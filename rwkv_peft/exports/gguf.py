@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv_peft.checkpoint.stream import as_bytes, is_finite
+from rwkv_peft.checkpoint.stream import as_bytes, is_finite, round_to
 from rwkv_peft.data.templates import Template
 from rwkv_peft.data.tokenizer import EOD
 from rwkv_peft.errors import CheckpointError
@@ -289,10 +289,7 @@ def _encode(name: str, x: Tensor, kind: str) -> memoryview:
     if not is_finite(x):
         raise CheckpointError(f"{name} holds NaN or infinity: nothing was written")
     if kind in _TORCH:
-        result = x.to(_TORCH[kind])
-        if kind == "F16" and not is_finite(result):
-            raise CheckpointError(f"{name} does not fit into fp16: use --dtype bf16 or fp32")
-        return as_bytes(result)
+        return as_bytes(round_to(name, x, _TORCH[kind]))
     import gguf
 
     values = x.float().contiguous().numpy()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_peft.checkpoint.stream import Spec, map_safetensors, write_file
+from rwkv_peft.checkpoint.stream import Spec, map_safetensors, round_to, write_file
 from rwkv_peft.data.templates import Template
 from rwkv_peft.data.tokenizer import BUNDLED_VOCAB_FILE
 from rwkv_peft.errors import CheckpointError
@@ -77,8 +77,6 @@ FLA = Layout(
 def make_config(model_config: ModelConfig, dtype: str, *, is_fla: bool) -> dict[str, Any]:
     """The content of config.json."""
     ranks, D = model_config.ranks, model_config.n_embd
-    names = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-    del names
     config: dict[str, Any] = {
         "architectures": ["RWKV7ForCausalLM" if is_fla else "Rwkv7ForCausalLM"],
         "model_type": "rwkv7",
@@ -180,18 +178,6 @@ def _cast(name: str, stored: Stored, dtype: torch.dtype) -> Stored:
         return [round_to(name, x, dtype) for x in stored.pieces()]
 
     return Stored(stored.shape, dtype, pieces)
-
-
-def round_to(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A piece of a tensor in another dtype.
-
-    Raises:
-        CheckpointError: a value does not fit fp16.
-    """
-    result = x.to(dtype)
-    if dtype == torch.float16 and not bool(result.isfinite().all()):
-        raise CheckpointError(f"{name} does not fit into fp16: use --dtype bf16 or fp32")
-    return result
 
 
 def _write_weights(folder: Path, tensors: Mapping[str, Stored]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.exports.layout import TRANSPOSED, Form, Layout, Rule, rule
-from rwkv_peft.exports.stored import Stored, all_mapped
+from rwkv_peft.exports.stored import Stored, all_mapped, mapped
 from rwkv_peft.models.config import ModelConfig
 
 ENDINGS = (".st", ".state")
@@ -44,7 +44,6 @@ _RWKV6 = Layout(
         ),
     )
 )
-LORA = Layout(())
 
 
 def _rwkv5(model_config: ModelConfig) -> Layout:
@@ -94,7 +93,7 @@ def to_official(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
         return {
             name.replace(".lora.0", ".lora_A").replace(".lora.1", ".lora_B"): x
             if not name.endswith(".lora.0")
-            else all_mapped({name: tensors[name].t()})[name]
+            else mapped(tensors[name].t())
             for name, x in stored.items()
         }
     if "blocks.0.att.w1" in tensors:
