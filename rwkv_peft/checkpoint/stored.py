@@ -37,6 +37,8 @@ def storage_of(note: Mapping[str, Any], path: object) -> Storage | None:
 class BaseAsTrained(Mapping[str, Tensor]):
     """The tensors of a base's file; those that were stored otherwise are made when asked for.
 
+    The last that was made is kept, as who adds to a tensor reads it more than once.
+
     Attributes:
         stored: names of the latter.
     """
@@ -46,10 +48,16 @@ class BaseAsTrained(Mapping[str, Tensor]):
         model = build(infer_model_config(own), op="reference")
         self._weights, self._storage = weights, storage
         self.stored = {f"{name}.weight" for name, _ in stored_layers(model)}
+        self._made: tuple[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
-        weight = self._weights[name]
-        return round_trip(weight, self._storage) if name in self.stored else weight
+        if name not in self.stored:
+            return self._weights[name]
+        if self._made is None or self._made[0] != name:
+            # the one before goes first, so that there are never two
+            self._made = None
+            self._made = name, round_trip(self._weights[name], self._storage)
+        return self._made[1]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

@@ -41,8 +41,9 @@ class QuantisedLinear(FrozenLinear):
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_buffer("scale", scale)
 
-    @staticmethod
-    def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def _pack(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The stored form of a float32 weight, and its scales."""
         raise NotImplementedError
 
     @property
@@ -82,8 +83,8 @@ class Int8Linear(QuantisedLinear):
     storage = "int8"
     _top = 127
 
-    @staticmethod
-    def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def _pack(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
         scale = weight.abs().amax(1, keepdim=True) / 127
         # a row of zeros has no scale to divide by
         packed = (weight / torch.where(scale == 0, 1, scale)).round_().clamp_(-127, 127)
@@ -99,6 +100,10 @@ class Int8Linear(QuantisedLinear):
 
 class _BlockLinear(QuantisedLinear):
     """Codes of 4 bits, two a byte, the first in the upper half: `weight` is (out * in / 2, 1)."""
+
+    @classmethod
+    def _pack(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return pack_blocks(weight, cls.storage)
 
     def dense(
         self, dtype: torch.dtype | None = None, rows: slice = slice(None), *, copy: bool = False
@@ -120,19 +125,11 @@ class NF4Linear(_BlockLinear):
 
     storage = "nf4"
 
-    @staticmethod
-    def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-        return pack_blocks(weight, "nf4")
-
 
 class FP4Linear(_BlockLinear):
     """The nearest of 16 numbers of 4-bit floating point, times the largest of 64 numbers."""
 
     storage = "fp4"
-
-    @staticmethod
-    def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-        return pack_blocks(weight, "fp4")
 
 
 def pack_blocks(weight: Tensor, storage: str) -> tuple[Tensor, Tensor]:
