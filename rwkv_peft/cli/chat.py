@@ -42,9 +42,7 @@ class ChatOptions(ModelOptions):
 def run(args: Sequence[str]) -> int:
     """Reads turns and prints the answers until /exit or the end of the input."""
     options = parse(ChatOptions, args, command="chat", positional=("load_model",))
-    options, note = complete(options, "chat")
-    if note:
-        print_line(f"note: {note}", file=sys.stderr)
+    options = complete(options, "chat")
     system = "\n\n".join(filter(None, [options.system, _read_tools(options.tools)]))
     model = options.model()
 

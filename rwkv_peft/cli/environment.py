@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 # packages that the program cannot do without, by the names under which they are imported
-NEEDED = ["torch", "numpy", "safetensors", "peft", "jinja2", "jsonargparse", "docstring_parser"]
+NEEDED = ["torch", "numpy", "safetensors", "peft", "jinja2", "jsonargparse"]
 NEEDED += ["yaml", "rich", "prompt_toolkit"]
 ROOT = Path(__file__).parents[2]
 

@@ -87,9 +87,7 @@ def run(args: Sequence[str]) -> int:
     """Prints what was found, as lines or as one JSON object."""
     options = parse(EvalOptions, args, command="eval", positional=("load_model", "data_file"))
     options.require_files()
-    options, note = complete(options, "eval")
-    if note:
-        print_line(f"note: {note}", file=sys.stderr)
+    options = complete(options, "eval")
     found, lines = _evaluate(options)
     if options.json:
         print_json({"load_model": options.load_model, **found})

@@ -13,7 +13,7 @@ from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import TEMPLATE_FILE
 from rwkv_peft.errors import ConfigError
-from rwkv_peft.printing import print_answer, print_json, print_line
+from rwkv_peft.printing import print_answer, print_json
 from rwkv_peft.yaml_file import read_yaml
 
 if TYPE_CHECKING:
@@ -178,9 +178,7 @@ def run(args: Sequence[str]) -> int:
             if not prompt
             else "--prompt and --user exclude each other"
         )
-    options, note = complete(options, "generate")
-    if note:
-        print_line(f"note: {note}", file=sys.stderr)
+    options = complete(options, "generate")
     stop: list[str | Headings] = [*(options.stop or ())]
     opening = ""
     if options.user:

@@ -5,12 +5,14 @@ takes a model; what else is needed is found beside it.
 """
 
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from rwkv_peft.errors import CheckpointError, ConfigError
+from rwkv_peft.printing import print_line
 from rwkv_peft.recognise import OLD_TORCH, SAFETENSORS, TORCH, recognise
 
 T = TypeVar("T")
@@ -90,8 +92,8 @@ def find_parts(path: str, command: str, *, wants_adapter: bool = False) -> Parts
     return _with_base(path, kind, command)
 
 
-def complete(options: T, command: str) -> tuple[T, str]:
-    """Options of a model in which `load_model` is one, and what is to be said of that.
+def complete(options: T, command: str) -> T:
+    """Options of a model in which `load_model` is one; what was found for it is said.
 
     Args:
         options: a dataclass with `load_model`, `adapter` and `state`.
@@ -100,7 +102,7 @@ def complete(options: T, command: str) -> tuple[T, str]:
     """
     given: Any = options
     if not given.load_model:
-        return options, ""
+        return options
     parts = find_parts(given.load_model, command)
     for name in ("adapter", "state"):
         if getattr(parts, name) and getattr(given, name):
@@ -109,7 +111,10 @@ def complete(options: T, command: str) -> tuple[T, str]:
                 f"{getattr(given, name)}, or give the model itself, {parts.model}"
             )
     changes = {n: x for n in ("adapter", "state") if (x := getattr(parts, n))}
-    return replace(given, load_model=parts.model, **changes), parts.note
+    if parts.note:
+        print_line(f"note: {parts.note}", file=sys.stderr)
+    completed: T = replace(given, load_model=parts.model, **changes)
+    return completed
 
 
 def find_run(path: str | Path) -> Path | None:

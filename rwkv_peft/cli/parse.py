@@ -44,7 +44,6 @@ def parse(
         raise SystemExit(0)
     import jsonargparse
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog=f"rwkv-peft {command}",
         exit_on_error=False,

@@ -99,4 +99,8 @@ def _imported(name: str) -> Callable[..., Any]:
 
 def is_installed(package: str) -> bool:
     """Whether a package can be imported, without importing it."""
-    return importlib.util.find_spec(package) is not None
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:
+        # it is imported already, from no file
+        return True

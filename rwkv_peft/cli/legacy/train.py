@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,22 +151,16 @@ def _translate_flags(flags: Flags, notes: list[str], said: dict[str, str]) -> Fl
 
 def _without_missing_logger(flags: Flags, notes: list[str]) -> Flags:
     """The flags without `wandb`, which old lines have, where it is not installed."""
+    from rwkv_peft.ops.dispatch import is_installed
+
     given = dict(flags)
-    if "wandb" not in given or "report_to" in given or _is_installed("wandb"):
+    if "wandb" not in given or "report_to" in given or is_installed("wandb"):
         return flags
     notes.append(
         f"--wandb {' '.join(given['wandb'])} has no effect: wandb is not installed "
         "(pip install 'rwkv-peft[wandb]'); every step is in loss_data.jsonl"
     )
     return [flag for flag in flags if flag[0] != "wandb"]
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ValueError:
-        # it is imported already, from no file
-        return True
 
 
 def _without_exits(flags: Flags, notes: list[str]) -> Flags:
