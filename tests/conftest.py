@@ -29,6 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run says what it is doing where that lasts, which depends on what else the machine does."""
+    monkeypatch.setattr("rwkv_peft.training.display.PATIENCE", 3600.0)
+
+
 def make_model_config(**changes: Any) -> ModelConfig:
     values = {
         "version": "x070",
