@@ -80,6 +80,7 @@ def longest_chosen(values: Mapping[str, Any], facts: Facts) -> int:
             positions=length * (values["micro_bsz"] or 1),
             trains_all=values["peft"] == "none",
             is_recomputed=values["grad_cp"] != 0,
+            quant=values["quant"],
         ):
             return length
     return CHOSEN_CTX[-1]

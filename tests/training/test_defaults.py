@@ -44,6 +44,7 @@ def test_the_rate_rises_over_three_in_a_hundred_steps(steps: int, warmup: int) -
 
 def test_rows_are_as_long_as_memory_allows_up_to_what_official_files_know() -> None:
     values = {"precision": "bf16", "op": "triton", "micro_bsz": None, "peft": "lora"}
+    values |= {"quant": "none", "grad_cp": None}
     facts: Any = SimpleNamespace(
         model_config=make_model_config(
             n_layer=24, n_embd=2048, dim_att=2048, dim_ffn=8192, vocab_size=65536
@@ -51,14 +52,17 @@ def test_rows_are_as_long_as_memory_allows_up_to_what_official_files_know() -> N
         num_weights=1_500_000_000,
         device=SimpleNamespace(type="cuda"),
     )
-    found = []
-    for gibibytes in (4, 12, 24, 80):
+
+    def longest(gibibytes: int, **changes: Any) -> int:
         facts.memory = gibibytes << 30
-        found.append(longest_chosen({**values, "grad_cp": None}, facts))
+        return longest_chosen({**values, **changes}, facts)
+
+    found = [longest(gibibytes) for gibibytes in (4, 12, 24, 80)]
     assert found == sorted(found) and found[0] == 4096 and found[-1] == 16384
-    facts.memory = 24 << 30
-    whole = longest_chosen({**values, "grad_cp": 0}, facts)
-    assert whole <= longest_chosen({**values, "grad_cp": 1}, facts)
+    assert longest(24, grad_cp=0) <= longest(24, grad_cp=1)
+    # where dense weights leave room for the shortest alone
+    least = max(n for n in range(4, 12) if longest(n) == 4096)
+    assert longest(least, quant="nf4") > 4096
 
 
 @pytest.mark.parametrize(
