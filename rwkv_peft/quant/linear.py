@@ -1,6 +1,5 @@
 """Frozen layers whose weight is stored in 8 or 4 bits."""
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -8,17 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_peft.models.frozen import FrozenLinear
-
-# numbers that share a scale, as in bitsandbytes
-BLOCK = 64
-# the 16 numbers of a code by their places: quantiles of a normal (QLoRA, arXiv 2305.14314), and a
-# sign, two bits of exponent and one of mantissa, over the largest
-NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-       0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-       0.7229568362236023, 1.0)  # fmt: skip
-_FP4_HALF = tuple(x / 12 for x in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
-CODES = {"nf4": NF4, "fp4": (*_FP4_HALF, *(-x if x else x for x in _FP4_HALF))}
+from rwkv_peft.ops.dequantise import dequantise
+from rwkv_peft.ops.dequantise.reference import BLOCK, CODES, fill_up
 
 
 class QuantisedLinear(FrozenLinear):
@@ -94,8 +84,9 @@ class Int8Linear(QuantisedLinear):
         self, dtype: torch.dtype | None = None, rows: slice = slice(None), *, copy: bool = False
     ) -> Tensor:
         """See `FrozenLinear`; always a tensor of its own."""
-        found = dequantise_rows(self.weight.detach()[rows], self.scale[rows], self._dtype)
-        return found.to(dtype or self._dtype)
+        packed = self.weight.detach()[rows]
+        found = dequantise(packed, self.scale[rows], self.storage, packed.numel(), self._dtype)
+        return found.view(packed.shape).to(dtype or self._dtype)
 
 
 class _BlockLinear(QuantisedLinear):
@@ -115,8 +106,8 @@ class _BlockLinear(QuantisedLinear):
         # from the block that the first row begins in
         at = start // BLOCK
         packed = self.weight.detach()[at * BLOCK // 2 : -(-end // 2)]
-        flat = dequantise_blocks(packed, self.scale[at:], self.storage, self._dtype)
-        found = flat[start - at * BLOCK : end - at * BLOCK].view(-1, width)
+        flat = dequantise(packed, self.scale[at:], self.storage, end - at * BLOCK, self._dtype)
+        found = flat[start - at * BLOCK :].view(-1, width)
         return found.to(dtype or self._dtype)
 
 
@@ -135,7 +126,7 @@ class FP4Linear(_BlockLinear):
 def pack_blocks(weight: Tensor, storage: str) -> tuple[Tensor, Tensor]:
     """Codes (numbers / 2, 1) and scales (blocks,) of a float32 tensor, in its order in memory."""
     flat = weight.flatten()
-    blocks = _fill_up(flat).view(-1, BLOCK)
+    blocks = fill_up(flat).view(-1, BLOCK)
     scale = blocks.abs().amax(1)
     # multiplied by the reciprocal, as bitsandbytes does, and not divided: that rounds otherwise
     shares = (blocks * (1 / scale.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
@@ -148,42 +139,6 @@ def pack_blocks(weight: Tensor, storage: str) -> tuple[Tensor, Tensor]:
     return ((codes[:, 0] << 4) | codes[:, 1]).unsqueeze(1), scale
 
 
-def dequantise_rows(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The dense rows of int8 numbers (rows, in) and their scales (rows, 1)."""
-    return (packed.float() * scale).to(dtype)
-
-
-def dequantise_blocks(packed: Tensor, scale: Tensor, storage: str, dtype: torch.dtype) -> Tensor:
-    """The numbers of 4-bit codes, flat, that begin with a block; `scale` may be of more blocks."""
-    values = _pairs(storage, packed.device).index_select(0, packed.flatten().int()).flatten()
-    count = len(values)
-    blocks = _fill_up(values).view(-1, BLOCK)
-    return blocks.mul_(scale[: len(blocks), None]).to(dtype).flatten()[:count]
-
-
-def _fill_up(x: Tensor) -> Tensor:
-    """Numbers with zeros behind them, in whole blocks."""
-    # padding by nothing is a copy
-    return F.pad(x, (0, -len(x) % BLOCK)) if len(x) % BLOCK else x
-
-
-@cache
-def _pairs(storage: str, device: torch.device) -> Tensor:
-    """The two numbers (256, 2) of each byte."""
-    with torch.inference_mode(False):
-        code = torch.tensor(CODES[storage], device=device)
-        return torch.stack((code.repeat_interleave(16), code.repeat(16)), 1)
-
-
-def dequantise(
-    packed: Tensor, scale: Tensor, storage: str, rows: int, dtype: torch.dtype
-) -> Tensor:
-    """The dense weight (rows, in) of a stored one."""
-    if storage == "int8":
-        return dequantise_rows(packed, scale, dtype)
-    return dequantise_blocks(packed, scale, storage, dtype).view(rows, -1)
-
-
 # single operations to a compiler, which would else keep the dense weight for backward
 _library = torch.library.Library("rwkv_peft", "FRAGMENT")
 
@@ -191,7 +146,8 @@ _library = torch.library.Library("rwkv_peft", "FRAGMENT")
 def _product(
     x: Tensor, packed: Tensor, scale: Tensor, storage: str, rows: int, dtype: torch.dtype
 ) -> Tensor:
-    return F.linear(x, dequantise(packed, scale, storage, rows, dtype).to(x.dtype))
+    dense = dequantise(packed, scale, storage, rows * x.shape[-1], dtype).view(rows, -1)
+    return F.linear(x, dense.to(x.dtype))
 
 
 def _fake_product(x: Tensor, packed: Tensor, scale: Tensor, storage: str, rows: int, _: Any) -> Any:
@@ -201,8 +157,8 @@ def _fake_product(x: Tensor, packed: Tensor, scale: Tensor, storage: str, rows: 
 def _transposed(
     dy: Tensor, packed: Tensor, scale: Tensor, storage: str, width: int, dtype: torch.dtype
 ) -> Tensor:
-    dense = dequantise(packed, scale, storage, dy.shape[-1], dtype).to(dy.dtype)
-    return torch.matmul(dy, dense)
+    dense = dequantise(packed, scale, storage, dy.shape[-1] * width, dtype).view(-1, width)
+    return torch.matmul(dy, dense.to(dy.dtype))
 
 
 def _fake_transposed(

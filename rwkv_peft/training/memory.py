@@ -4,8 +4,8 @@ import torch
 
 from rwkv_peft.models import build
 from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.ops.dequantise.reference import BLOCK
 from rwkv_peft.quant import stored_layers
-from rwkv_peft.quant.linear import BLOCK
 from rwkv_peft.training.borders import Room
 from rwkv_peft.training.settings import Facts, Settings
 

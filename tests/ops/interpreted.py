@@ -14,6 +14,8 @@ from rwkv_peft.errors import ShapeError
 from rwkv_peft.ops import OPERATORS
 from rwkv_peft.ops.budget import assert_within_budget
 from rwkv_peft.ops.cases import DECAYS, Case, run
+from rwkv_peft.ops.dequantise.triton import dequantise_triton
+from tests.ops import test_dequantise
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -78,3 +80,8 @@ def test_another_head_size_is_named(op: str) -> None:
     case = OPERATORS[op].make_case(B=1, T=4, H=1, N=32)
     with pytest.raises(ShapeError, match="op='triton' needs head size 64, got 32: use --op torch"):
         run(case, FUNCTIONS[op])
+
+
+def test_stored_weights_become_dense_with_the_bits_of_the_form_in_pytorch() -> None:
+    # the interpreter cuts bf16 off instead of rounding it
+    test_dequantise.check(dequantise_triton, dtypes=(FP32, FP16))

@@ -27,10 +27,11 @@ def test_4_bits_are_those_of_bitsandbytes(
     name: str, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     w = weight(shape, dtype)
-    packed, state = quantize_4bit(w, blocksize=64, quant_type=name)
+    # flat, as its kernel for AVX-512 begins a block with each row, where all others do not
+    packed, state = quantize_4bit(w.flatten(), blocksize=64, quant_type=name)
     layer = quantise(w, Storage(name, dtype))
     assert torch.equal(layer.weight, packed) and torch.equal(layer.scale, state.absmax)
-    assert torch.equal(layer.dense(), dequantize_4bit(packed, state))
+    assert torch.equal(layer.dense().flatten(), dequantize_4bit(packed, state).flatten())
     assert layer.num_bytes == packed.nbytes + state.absmax.nbytes
 
 

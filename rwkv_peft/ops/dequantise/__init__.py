@@ -1,0 +1,73 @@
+"""Dequantising: the dense weight of one that is stored in 8 or 4 bits.
+
+    int8:     w[i, j] = packed[i, j] scale[i]
+    nf4, fp4: w[n] = code[packed[n]] scale[n / 64]
+
+The product is in float32 and rounded once, to the dtype asked for: so every backend gives the same
+bits. A backend is called as `kernel(packed, scale, storage, count, dtype)`.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rwkv_peft.ops import triton
+from rwkv_peft.ops.dequantise.reference import dequantise_reference
+from rwkv_peft.ops.dispatch import Backend, Request, select
+
+Kernel = Callable[..., Tensor]
+
+TABLE = (
+    Backend(
+        "cuda",
+        "rwkv_peft.ops.dequantise.cuda:dequantise_cuda",
+        "rwkv_peft.ops.dequantise.cuda:objection",
+        "kernels for NVIDIA GPUs",
+    ),
+    Backend(
+        "triton",
+        "rwkv_peft.ops.dequantise.triton:dequantise_triton",
+        functools.partial(triton.objection, shared_memory=0),
+        "Triton kernels",
+    ),
+    Backend(
+        "torch",
+        "rwkv_peft.ops.dequantise.reference:dequantise_reference",
+        None,
+        "look-ups in PyTorch",
+    ),
+)
+# head sizes are no matter of this operator, and 64 is what all backends serve
+_ANY_HEAD = 64
+
+
+def dequantise(
+    packed: Tensor,
+    scale: Tensor,
+    storage: str,
+    count: int,
+    dtype: torch.dtype,
+    *,
+    kernel: Kernel | None = None,
+) -> Tensor:
+    """The first `count` numbers of a stored weight, in their order, (count,).
+
+    Args:
+        packed: int8 (rows, in) of int8, all of which is taken; uint8 (numbers / 2, 1) of nf4 and
+            fp4, two codes a byte, the first in the upper half. It begins with a block.
+        scale: float32, (rows, 1) of int8, (blocks of 64,) of nf4 and fp4.
+        storage: 'int8', 'nf4' or 'fp4'.
+        dtype: of the result.
+        kernel: of a backend; that of the device if None.
+    """
+    return (kernel or kernel_for(packed.device, dtype))(packed, scale, storage, count, dtype)
+
+
+@functools.cache
+def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel:
+    """The function of the fastest backend on a device."""
+    if device.type == "cpu":
+        return dequantise_reference
+    return select("dequantise", TABLE, "auto", Request(device, dtype, _ANY_HEAD)).function

@@ -1,0 +1,37 @@
+"""Dequantising by Triton kernels, one launch a weight."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rwkv_peft.ops.dequantise import triton_kernels as kernels
+from rwkv_peft.ops.dequantise.reference import code_table
+from rwkv_peft.ops.triton import Launcher, Variant
+
+_BLOCK = 1024
+_rows = Launcher(kernels.rows, num_warps=4)
+_blocks = Launcher(kernels.blocks, num_warps=4)
+
+
+def dequantise_triton(
+    packed: Tensor, scale: Tensor, storage: str, count: int, dtype: torch.dtype
+) -> Tensor:
+    """See `ops.dequantise`."""
+    dense = torch.empty(count, dtype=dtype, device=packed.device)
+    if storage == "int8" and count:
+        rows, width = packed.shape
+        grid = (rows, -(-width // _BLOCK), 1)
+        _rows(grid, (packed, scale, dense), (width,), (_BLOCK,))
+    elif count:
+        grid = (-(-count // (2 * _BLOCK)), 1, 1)
+        codes = code_table(storage, packed.device)
+        _blocks(grid, (packed, scale, codes, dense), (count,), (_BLOCK,))
+    return dense
+
+
+def variants() -> Iterator[Variant]:
+    """All that these kernels are compiled to."""
+    for io in ("*bf16", "*fp16", "*fp32"):
+        yield _rows, ("*i8", "*fp32", io, "i32", _BLOCK)
+        yield _blocks, ("*u8", "*fp32", "*fp32", io, "i32", _BLOCK)
