@@ -26,6 +26,7 @@ from rwkv_peft.methods.attach import attach
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.quant import Storage, quantise, stored_layers
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.step import Step, full_step
 
@@ -37,13 +38,17 @@ SIZES = {
     "1.5b": (24, 2048, (96, 96, 64, 256), 65536),
     "2.9b": (32, 2560, (96, 96, 64, 320), 65536),
     "7.2b": (32, 4096, (128, 128, 96, 480), 65536),
+    "13.3b": (61, 4096, (192, 192, 128, 384), 65536),
 }
 TOKENS = 1024
 ADAPTERS: dict[str, dict[str, int]] = {"lora": {"r": 32, "lora_alpha": 32}, "miss": {"r": 32}}
 
 
-def make_model(size: str, op: str, device: torch.device) -> RWKV:
-    """A model of a released shape with random weights of a realistic scale; float32 on a CPU."""
+def make_model(size: str, op: str, device: torch.device, quant: str = "none") -> RWKV:
+    """A model of a released shape with random weights of a realistic scale; float32 on a CPU.
+
+    Its tensors are drawn one after the other, and the projections stored as `quant` says.
+    """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     n_layer, n_embd, ranks, vocab_size = SIZES[size]
     model_config = ModelConfig(
@@ -58,13 +63,18 @@ def make_model(size: str, op: str, device: torch.device) -> RWKV:
         False,
     )
     model = build(model_config, op=op, device=device, dtype=dtype)
-    model.to_empty(device=device).to(dtype)
     generator = torch.Generator(device=device).manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(0, 0.5 / parameter.shape[-1] ** 0.5, generator=generator)
-            if "ln" in name and name.endswith("weight"):
-                parameter.fill_(1.0)
+    stored = {name for name, _ in stored_layers(model)} if quant != "none" else set()
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        drawn = torch.empty(parameter.shape, device=device, dtype=dtype)
+        drawn.normal_(0, 0.5 / parameter.shape[-1] ** 0.5, generator=generator)
+        if "ln" in name and name.endswith("weight"):
+            drawn.fill_(1.0)
+        if owner in stored:
+            model.set_submodule(owner, quantise(drawn, Storage(quant, dtype)))
+        else:
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(drawn))
     model.grad_cp = True
     return model
 

@@ -1,6 +1,7 @@
 """Time of a training step on a GPU, beside the least that its matrix products take.
 
     python benchmarks/step.py [--sizes 0.1b 1.5b] [--shapes 1024x1 4096x1] [--methods lora miss]
+        [--quants none int8 nf4]
 
 Random bf16 weights of the released shapes, random tokens, all of them trained; LoRA and MiSS of
 rank 64 on the six projections, state and full tuning. A step is forward, backward, clipping and
@@ -8,6 +9,7 @@ AdamW on float32 values, without the loop around it. It runs plainly, as a graph
 both; the gradients of each are compared with those of the plain one, and a way whose gradients
 differ by more than bf16 explains is not timed. The floor is the time of the step's matrix products
 alone, as one graph, in the same run; the share is that of the card's bf16 rate by these products.
+With stored weights the gradients are compared with those of the plain step on the same weights.
 Memory is the peak of allocated and the reserved memory in GiB.
 """
 
@@ -31,6 +33,7 @@ from rwkv_peft.methods.attach import attach
 from rwkv_peft.methods.state import LearnedStates
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.compile import compile_blocks
+from rwkv_peft.quant import STORAGES
 from rwkv_peft.training.graphs import GraphedStep
 from rwkv_peft.training.step import full_step
 
@@ -54,10 +57,19 @@ ROUNDS = 12
 class Case:
     """A model, what is trained, and a step over one batch, done in one of `WAYS`."""
 
-    def __init__(self, size: str, ctx: int, rows: int, method: str, way: str, grad_cp: int) -> None:
+    def __init__(
+        self,
+        size: str,
+        ctx: int,
+        rows: int,
+        method: str,
+        way: str,
+        grad_cp: int,
+        quant: str = "none",
+    ) -> None:
         self.device = torch.device("cuda")
         is_compiled, is_graphed = WAYS[way]
-        model = make_model(size, "auto", self.device)
+        model = make_model(size, "auto", self.device, quant)
         model.grad_cp = bool(grad_cp)
         torch.manual_seed(0)
         self.states = LearnedStates(model) if method == "state" else None
@@ -170,17 +182,18 @@ def floor(size: str, tokens: int, method: str) -> tuple[float, float]:
 
 
 def measure(
-    size: str, ctx: int, rows: int, method: str, ways: list[str], grad_cp: int
+    size: str, ctx: int, rows: int, method: str, quant: str, ways: list[str], grad_cp: int
 ) -> Iterator[str]:
     """A table row a way."""
     clean()
     least, operations = floor(size, ctx * rows, method)
+    name = method if quant == "none" else f"{method}, {quant}"
     expected: tuple[float, Tensor] | None = None
     for way in ways:
         clean()
-        start = f"| {size} | {ctx} × {rows} | {method} | {way}{', recompute' * grad_cp} | "
+        start = f"| {size} | {ctx} × {rows} | {name} | {way}{', recompute' * grad_cp} | "
         try:
-            case = Case(size, ctx, rows, method, way, grad_cp)
+            case = Case(size, ctx, rows, method, way, grad_cp, quant)
             started = time.perf_counter()
             loss, gradient = case.gradients()
             first = time.perf_counter() - started
@@ -219,6 +232,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES)[1:], choices=list(SIZES))
     parser.add_argument("--shapes", nargs="+", default=["1024x1", "4096x1", "1024x8"])
     parser.add_argument("--methods", nargs="+", default=["lora", "miss", "state", "full"])
+    parser.add_argument("--quants", nargs="+", default=["none"], choices=["none", *STORAGES])
     parser.add_argument("--ways", nargs="+", default=["plain", "compiled, graphed"])
     parser.add_argument("--grad_cp", type=int, default=0)
     parser.add_argument("--output", type=Path)
@@ -233,8 +247,8 @@ def main() -> None:
     with own_stream(torch.device("cuda")):
         for size, shape in itertools.product(options.sizes, options.shapes):
             ctx, rows = map(int, shape.split("x"))
-            for method in options.methods:
-                for line in measure(size, ctx, rows, method, options.ways, options.grad_cp):
+            for case in itertools.product(options.methods, options.quants):
+                for line in measure(size, ctx, rows, *case, options.ways, options.grad_cp):
                     print(line, flush=True)
                     lines.append(line)
                     # a run that is cut off leaves what it found
