@@ -4,7 +4,6 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.state import RWKVState
@@ -22,6 +21,29 @@ class Room(NamedTuple):
     host: int
 
 
+class Pinned:
+    """Pinned memory for states, which is used again from row to row.
+
+    Whoever reads or writes it does so in the order of a device's work, so that what was given back
+    may be written at once, while its last reading is still to come. PyTorch's own store would wait
+    for that, and take new memory meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[torch.Size, ...], list[RWKVState]] = {}
+
+    def take(self, state: RWKVState) -> RWKVState:
+        """Memory for a state like this one."""
+        free = self._free.get(tuple(x.shape for x in state))
+        if free:
+            return free.pop()
+        return RWKVState(*(torch.empty_like(x, device="cpu", pin_memory=True) for x in state))
+
+    def give_back(self, state: RWKVState) -> None:
+        """Takes memory that nobody reads later than what the device has been told to do so far."""
+        self._free.setdefault(tuple(x.shape for x in state), []).append(state)
+
+
 class Borders:
     """A stack of states, on their device while it has room and on the host beyond.
 
@@ -29,13 +51,14 @@ class Borders:
     the device's other work.
     """
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, room: int, pinned: Pinned | None = None) -> None:
         """Begins empty.
 
         Args:
             room: bytes on the device.
+            pinned: memory of the host beyond.
         """
-        self._room, self._used = room, 0
+        self._room, self._used, self._pinned = room, 0, pinned or Pinned()
         self._states: list[RWKVState | None] = []
         self._devices: list[torch.device | None] = []
 
@@ -43,7 +66,10 @@ class Borders:
         """Keeps a state; None is kept as it is, and so is one with a graph."""
         size, device = num_bytes(state), None
         if state is not None and self._used + size > self._room and _can_move(state):
-            device, state = state.wkv.device, RWKVState(*map(_to_host, state))
+            device, own = state.wkv.device, self._pinned.take(state)
+            for mine, x in zip(own, state, strict=True):
+                mine.copy_(x, non_blocking=True)
+            state = own
         else:
             self._used += size
         self._states.append(state)
@@ -53,7 +79,9 @@ class Borders:
         """The last state that is kept, on the device that it came from."""
         state, device = self._states.pop(), self._devices.pop()
         if state is not None and device is not None:
-            return RWKVState(*(x.to(device, non_blocking=True) for x in state))
+            found = RWKVState(*(x.to(device, non_blocking=True) for x in state))
+            self._pinned.give_back(state)
+            return found
         self._used -= num_bytes(state)
         return state
 
@@ -63,10 +91,6 @@ class Borders:
 
 def _can_move(state: RWKVState) -> bool:
     return state.wkv.device.type != "cpu" and not any(x.requires_grad for x in state)
-
-
-def _to_host(x: Tensor) -> Tensor:
-    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
 
 
 def num_bytes(state: RWKVState | None) -> int:

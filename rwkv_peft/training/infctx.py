@@ -20,6 +20,7 @@ from rwkv_peft.state import RWKVState
 from rwkv_peft.training.borders import (
     Borders,
     BorderSizes,
+    Pinned,
     Room,
     count_passes,
     least_room,
@@ -40,6 +41,7 @@ class InfctxStep:
         bptt_chunks: chunks of a group, over which gradients go back; None: all of a row.
         room: memory for the states at the borders of a group.
         way: takes a chunk through the model.
+        pinned: memory of the host for states at borders.
         after_chunk: called whenever a chunk has gone forward, and backward where it does, with how
             often one has in this micro-batch, and how often one will have.
     """
@@ -53,7 +55,7 @@ class InfctxStep:
         way: Chunks | None = None,
     ) -> None:
         self.chunk_ctx, self.bptt_chunks, self.room = chunk_ctx, bptt_chunks, room
-        self.way = way or Chunks()
+        self.way, self.pinned = way or Chunks(), Pinned()
         self.after_chunk: Callable[[int, int], None] = lambda done, total: None
 
     def __call__(
@@ -94,7 +96,7 @@ class _Row:
         sizes = BorderSizes(model.model_config, rows, model.emb.weight.dtype, device)
         least = least_room(min(self._group, len(starts)))
         self._room = max(least, sizes.count(step.room))
-        self._borders = Borders(step.room.device)
+        self._borders = Borders(step.room.device, step.pinned)
         self._random = RandomGenerators(device)
         self._loss = torch.zeros((), device=device)
         # of the state that the next chunk to go backward hands on; None: the gradient ends there

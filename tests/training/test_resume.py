@@ -1,6 +1,7 @@
 """A run that stopped goes on from its checkpoint, and ends with the bits of one that never did."""
 
 import json
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,9 +66,10 @@ def losses(folder: Path) -> list[dict[str, Any]]:
 
 
 def log(folder: Path) -> str:
-    """The log without the folder's name, and without its two lines that hold the time."""
+    """The log without the folder's name, its two lines with the time, and a check's duration."""
     _, *lines = (folder / "train_log.txt").read_text().splitlines()
     lines = [line for line in lines if not line.startswith("time: about")]
+    lines = [re.sub(r"(^check: .*) \([\d.]+ s\)$", r"\1", line) for line in lines]
     return "\n".join(lines).replace(str(folder), "FOLDER")
 
 

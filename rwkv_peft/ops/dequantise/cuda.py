@@ -17,9 +17,10 @@ SOURCE = Path(__file__).parent / "kernels" / "dequantise.cu"
 BUILDS = [((SOURCE,), (f"-DIO={number}",)) for number in IO.values()]
 objection = availability.objection
 
-THREADS, EACH = 256, 8
+# threads of a block, and numbers that each makes
+THREADS, EACH = 256, 16
 # signature and bytes of shared memory of a kernel
-KERNELS = {"dequantise_rows": ("3Pi", 0), "dequantise_blocks": ("4PQ", 64)}
+KERNELS = {"dequantise_rows": ("3PQI", 0), "dequantise_blocks": ("4PQ", 64)}
 # number of weights' shapes whose launches are kept ready
 SHAPES = 256
 
@@ -44,18 +45,16 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> Callable[..., L
 def dequantiser(load: Load) -> Callable[..., Tensor]:
     """The operator's function by kernels that `load` gives."""
 
-    def prepare_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Launch:
-        return load("dequantise_rows", dtype, device)((rows, 1, 1), THREADS, width)
-
-    def prepare_blocks(count: int, dtype: torch.dtype, device: torch.device) -> Launch:
-        grid = (-(-count // (THREADS * EACH)), 1, 1)
-        return load("dequantise_blocks", dtype, device)(grid, THREADS, count)
+    def prepare(
+        name: str, numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Launch:
+        grid = (-(-numbers[0] // (THREADS * EACH)), 1, 1)
+        return load(name, dtype, device)(grid, THREADS, *numbers)
 
     # a launch belongs to one thread, and autograd runs backward in threads of its own
     class Prepared(threading.local):
         def __init__(self) -> None:
-            self.rows = functools.lru_cache(SHAPES)(prepare_rows)
-            self.blocks = functools.lru_cache(SHAPES)(prepare_blocks)
+            self.get = functools.lru_cache(SHAPES)(prepare)
 
     prepared = Prepared()
 
@@ -66,11 +65,11 @@ def dequantiser(load: Load) -> Callable[..., Tensor]:
             return dense
         start = packed.data_ptr(), scale.data_ptr()
         if storage == "int8":
-            rows, width = packed.shape
-            prepared.rows(rows, width, dtype, device)(*start, dense.data_ptr())
+            launch = prepared.get("dequantise_rows", (count, packed.shape[1]), dtype, device)
+            launch(*start, dense.data_ptr())
         else:
-            codes = code_table(storage, device).data_ptr()
-            prepared.blocks(count, dtype, device)(*start, codes, dense.data_ptr())
+            launch = prepared.get("dequantise_blocks", (count,), dtype, device)
+            launch(*start, code_table(storage, device).data_ptr(), dense.data_ptr())
         return dense
 
     return run

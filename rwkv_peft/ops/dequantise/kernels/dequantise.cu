@@ -1,8 +1,9 @@
 // The dense numbers of stored weights: packed times scale in float32, rounded once to what IO says.
-// A thread makes eight numbers, which it reads and writes at once where they lie aligned.
+// A thread makes eight numbers at once, which lie aligned, and some such groups: all are read before
+// one is written, so that the memory has enough to do.
 #include "tile.cuh"
 
-constexpr int THREADS = 256, EACH = 8;
+constexpr int THREADS = 256, EACH = 8, GROUPS = 2;
 
 struct __align__(8) Bytes { u32 x[2]; };
 
@@ -27,30 +28,48 @@ DEVICE void write_all(Dense* to, const float (&x)[EACH]) {
 #endif
 }
 
+// Calls `make(group)` for the groups of this thread that are among `count`, after `read(group, slot)`.
+template <class Read, class Make> DEVICE void for_groups(u64 count, Read read, Make make) {
+    u64 first = (u64)block_x() * (THREADS * GROUPS) + thread_index();
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++)
+        if (first + i * THREADS < count) read(first + i * THREADS, i);
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++)
+        if (first + i * THREADS < count) make(first + i * THREADS, i);
+}
+
 struct StoredRows {
     const signed char* packed;  // (rows, width)
     const float* scale;         // (rows,)
     Dense* dense;               // (rows, width)
-    int width;
+    u64 count;
+    u32 width;
 };
 
-// a block for each row
 KERNEL(dequantise_rows, StoredRows, THREADS, 1) {
-    u64 row = block_x();
-    const signed char* packed = p.packed + row * p.width;
-    Dense* dense = p.dense + row * p.width;
-    float scale = p.scale[row];
     if (p.width % EACH) {
-        for (int i = thread_index(); i < p.width; i += THREADS) write(dense + i, packed[i] * scale);
+        u64 first = (u64)block_x() * (THREADS * GROUPS * EACH);
+        for (int i = thread_index(); i < THREADS * GROUPS * EACH && first + i < p.count; i += THREADS)
+            write(p.dense + first + i, p.packed[first + i] * p.scale[(first + i) / p.width]);
         return;
     }
-    for (int i = thread_index() * EACH; i < p.width; i += THREADS * EACH) {
-        Bytes bytes = *(const Bytes*)(packed + i);
-        float x[EACH];
+    Bytes bytes[GROUPS];
+    float scale[GROUPS];
+    u32 row = p.width / EACH;
+    for_groups(
+        p.count / EACH,
+        [&](u64 group, int i) {
+            bytes[i] = ((const Bytes*)p.packed)[group];
+            scale[i] = p.scale[(u32)group / row];
+        },
+        [&](u64 group, int i) {
+            float x[EACH];
 #pragma unroll
-        for (int j = 0; j < EACH; j++) x[j] = (signed char)(bytes.x[j / 4] >> 8 * (j % 4)) * scale;
-        write_all(dense + i, x);
-    }
+            for (int j = 0; j < EACH; j++)
+                x[j] = (signed char)(bytes[i].x[j / 4] >> 8 * (j % 4)) * scale[i];
+            write_all(p.dense + group * EACH, x);
+        });
 }
 
 struct StoredBlocks {
@@ -61,22 +80,28 @@ struct StoredBlocks {
     u64 count;
 };
 
-// a thread for eight numbers. The codes lie in banks of their own, so that no look-up waits.
+// The codes lie in banks of their own, so that no look-up waits.
 KERNEL(dequantise_blocks, StoredBlocks, THREADS, 1) {
     float* codes = (float*)shared_memory;
     if (thread_index() < 16) codes[thread_index()] = p.codes[thread_index()];
     sync_block();
-    u64 first = ((u64)block_x() * THREADS + thread_index()) * EACH;
-    if (first >= p.count) return;
-    float scale = p.scale[first / 64];
-    if (first + EACH > p.count) {
-        for (u64 i = first; i < p.count; i++)
-            write(p.dense + i, codes[p.packed[i / 2] >> (i % 2 ? 0 : 4) & 15] * scale);
-        return;
-    }
-    u32 bytes = *(const u32*)(p.packed + first / 2);
-    float x[EACH];
+    u32 bytes[GROUPS];
+    float scale[GROUPS];
+    for_groups(
+        p.count / EACH,
+        [&](u64 group, int i) {
+            bytes[i] = ((const u32*)p.packed)[group];
+            scale[i] = p.scale[group * EACH / 64];
+        },
+        [&](u64 group, int i) {
+            float x[EACH];
 #pragma unroll
-    for (int j = 0; j < EACH; j++) x[j] = codes[bytes >> 8 * (j / 2) + (j % 2 ? 0 : 4) & 15] * scale;
-    write_all(p.dense + first, x);
+            for (int j = 0; j < EACH; j++)
+                x[j] = codes[bytes[i] >> 8 * (j / 2) + (j % 2 ? 0 : 4) & 15] * scale[i];
+            write_all(p.dense + group * EACH, x);
+        });
+    // what is left behind the last group
+    if (block_x() || thread_index() >= p.count % EACH) return;
+    u64 last = p.count / EACH * EACH + thread_index();
+    write(p.dense + last, codes[p.packed[last / 2] >> (last % 2 ? 0 : 4) & 15] * p.scale[last / 64]);
 }
