@@ -298,14 +298,17 @@ class TrainConfig(DataConfig):
         "deepspeed_stage_3_offload",
     ] = "auto"
     """How devices share the work; one device has nothing to share, so that all are the same."""
-    quant: Literal["none", "int8", "nf4", "fp4"] = "none"
+    quant: Literal["none", "int8", "nf4", "fp4", "fp8"] = "none"
     """How frozen projections are stored, for lora, miss and state: none as precision says; int8
     with a scale for each row; nf4 and fp4 in 4 bits with a scale for 64 numbers, as bitsandbytes
-    has them."""
+    has them. fp8 saves no memory, and multiplies in 8 bits on cards that can, which is faster."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Dtype of weights and activations; trained tensors are stepped in float32."""
     num_workers: int = 1
     """Threads that prepare micro-batches ahead; 0 makes each when it is needed."""
+    emb_cpu: Switch | None = None
+    """1 leaves the embedding, if it is not trained, in the host's memory, from which the GPU reads
+    the rows that it needs. Left open: 1 where memory is short."""
     grad_cp: Switch | None = None
     """1 recomputes each block in backward: less memory, more time."""
     compile: AutoSwitch = "auto"

@@ -27,6 +27,8 @@ NVIDIA_FILES = (
     "C:/Windows/System32/nvcuda.dll",
 )
 _CGROUP = Path("/sys/fs/cgroup")
+# AMD's cards whose FP8 is that of others (e4m3fn)
+FP8_OF_AMD = ("gfx950", "gfx1200", "gfx1201")
 # devices that another package brings into PyTorch
 PLUGINS = {"musa": "torch_musa", "npu": "torch_npu"}
 
@@ -193,6 +195,52 @@ def has_graphs(device: torch.device) -> bool:
     import torch
 
     return device.type != "cpu" and hasattr(torch.get_device_module(device), "CUDAGraph")
+
+
+class _HostMemory:
+    """Pinned memory of the host by the protocol by which arrays of CUDA are handed over."""
+
+    def __init__(self, pinned: torch.Tensor) -> None:
+        self.pinned = pinned
+        self.__cuda_array_interface__ = {
+            "shape": (pinned.numel(),),
+            "typestr": "|u1",
+            "data": (pinned.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def has_host_memory(device: torch.device) -> bool:
+    """Whether a device reads the host's memory by itself, as `leave_on_host` has it do."""
+    return device.type == "cuda"
+
+
+def leave_on_host(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of a tensor in pinned memory of the host, as a tensor of a GPU.
+
+    The GPU reads it over the bus, where it takes part in graphs as any other does. It is for what
+    is seldom read.
+    """
+    import torch
+
+    pinned = x.cpu().contiguous().pin_memory()
+    flat = torch.as_tensor(_HostMemory(pinned.view(-1).view(torch.uint8)), device=device)
+    return flat.view(x.dtype).view(x.shape)
+
+
+def fp8_objection(device: torch.device) -> str:
+    """Why a device has no products of FP8, as the rest of a sentence; "" if it has."""
+    import torch
+
+    if device.type != "cuda":
+        return f"{device.type} has not"
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        return "" if name in FP8_OF_AMD else f"{name} has not"
+    found = torch.cuda.get_device_capability(device)
+    if found >= (8, 9):
+        return ""
+    return f"compute capability {found[0]}.{found[1]} has not (Ada, Hopper and later have)"
 
 
 def missing_compiler(device: torch.device) -> str:

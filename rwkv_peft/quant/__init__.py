@@ -1,14 +1,16 @@
-"""Frozen weights stored in 8 or 4 bits: `--quant`.
+"""Frozen weights stored in 8 or 4 bits, or multiplied in 8: `--quant`.
 
 The projections of time mixing and channel mixing are stored; embedding, head, norms, low-rank maps
 and vectors stay as they are. A weight is dequantised to the dtype of the activations for each
-product, forward and for the gradient of the input; what backward keeps is the stored form.
+product, forward and for the gradient of the input; what backward keeps is the stored form. fp8 is
+for speed alone: activations and gradients are rounded as the weights are, and products are of fp8.
 
 | name | storage | numbers |
 |---|---|---|
 | int8 | int8 (out, in), a float32 scale a row | round(w / scale), scale = largest / 127 |
 | nf4 | two numbers a byte, a float32 scale for 64 | the nearest of 16 quantiles of a normal |
 | fp4 | as nf4 | the nearest of 16 numbers of 4-bit floating point |
+| fp8 | bytes (out, in) and (in, out), a float32 scale a row | e4m3, scale = largest / 448 |
 
 nf4 and fp4 have the layout and the numbers of bitsandbytes, without its nested scales.
 """
@@ -20,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_peft.models.frozen import FrozenLinear
+from rwkv_peft.quant.fp8 import FP8Linear
 from rwkv_peft.quant.linear import FP4Linear, Int8Linear, NF4Linear, QuantisedLinear
 
 STORAGES: dict[str, type[QuantisedLinear]] = {
-    layer.storage: layer for layer in (Int8Linear, NF4Linear, FP4Linear)
+    layer.storage: layer for layer in (Int8Linear, NF4Linear, FP4Linear, FP8Linear)
 }
 
 

@@ -1,5 +1,6 @@
 """Frozen layers whose weight is stored in 8 or 4 bits."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from rwkv_peft.models.frozen import FrozenLinear
 from rwkv_peft.ops.dequantise import dequantise
 from rwkv_peft.ops.dequantise.reference import BLOCK, CODES, fill_up
+
+# numbers that are stored at a time, in whole blocks
+PIECE = 1 << 22
 
 
 class QuantisedLinear(FrozenLinear):
@@ -27,13 +31,24 @@ class QuantisedLinear(FrozenLinear):
         with torch.device("meta"):
             super().__init__(weight.shape[1], weight.shape[0])
         self._dtype = dtype
-        packed, scale = self._pack(weight.detach().float())
+        packed, scale = self._pack(weight.detach())
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_buffer("scale", scale)
 
     @classmethod
     def _pack(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The stored form of a float32 weight, and its scales."""
+        """The stored form of a weight, and its scales; it is float32 a piece at a time."""
+        pieces = [cls._pack_piece(piece.float()) for piece in cls._split(weight)]
+        packed, scales = zip(*pieces, strict=True)
+        return torch.cat(packed), torch.cat(scales)
+
+    @staticmethod
+    def _split(weight: Tensor) -> Sequence[Tensor]:
+        """Pieces that are stored independently: some rows."""
+        return weight.split(max(1, PIECE // weight.shape[1]))
+
+    @classmethod
+    def _pack_piece(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     @property
@@ -63,8 +78,7 @@ class QuantisedLinear(FrozenLinear):
 
     def store(self, weight: Tensor) -> None:
         """Stores another dense weight (out, in)."""
-        packed, scale = self._pack(weight.detach().float())
-        self.weight.data, self.scale = packed, scale
+        self.weight.data, self.scale = self._pack(weight.detach())
 
 
 class Int8Linear(QuantisedLinear):
@@ -74,7 +88,7 @@ class Int8Linear(QuantisedLinear):
     _top = 127
 
     @classmethod
-    def _pack(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _pack_piece(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
         scale = weight.abs().amax(1, keepdim=True) / 127
         # a row of zeros has no scale to divide by
         packed = (weight / torch.where(scale == 0, 1, scale)).round_().clamp_(-127, 127)
@@ -92,8 +106,13 @@ class Int8Linear(QuantisedLinear):
 class _BlockLinear(QuantisedLinear):
     """Codes of 4 bits, two a byte, the first in the upper half: `weight` is (out * in / 2, 1)."""
 
+    @staticmethod
+    def _split(weight: Tensor) -> Sequence[Tensor]:
+        # a block may go on in the next row
+        return weight.flatten().split(PIECE)
+
     @classmethod
-    def _pack(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _pack_piece(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
         return pack_blocks(weight, cls.storage)
 
     def dense(
@@ -123,14 +142,13 @@ class FP4Linear(_BlockLinear):
     storage = "fp4"
 
 
-def pack_blocks(weight: Tensor, storage: str) -> tuple[Tensor, Tensor]:
-    """Codes (numbers / 2, 1) and scales (blocks,) of a float32 tensor, in its order in memory."""
-    flat = weight.flatten()
+def pack_blocks(flat: Tensor, storage: str) -> tuple[Tensor, Tensor]:
+    """Codes (numbers / 2, 1) and scales (blocks,) of float32 numbers."""
     blocks = fill_up(flat).view(-1, BLOCK)
     scale = blocks.abs().amax(1)
     # multiplied by the reciprocal, as bitsandbytes does, and not divided: that rounds otherwise
     shares = (blocks * (1 / scale.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
-    code = torch.tensor(CODES[storage], device=weight.device)
+    code = torch.tensor(CODES[storage], device=flat.device)
     order = code.argsort(stable=True)
     middles = (code[order[:-1]] + code[order[1:]]) / 2
     places = torch.bucketize(shares.flatten()[: len(flat)], middles, out_int32=True)

@@ -1,6 +1,7 @@
 """Choosing what the user left open, once, when all that the choices depend on is known."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from secrets import randbelow
 from typing import Any, NamedTuple
@@ -11,8 +12,10 @@ from rwkv_peft.data.documents import Documents
 from rwkv_peft.device import (
     choose_precision,
     dtype_of,
+    fp8_objection,
     free_host_memory,
     has_graphs,
+    has_host_memory,
     missing_compiler,
 )
 from rwkv_peft.errors import ConfigError
@@ -78,6 +81,8 @@ def choose(config: TrainConfig, facts: Facts) -> Plan:
         chooser.set("peft_config", options, "what suits most tasks with this method")
     if chooser.values["quant"] != "none":
         require_served(chooser.values["peft"], chooser.values["peft_config"])
+    if chooser.values["quant"] == "fp8":
+        _require_fp8(chooser.values["precision"], facts)
     _choose_rows(chooser, facts)
     _choose_training(chooser, facts.documents, facts.model_config)
     _choose_memory(chooser, facts)
@@ -88,6 +93,17 @@ def choose(config: TrainConfig, facts: Facts) -> Plan:
     positions = micro_batches * chooser.values["epoch_count"] * batches.positions
     _choose_step(chooser, facts, positions)
     return Plan(Settings(**chooser.values), chooser.choices, batches, micro_batches, steps)
+
+
+def _require_fp8(precision: str, facts: Facts) -> None:
+    """Raises ConfigError if a device has no products of FP8, or they do not give a precision."""
+    if why := fp8_objection(facts.device):
+        raise ConfigError(
+            f"--quant fp8 needs a card that multiplies FP8, and {why}: use int8, which takes half "
+            "the memory, or none"
+        )
+    if precision != "bf16":
+        raise ConfigError(f"--quant fp8 gives bf16, and --precision is {precision}: use bf16")
 
 
 def _require_room(batches: Batches) -> None:
@@ -246,6 +262,38 @@ def _choose_memory(chooser: _Chooser, facts: Facts) -> None:
     what = "a chunk" if _is_infctx(values) else "a micro-batch"
     reason = f"{what} {'would not fit otherwise' if is_deep else 'fits without'}"
     chooser.choose("grad_cp", int(is_deep), reason)
+    _choose_embedding(chooser, facts)
+
+
+def _choose_embedding(chooser: _Chooser, facts: Facts) -> None:
+    """Whether the embedding stays on the host.
+
+    Raises:
+        ConfigError: it cannot, and that was asked for.
+    """
+    values = chooser.values
+    can_be, is_trained = has_host_memory(facts.device), trains_embedding(values)
+    if values["emb_cpu"] and (not can_be or is_trained):
+        why = (
+            "the embedding is trained"
+            if is_trained
+            else f"{facts.device.type} cannot read the host's memory by itself"
+        )
+        raise ConfigError(f"--emb_cpu 1: {why}: give 0")
+    chunk_ctx = values["chunk_ctx"] if _is_infctx(values) else 0
+    is_short = can_be and not is_trained and not _chunk_fits(values, facts, chunk_ctx)
+    reason = "memory is short" if is_short else "there is room on the device"
+    chooser.choose("emb_cpu", int(is_short), "there is nothing to leave" if is_trained else reason)
+
+
+def trains_embedding(values: Mapping[str, Any]) -> bool:
+    """Whether the embedding itself is trained, or replaced by what is."""
+    replaced = values["peft_config"].get("modules_to_save") or ()
+    return (
+        values["peft"] == "none"
+        or any(part in "emb.weight" for part in values["train_parts"])
+        or any(str(name).endswith("emb") for name in replaced)
+    )
 
 
 def _choose_step(chooser: _Chooser, facts: Facts, positions: int) -> None:
@@ -278,8 +326,6 @@ def _choose_step(chooser: _Chooser, facts: Facts, positions: int) -> None:
     reason = "the host would hold up the device" if captures else "there is nothing to capture"
     if captures and values["peft"] not in CAPTURED:
         captures, reason = False, f"{values['peft']} was not measured so: 1 asks for it"
-    if captures and values["quant"] != "none":
-        captures, reason = False, f"--quant {values['quant']} was not measured so: 1 asks for it"
     chooser.choose("cuda_graph", int(captures), reason)
 
 

@@ -26,7 +26,9 @@ def guess_memory(
     States at borders are not among them.
     """
     positions = positions_at_once(settings.ctx_len, settings.chunk_ctx * settings.is_infctx)
-    return guess_bytes(
+    table = model_config.vocab_size * model_config.n_embd * settings.dtype.itemsize
+    on_host = table if settings.emb_cpu else 0
+    return -on_host + guess_bytes(
         model_config,
         settings.dtype,
         op,
@@ -65,6 +67,9 @@ def weigh_base(model_config: ModelConfig, num_weights: int, size: int, quant: st
     """Bytes of a model's weights, of `size` each but for what is stored, and of dequantising."""
     if quant == "none":
         return num_weights * size
+    if quant == "fp8":
+        # two bytes a number, one for each direction
+        return num_weights * 2
     layers = [layer for _, layer in stored_layers(build(model_config, op="reference"))]
     numbers = [layer.out_features * layer.in_features for layer in layers]
     scales = [

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_peft.checkpoint.adapter import saved_method
 from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights
@@ -15,7 +15,7 @@ from rwkv_peft.data.held_out import read_held_out, split_documents
 from rwkv_peft.data.prepare import read_documents
 from rwkv_peft.data.sources import find_sources
 from rwkv_peft.data.tokenizer import Tokenizer
-from rwkv_peft.device import free_host_memory, free_memory, resolve_device
+from rwkv_peft.device import free_host_memory, free_memory, leave_on_host, resolve_device
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.compile import compile_blocks
@@ -166,6 +166,8 @@ def load_base(settings: Settings, facts: Facts, base: Mapping[str, Tensor]) -> R
         if isinstance(layer, QuantisedLinear):
             looked_at[f"{name}.weight"] = layer.largest
     require_finite(looked_at, settings.load_model, base)
+    if settings.emb_cpu:
+        model.emb.weight = nn.Parameter(leave_on_host(model.emb.weight.data, device), False)
     model.grad_cp = bool(settings.grad_cp)
     return model
 

@@ -1,6 +1,7 @@
 """Runs on a base in 8 or 4 bits: what they learn, save, merge and refuse."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import rwkv_peft
 from rwkv_peft.checkpoint.older import LegacyAdapterHints
 from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights, write_weights
 from rwkv_peft.config import TrainConfig
+from rwkv_peft.device import fp8_objection
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.exports.source import open_source
 from rwkv_peft.methods.attach import attach
@@ -25,6 +27,7 @@ from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.compile import compile_blocks
 from rwkv_peft.quant import STORAGES, Storage
 from rwkv_peft.quant.linear import QuantisedLinear
+from rwkv_peft.training import choose
 from rwkv_peft.training.memory import weigh_base
 from rwkv_peft.training.run import train
 from tests.training.test_resume import assert_same, run_in_parts
@@ -298,3 +301,19 @@ def test_an_export_has_the_base_as_it_was_trained(config: TrainConfig, tmp_path:
         found = torch.cat([piece.float() for piece in x.pieces()])
         # the merged file is rounded to bf16, the dtype of the base's file
         assert torch.equal(found.bfloat16().float(), merged[name]), name
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({"precision": "fp32"}, "--quant fp8 gives bf16, and --precision is fp32"),
+        ({"precision": "bf16"}, "a card that multiplies FP8, and cpu has not: use int8"),
+    ],
+)
+def test_fp8_is_refused_where_it_cannot_be(
+    given: dict[str, Any], what: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "cpu" in what:
+        monkeypatch.setattr(choose, "fp8_objection", fp8_objection)
+    with pytest.raises(ConfigError, match=re.escape(what)):
+        train(replace(config, quant="fp8", **given))
