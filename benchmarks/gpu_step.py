@@ -98,8 +98,10 @@ def make_optimizer(
     return optimizer_over(trained, is_full=method == "none")
 
 
-def optimizer_over(trained: Mapping[str, nn.Parameter], *, is_full: bool) -> Optimizer:
-    """AdamW as a run has it, without decay and with one rate for all."""
+def optimizer_over(
+    trained: Mapping[str, nn.Parameter], *, is_full: bool, name: str = "adamw"
+) -> Optimizer:
+    """AdamW as a run has it, or another, without decay and with one rate for all."""
     return Optimizer(
         trained,
         betas=(0.9, 0.99),
@@ -108,6 +110,7 @@ def optimizer_over(trained: Mapping[str, nn.Parameter], *, is_full: bool) -> Opt
         plain=trained if is_full else (),
         raises_rates=False,
         uses_loss_scale=False,
+        optimizer=name,
     )
 
 

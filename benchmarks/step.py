@@ -27,8 +27,7 @@ from gpu_step import SIZES, device_name, make_model, optimizer_over, random_batc
 from report import report
 from torch import Tensor
 
-from rwkv_peft.device import own_stream
-from rwkv_peft.methods import Method
+from rwkv_peft.device import leave_on_host, own_stream
 from rwkv_peft.methods.attach import attach
 from rwkv_peft.methods.state import LearnedStates
 from rwkv_peft.models.base import RWKV
@@ -42,6 +41,12 @@ TARGETS = ["receptance", "key", "value", "output"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {"r": RANK, "lora_alpha": RANK, "target_modules": TARGETS},
     "miss": {"r": RANK, "target_modules": TARGETS},
+    "pissa": {
+        "r": RANK,
+        "lora_alpha": RANK,
+        "target_modules": TARGETS,
+        "init_lora_weights": "pissa_niter_4",
+    },
 }
 WAYS = {
     "plain": (False, False),
@@ -66,22 +71,29 @@ class Case:
         way: str,
         grad_cp: int,
         quant: str = "none",
+        *,
+        is_small: bool = False,
     ) -> None:
         self.device = torch.device("cuda")
         is_compiled, is_graphed = WAYS[way]
         model = make_model(size, "auto", self.device, quant)
+        if is_small:
+            table = model.emb.weight.data
+            model.emb.weight = torch.nn.Parameter(leave_on_host(table, self.device), False)
         model.grad_cp = bool(grad_cp)
         torch.manual_seed(0)
         self.states = LearnedStates(model) if method == "state" else None
         trained: Any = self.states
         if trained is None:
-            chosen: Method = "none" if method == "full" else method  # type: ignore[assignment]
+            chosen: Any = {"full": "none", "pissa": "lora"}.get(method, method)
             trained = attach(model, chosen, OPTIONS.get(method, {}))
         generator = torch.Generator(self.device).manual_seed(1)
         for parameter in trained.values():
             if not parameter.any():
                 parameter.data.normal_(0, 0.02, generator=generator)
-        self.optimizer = optimizer_over(trained, is_full=method == "full")
+        self.optimizer = optimizer_over(
+            trained, is_full=method == "full", name="adamw8bit" if is_small else "adamw"
+        )
         self.model: RWKV = model.train()
         self.batch = random_batch(rows, ctx, SIZES[size][-1])
         if is_compiled:

@@ -1,5 +1,6 @@
 """Devices and dtypes, with stand-ins for what this machine lacks."""
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,15 @@ import pytest
 import torch
 
 from rwkv_peft import device
-from rwkv_peft.device import choose_precision, has_bf16, resolve_device
+from rwkv_peft.device import (
+    choose_precision,
+    fp8_objection,
+    has_bf16,
+    has_host_memory,
+    leave_on_host,
+    own_stream,
+    resolve_device,
+)
 from rwkv_peft.errors import BackendUnavailableError, ConfigError
 
 
@@ -155,3 +164,32 @@ def test_a_build_without_cuda_on_a_machine_with_a_card_is_named(
     assert "its driver is too old or not loaded" in device.find_card_problem()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert device.find_card_problem() == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_gpu_reads_what_is_left_on_the_host_in_graphs_too(dtype: torch.dtype) -> None:
+    gpu = torch.accelerator.current_accelerator()
+    assert gpu is not None
+    if not has_host_memory(gpu):
+        pytest.skip(f"{gpu.type} does not read the host's memory by itself")
+    table = torch.randn(1000, 96).to(dtype)
+    before = torch.cuda.memory_allocated()
+    left = leave_on_host(table.to(gpu), gpu)
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before and left.device.type == gpu.type
+    rows = torch.tensor([[3, 999, 3], [0, 17, 500]])
+    given = torch.zeros_like(rows, device=gpu)
+    with own_stream(gpu):
+        torch.nn.functional.embedding(given, left)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            found = torch.nn.functional.embedding(given, left)
+        given.copy_(rows)
+        graph.replay()
+    assert torch.equal(found.cpu(), table[rows])
+
+
+def test_a_cpu_says_that_it_has_no_products_of_fp8() -> None:
+    assert fp8_objection(torch.device("cpu")) == "cpu has not"
+    assert not has_host_memory(torch.device("cpu"))

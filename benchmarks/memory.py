@@ -1,0 +1,129 @@
+"""Memory of tuning on a GPU: `python benchmarks/memory.py [--sizes 1.5b] [--methods lora] [--quants nf4]`.
+
+Random weights of the released shapes, ctx 1024, one row, rank 64 on the six projections, blocks
+recomputed, compiled and captured, six optimizer steps: each case in a process of its own. Allocated
+is the allocator's peak from the first step on, reserved what it holds at the end, the pools of
+graphs too; process is what the driver counts for the whole process, as nvidia-smi shows it, context
+and libraries too. `--small` also leaves the embedding on the host and keeps moments in 8 bits.
+The losses of a case that are not finite refuse it. Several cases run at a time (--jobs); then the
+driver's count is of each process where it tells that, and else left out.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_step import SIZES, device_name
+from report import report
+
+from rwkv_peft.quant import STORAGES
+
+GIB = 2**30
+METHODS = ("state", "lora", "miss", "pissa")
+CTX, STEPS = 1024, 6
+
+
+def measure(size: str, method: str, quant: str, *, is_small: bool, way: str) -> dict[str, Any]:
+    """What one case takes, in GiB, in this process."""
+    from step import Case
+
+    from rwkv_peft.device import own_stream
+
+    with own_stream(torch.device("cuda")):
+        case = Case(size, CTX, 1, method, way, 1, quant, is_small=is_small)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        losses = []
+        for _ in range(STEPS):
+            losses.append(case.backward().item())
+            case.optimizer.clip()
+            case.optimizer.step(lr=1e-5)
+        torch.cuda.synchronize()
+    if not all(torch.tensor(losses).isfinite()):
+        raise ArithmeticError(f"the loss is {losses}")
+    return {
+        "allocated": torch.cuda.max_memory_allocated() / GIB,
+        "reserved": torch.cuda.memory_reserved() / GIB,
+        "process": of_process(),
+        "loss": losses[0],
+    }
+
+
+def of_process() -> float | None:
+    """GiB that the driver counts for this process; None if it does not tell."""
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    rows = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+    found = [row.split(",") for row in rows if "," in row]
+    own = [float(used) for pid, used in found if int(pid) == os.getpid()]
+    # in a container the driver does not know our number
+    if not own and len(found) == 1:
+        own = [float(found[0][1])]
+    if not own and os.environ.get("IS_ALONE"):
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / GIB
+    return own[0] / 1024 if own else None
+
+
+def run_case(case: tuple[str, str, str], options: argparse.Namespace) -> str:
+    """A table row, measured in a process of its own."""
+    command = [sys.executable, __file__, "--one", *case, "--way", options.way]
+    command += ["--small"] * options.small
+    alone = {"IS_ALONE": "1"} if options.jobs == 1 else {}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **alone}, timeout=400
+    )
+    start = f"| {' | '.join(case)}{', small' * options.small} | "
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return start + f"failed: {(done.stderr.strip().splitlines() or ['?'])[-1][:160]} | | | |"
+    found = json.loads(lines[-1])
+    process = "–" if found["process"] is None else f"{found['process']:.2f}"
+    return (
+        start + f"{found['allocated']:.2f} | {found['reserved']:.2f} | {process} | "
+        f"{found['loss']:.3f} |"
+    )
+
+
+def main() -> None:
+    """Prints the table, and writes it to a file if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES)[1:], choices=list(SIZES))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--quants", nargs="+", default=["none", "int8", "nf4"],
+                        choices=["none", *STORAGES])  # fmt: skip
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--way", default="compiled, graphed")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--one", nargs=3, metavar=("SIZE", "METHOD", "QUANT"))
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    if options.one:
+        found = measure(*options.one, is_small=options.small, way=options.way)
+        print(json.dumps(found))
+        return
+    lines = [
+        f"{device_name()}, PyTorch {torch.__version__}, bf16, ctx {CTX}, 1 row, rank 64; GiB",
+        "",
+        "| size | method | quant | allocated | reserved | process | first loss |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    cases = list(itertools.product(options.sizes, options.methods, options.quants))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for line in pool.map(lambda case: run_case(case, options), cases):
+            print(line, flush=True)
+            lines.append(line)
+            # a run that is cut off leaves what it found
+            if options.output:
+                options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    report(lines, options.output)
+
+
+if __name__ == "__main__":
+    main()
