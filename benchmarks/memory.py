@@ -1,4 +1,6 @@
-"""Memory of tuning on a GPU: `python benchmarks/memory.py [--sizes 1.5b] [--methods lora] [--quants nf4]`.
+"""Memory of tuning on a GPU.
+
+    python benchmarks/memory.py [--sizes 1.5b] [--methods lora] [--quants none nf4] [--small]
 
 Random weights of the released shapes, ctx 1024, one row, rank 64 on the six projections, blocks
 recomputed, compiled and captured, six optimizer steps: each case in a process of its own. Allocated

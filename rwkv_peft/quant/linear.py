@@ -45,7 +45,7 @@ class QuantisedLinear(FrozenLinear):
     @staticmethod
     def _split(weight: Tensor) -> Sequence[Tensor]:
         """Pieces that are stored independently: some rows."""
-        return weight.split(max(1, PIECE // weight.shape[1]))
+        return torch.split(weight, max(1, PIECE // weight.shape[1]))
 
     @classmethod
     def _pack_piece(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ class _BlockLinear(QuantisedLinear):
     @staticmethod
     def _split(weight: Tensor) -> Sequence[Tensor]:
         # a block may go on in the next row
-        return weight.flatten().split(PIECE)
+        return torch.split(weight.flatten(), PIECE)
 
     @classmethod
     def _pack_piece(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
