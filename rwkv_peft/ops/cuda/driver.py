@@ -20,10 +20,6 @@ PARAM_END, PARAM_BUFFER_POINTER, PARAM_BUFFER_SIZE = 0, 1, 2
 INVALID_CONTEXT = 201
 # CUlaunchConfig: grid, block, shared memory; stream; attributes and their number
 CONFIG, STREAM = struct.Struct("@7I4xPPI4x"), 32
-# CUlaunchAttribute: its number, 4 bytes, and 64 of a value, here the first of an int
-ATTRIBUTE, PROGRAMMATIC_STREAM_SERIALIZATION = struct.Struct("@I4xi60x"), 6
-# the first GPUs, and the first CUDA of a driver that knows it in graphs
-OVERLAPPING_GPU, OVERLAPPING_CUDA = (9, 0), (12, 3)
 # what a block may use without asking
 SHARED_BYTES = 48 * 1024
 
@@ -36,7 +32,6 @@ class Kernel:
         handle: the driver's.
         signature: see `load_kernel`.
         shared_bytes: dynamic shared memory of a block.
-        overlaps: may be started while the kernel before it ends, for which it waits by itself.
     """
 
     name: str
@@ -44,7 +39,6 @@ class Kernel:
     device_index: int
     signature: str
     shared_bytes: int
-    overlaps: bool = False
 
     def __call__(
         self, grid: tuple[int, int, int], block: int, *numbers: float
@@ -71,12 +65,8 @@ class Launch:
         pointers = kernel.signature[: kernel.signature.rfind("P") + 1]
         zeros = struct.unpack_from("@" + pointers, memory, start)
         parameters.pack_into(memory, start, *zeros, *numbers)
-        self._attribute = ctypes.create_string_buffer(ATTRIBUTE.size)
-        ATTRIBUTE.pack_into(self._attribute, 0, PROGRAMMATIC_STREAM_SERIALIZATION, 1)
-        count = int(kernel.overlaps)
-        self._attributes = ctypes.addressof(self._attribute) * count, count
-        # what changes lies together: the stream, then after the attributes the addresses
-        self._pack_into = struct.Struct(f"@PPI4x{pointers}").pack_into
+        # what changes lies together, but for zeros: the stream, no attributes, the addresses
+        self._pack_into = struct.Struct(f"@P{start - STREAM - 8}x{pointers}").pack_into
         # the array points to the size, which is kept alive with it
         self._size = ctypes.c_size_t(parameters.size)
         address, length = ctypes.addressof(memory) + start, ctypes.addressof(self._size)
@@ -93,8 +83,7 @@ class Launch:
         if self._current_device() != index:
             with torch.cuda.device(index):
                 return self.queue(*addresses)
-        stream = self._current_stream(index)
-        self._pack_into(self._memory, STREAM, stream, *self._attributes, *addresses)
+        self._pack_into(self._memory, STREAM, self._current_stream(index), *addresses)
         code = self._start(*self._arguments)
         if code == INVALID_CONTEXT:
             # a thread in which nothing has used the GPU yet
@@ -117,7 +106,6 @@ def load_kernel(
     signature: str,
     shared_bytes: int = 0,
     options: tuple[str, ...] = (),
-    overlaps: bool = False,
 ) -> Kernel:
     """The kernel `name` of some `.cu` files, compiled for a GPU and loaded there, once a process.
 
@@ -127,7 +115,6 @@ def load_kernel(
             int, q a long long, f a float. Up to the last pointer they change with each launch.
         shared_bytes: dynamic shared memory of a block.
         options: of NVRTC, such as '-DC=64'.
-        overlaps: the kernel waits for the one before it by itself, on the GPUs that can.
     Raises:
         BackendUnavailableError: there is no driver or compiler library, the source does not
             compile, or the GPU has less shared memory; the message names CUDA's error.
@@ -140,12 +127,7 @@ def load_kernel(
         code = driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
         check(code, f"{what} with {shared_bytes} bytes of shared memory")
     assert function.value is not None
-    overlaps = (
-        overlaps
-        and torch.cuda.get_device_capability(device_index) >= OVERLAPPING_GPU
-        and version() >= OVERLAPPING_CUDA
-    )
-    return Kernel(name, function.value, device_index, signature, shared_bytes, overlaps)
+    return Kernel(name, function.value, device_index, signature, shared_bytes)
 
 
 def architecture(device_index: int) -> str:

@@ -39,7 +39,6 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> Callable[..., L
         signature=signature,
         shared_bytes=shared,
         options=(f"-DIO={IO[dtype]}",),
-        overlaps=True,
     )
 
 

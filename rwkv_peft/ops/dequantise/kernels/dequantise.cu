@@ -1,19 +1,11 @@
 // The dense numbers of stored weights: packed times scale in float32, rounded once to what IO says.
 // A thread makes eight numbers at once, which lie aligned, and some such groups: all are read before
-// one is written, so that the memory has enough to do. Blocks may be started while the kernel before
-// ends, for which they wait: so a launch costs less of the few microseconds that a weight takes.
+// one is written, so that the memory has enough to do.
 #include "tile.cuh"
 
 constexpr int THREADS = 256, EACH = 8, GROUPS = 2;
 
 struct __align__(8) Bytes { u32 x[2]; };
-
-// Until the kernel before has ended and what it wrote can be read.
-DEVICE void wait_for_others() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 #if IO == 2
 typedef float Dense;
@@ -36,7 +28,7 @@ DEVICE void write_all(Dense* to, const float (&x)[EACH]) {
 #endif
 }
 
-// Calls `read` and then `make` for the groups of this thread that are among `count`, with their slots.
+// Calls `make(group)` for the groups of this thread that are among `count`, after `read(group, slot)`.
 template <class Read, class Make> DEVICE void for_groups(u64 count, Read read, Make make) {
     u64 first = (u64)block_x() * (THREADS * GROUPS) + thread_index();
 #pragma unroll
@@ -56,7 +48,6 @@ struct StoredRows {
 };
 
 KERNEL(dequantise_rows, StoredRows, THREADS, 1) {
-    wait_for_others();
     if (p.width % EACH) {
         u64 first = (u64)block_x() * (THREADS * GROUPS * EACH);
         for (int i = thread_index(); i < THREADS * GROUPS * EACH && first + i < p.count; i += THREADS)
@@ -91,7 +82,6 @@ struct StoredBlocks {
 
 // The codes lie in banks of their own, so that no look-up waits.
 KERNEL(dequantise_blocks, StoredBlocks, THREADS, 1) {
-    wait_for_others();
     float* codes = (float*)shared_memory;
     if (thread_index() < 16) codes[thread_index()] = p.codes[thread_index()];
     sync_block();
