@@ -44,6 +44,11 @@ class FP8Linear(QuantisedLinear):
         self.register_buffer("turned", turned)
         self.register_buffer("turned_scale", scale)
 
+    @staticmethod
+    def count_bytes(rows: int, width: int) -> int:
+        """See `QuantisedLinear`."""
+        return 2 * rows * width + 4 * (rows + width)
+
     @classmethod
     def _pack_piece(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
         packed, scale = round_rows(weight)

@@ -43,6 +43,11 @@ class QuantisedLinear(FrozenLinear):
         return torch.cat(packed), torch.cat(scales)
 
     @staticmethod
+    def count_bytes(rows: int, width: int) -> int:
+        """The memory that the stored form of a weight (rows, width) takes."""
+        raise NotImplementedError
+
+    @staticmethod
     def _split(weight: Tensor) -> Sequence[Tensor]:
         """Pieces that are stored independently: some rows."""
         return torch.split(weight, max(1, PIECE // weight.shape[1]))
@@ -87,6 +92,11 @@ class Int8Linear(QuantisedLinear):
     storage = "int8"
     _top = 127
 
+    @staticmethod
+    def count_bytes(rows: int, width: int) -> int:
+        """See `QuantisedLinear`."""
+        return rows * width + 4 * rows
+
     @classmethod
     def _pack_piece(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
         scale = weight.abs().amax(1, keepdim=True) / 127
@@ -105,6 +115,11 @@ class Int8Linear(QuantisedLinear):
 
 class _BlockLinear(QuantisedLinear):
     """Codes of 4 bits, two a byte, the first in the upper half: `weight` is (out * in / 2, 1)."""
+
+    @staticmethod
+    def count_bytes(rows: int, width: int) -> int:
+        """See `QuantisedLinear`."""
+        return -(-rows * width // 2) + 4 * -(-rows * width // BLOCK)
 
     @staticmethod
     def _split(weight: Tensor) -> Sequence[Tensor]:

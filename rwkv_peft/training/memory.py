@@ -4,8 +4,7 @@ import torch
 
 from rwkv_peft.models import build
 from rwkv_peft.models.config import ModelConfig
-from rwkv_peft.ops.dequantise.reference import BLOCK
-from rwkv_peft.quant import stored_layers
+from rwkv_peft.quant import STORAGES, stored_layers
 from rwkv_peft.training.borders import Room
 from rwkv_peft.training.settings import Facts, Settings
 
@@ -67,18 +66,13 @@ def weigh_base(model_config: ModelConfig, num_weights: int, size: int, quant: st
     """Bytes of a model's weights, of `size` each but for what is stored, and of dequantising."""
     if quant == "none":
         return num_weights * size
-    if quant == "fp8":
-        # two bytes a number, one for each direction
-        return num_weights * 2
     layers = [layer for _, layer in stored_layers(build(model_config, op="reference"))]
     numbers = [layer.out_features * layer.in_features for layer in layers]
-    scales = [
-        layer.out_features if quant == "int8" else -(-n // BLOCK)
-        for layer, n in zip(layers, numbers, strict=True)
-    ]
-    packed = sum(numbers) * (1 if quant == "int8" else 0.5) + 4 * sum(scales)
-    # one weight at a time in float32, and in the dtype of its product
-    return (num_weights - sum(numbers)) * size + packed + max(numbers) * (4 + size)
+    count_bytes = STORAGES[quant].count_bytes
+    stored = sum(count_bytes(layer.out_features, layer.in_features) for layer in layers)
+    # one weight at a time is dense for its product
+    dense = 0 if quant == "fp8" else max(numbers) * size
+    return (num_weights - sum(numbers)) * size + stored + dense
 
 
 def fits(
