@@ -29,6 +29,8 @@ from rwkv_peft.data.batching import Batch
 from rwkv_peft.device import free_host_memory, free_memory, own_stream
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
+from rwkv_peft.models.frozen import FrozenLinear
+from rwkv_peft.quant import STORAGES
 from rwkv_peft.training.borders import BorderSizes
 from rwkv_peft.training.chunk_graphs import GraphedChunks
 from rwkv_peft.training.graphs import GraphedStep
@@ -56,11 +58,13 @@ COLUMNS = {
 class Bench:
     """A model with an adapter, and what was measured of it."""
 
-    def __init__(self, size: str, op: str, chunk_ctx: int, *, is_captured: bool) -> None:
+    def __init__(
+        self, size: str, op: str, chunk_ctx: int, *, is_captured: bool, quant: str = "none"
+    ) -> None:
         self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
         self.size, self.chunk_ctx, self.vocab_size = size, chunk_ctx, SIZES[size][-1]
         self.room = room_for_borders(self.device, free_memory(self.device), free_host_memory())
-        self.model: RWKV = make_model(size, op, self.device)
+        self.model: RWKV = make_model(size, op, self.device, quant)
         self.optimizer: Optimizer = make_optimizer(self.model, "lora")
         self.optimizer.keeps_gradients = is_captured
         self.chunks = GraphedChunks(self.device, chunk_ctx) if is_captured else None
@@ -116,6 +120,9 @@ class Bench:
     def exact(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
         """Loss and gradient of a whole row in float64, by the plain operator."""
         config, own = self.model.model_config, dict(self.model.named_parameters())
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, FrozenLinear):
+                own[f"{name}.weight"] = layer.dense()
         model = build(config, op="torch", device=self.device, dtype=torch.float64)
         model.to_empty(device=self.device).to(torch.float64)
         trained = make_optimizer(model, "lora", dtype=torch.float64).values
@@ -219,6 +226,7 @@ def main() -> None:
     """Reads what to measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="1.5b", choices=list(SIZES))
+    parser.add_argument("--quant", default="none", choices=["none", *STORAGES])
     parser.add_argument("--op", default="auto")
     parser.add_argument("--chunk_ctx", type=int, default=4096)
     parser.add_argument("--compared", type=int, default=32768)
@@ -235,10 +243,18 @@ def main() -> None:
 
 def measure_all(options: argparse.Namespace) -> None:
     """Prints the table of all parts, and writes it to files if asked."""
-    bench = Bench(options.size, options.op, options.chunk_ctx, is_captured=bool(options.cuda_graph))
+    bench = Bench(
+        options.size,
+        options.op,
+        options.chunk_ctx,
+        is_captured=bool(options.cuda_graph),
+        quant=options.quant,
+    )
     errors = bench.check(min(options.chunk_ctx, 1024))
     head = [
-        f"{device_name()}, torch {torch.__version__}, {options.size}, op {bench.model.op.name}, "
+        f"{device_name()}, torch {torch.__version__}, {options.size}, "
+        + f"weights in {options.quant}, " * (options.quant != "none")
+        + f"op {bench.model.op.name}, "
         f"LoRA of rank 32, chunks of {options.chunk_ctx:,} tokens, "
         + ("captured as CUDA graphs" if options.cuda_graph else "not captured"),
         "",
