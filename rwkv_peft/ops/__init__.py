@@ -1,5 +1,7 @@
 """Operators: the recurrences of RWKV over time, each a contract that several backends keep.
 
+(`dequantise`, which makes stored weights dense, is chosen and built like them, and has no state.)
+
 An operator is one function of tensors with one layout of its state, for any number of tokens. It
 takes an optional initial state and the numbers of the documents packed into a row, and always gives
 the last state. It is differentiable in every tensor, the initial state too. Backends adapt to this
