@@ -234,10 +234,11 @@ def fp8_objection(device: torch.device) -> str:
 
     if device.type != "cuda":
         return f"{device.type} has not"
+    properties = torch.get_device_module(device).get_device_properties(device)
     if torch.version.hip is not None:
-        name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        name = properties.gcnArchName.partition(":")[0]
         return "" if name in FP8_OF_AMD else f"{name} has not"
-    found = torch.cuda.get_device_capability(device)
+    found = properties.major, properties.minor
     if found >= (8, 9):
         return ""
     return f"compute capability {found[0]}.{found[1]} has not (Ada, Hopper and later have)"

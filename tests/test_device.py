@@ -193,3 +193,23 @@ def test_a_gpu_reads_what_is_left_on_the_host_in_graphs_too(dtype: torch.dtype) 
 def test_a_cpu_says_that_it_has_no_products_of_fp8() -> None:
     assert fp8_objection(torch.device("cpu")) == "cpu has not"
     assert not has_host_memory(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("hip", "properties", "why"),
+    [
+        (None, {"major": 9, "minor": 0}, ""),
+        (None, {"major": 8, "minor": 9}, ""),
+        (None, {"major": 8, "minor": 6}, "compute capability 8.6 has not"),
+        ("6.4", {"gcnArchName": "gfx950:sramecc+:xnack-"}, ""),
+        ("6.4", {"gcnArchName": "gfx942:sramecc+:xnack-"}, "gfx942 has not"),
+    ],
+)
+def test_cards_that_multiply_fp8_are_known_by_their_properties(
+    hip: str | None, properties: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = SimpleNamespace(get_device_properties=lambda _: SimpleNamespace(**properties))
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    found = fp8_objection(torch.device("cuda", 0))
+    assert found.startswith(why) and bool(found) == bool(why)
