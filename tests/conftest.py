@@ -174,38 +174,47 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
 
 
 @pytest.fixture(scope="session")
-def official_logits() -> Callable[..., torch.Tensor]:
-    """Logits (T, V) of the rwkv package for a file, all tokens at once.
+def official_logits_of() -> Callable[..., list[torch.Tensor]]:
+    """Logits (T, V) of the rwkv package for each of some files, all tokens at once.
 
     What the package can read is fixed when it is imported, so RWKV-5 and 6 need another process.
     """
 
-    def run(path: Path, tokens: list[int], version: str = "x070") -> torch.Tensor:
+    def run(paths: list[Path], tokens: list[int], version: str = "x070") -> list[torch.Tensor]:
         if version != "x070":
-            answer = path.with_suffix(".logits")
             code = (
                 "import sys, torch\n"
                 "from rwkv.model import RWKV\n"
-                "model = RWKV(model=sys.argv[1], strategy='cpu fp32')\n"
-                "tokens = [int(t) for t in sys.argv[3].split()]\n"
-                "torch.save(model.forward(tokens, None, full_output=True)[0], sys.argv[2])\n"
+                "tokens = [int(t) for t in sys.argv[1].split()]\n"
+                "for path in sys.argv[2:]:\n"
+                "    model = RWKV(model=path, strategy='cpu fp32')\n"
+                "    logits = model.forward(tokens, None, full_output=True)[0]\n"
+                "    torch.save(logits, f'{path}.logits')\n"
             )
-            given = [str(path.with_suffix("")), str(answer), " ".join(map(str, tokens))]
-            environment = {**os.environ, "RWKV_V7_ON": "0"}
+            given = [str(path.with_suffix("")) for path in paths]
             subprocess.run(
-                [sys.executable, "-c", code, *given],
+                [sys.executable, "-c", code, " ".join(map(str, tokens)), *given],
                 check=True,
-                env=environment,
+                env={**os.environ, "RWKV_V7_ON": "0"},
                 capture_output=True,
             )
-            found = torch.load(answer)
-            assert isinstance(found, torch.Tensor)
-            return found
+            return [torch.load(f"{path}.logits") for path in given]
         from rwkv.model import RWKV
 
-        model = RWKV(model=str(path.with_suffix("")), strategy="cpu fp32")
-        logits, _ = model.forward(tokens, None, full_output=True)
-        assert isinstance(logits, torch.Tensor)
+        models = (RWKV(model=str(p.with_suffix("")), strategy="cpu fp32") for p in paths)
+        return [model.forward(tokens, None, full_output=True)[0] for model in models]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def official_logits(
+    official_logits_of: Callable[..., list[torch.Tensor]],
+) -> Callable[..., torch.Tensor]:
+    """As `official_logits_of`, for one file."""
+
+    def run(path: Path, tokens: list[int], version: str = "x070") -> torch.Tensor:
+        (logits,) = official_logits_of([path], tokens, version)
         return logits
 
     return run

@@ -1,9 +1,5 @@
 """Every method of peft's table on RWKV-5.2, 6 and 7."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,7 +97,10 @@ def test_a_method_is_neutral_trains_what_it_declares_reloads_and_merges(
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("version", VERSIONS)
 def test_merged_files_open_in_the_official_runtime_with_the_adapters_logits(
-    version: str, make_model_file: Callable[..., Path], tmp_path: Path
+    version: str,
+    make_model_file: Callable[..., Path],
+    official_logits_of: Callable[..., list[torch.Tensor]],
+    tmp_path: Path,
 ) -> None:
     base = make_model_file(dtype=torch.float32, **VERSIONS[version])
     wanted = {}
@@ -113,23 +112,13 @@ def test_merged_files_open_in_the_official_runtime_with_the_adapters_logits(
         wanted[case] = model.eval()(TOKENS)[0][0].detach()
         write_adapter(tmp_path / case, trained, trained, base=base)
         rwkv_peft.merge(base, tmp_path / case, tmp_path / f"{case}.pth", compare=0)
-    code = (
-        "import sys, json, torch\n"
-        "from rwkv.model import RWKV\n"
-        "tokens = json.loads(sys.argv[2])\n"
-        "for name in sys.argv[3:]:\n"
-        "    model = RWKV(model=f'{sys.argv[1]}/{name}', strategy='cpu fp32')\n"
-        "    logits = model.forward(tokens, None, full_output=True)[0]\n"
-        "    torch.save(logits, f'{sys.argv[1]}/{name}.logits')\n"
+    official = official_logits_of(
+        [tmp_path / f"{case}.pth" for case in wanted],
+        TOKENS[0].tolist(),
+        VERSIONS[version].get("version", "x070"),
     )
-    environment = {**os.environ, "RWKV_V7_ON": str(int(version == "7"))}
-    given = [str(tmp_path), json.dumps(TOKENS[0].tolist()), *wanted]
-    subprocess.run(
-        [sys.executable, "-c", code, *given], check=True, env=environment, capture_output=True
-    )
-    for name, logits in wanted.items():
-        official = torch.load(tmp_path / f"{name}.logits")
-        torch.testing.assert_close(official, logits, rtol=0, atol=1e-4, msg=name)
+    for (name, logits), found in zip(wanted.items(), official, strict=True):
+        torch.testing.assert_close(found, logits, rtol=0, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(
