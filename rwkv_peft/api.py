@@ -1,16 +1,19 @@
 """The functions that `import rwkv_peft` offers."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from rwkv_peft.checkpoint.adapter import load_adapter
+from rwkv_peft.checkpoint.adapter import load_adapter, read_adapter
 from rwkv_peft.checkpoint.convert import convert
 from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.merge import merge
 from rwkv_peft.checkpoint.older import LegacyAdapterHints
 from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights
 from rwkv_peft.checkpoint.state import load_state
+from rwkv_peft.checkpoint.stored import base_as_trained
 from rwkv_peft.checkpoint.stream import require_finite
 from rwkv_peft.device import dtype_of
 from rwkv_peft.generation.engine import generate
@@ -41,7 +44,8 @@ def load_model(
         path: an official .pth or .safetensors file.
         dtype: a torch dtype or its name; 'bf16', 'fp16' and 'fp32' work too.
         op: backend of the recurrence: auto, cuda, triton, fla, torch or reference.
-        adapter: folder of an adapter in peft's format to attach, or a file of older RWKV-PEFT.
+        adapter: folder of an adapter in peft's format to attach, or a file of older RWKV-PEFT. A
+            base that was stored in 8 or 4 bits in its training has the weights that it had then.
         lora_alpha: of such a file's training, which a LoRA file does not hold.
         pissa_init: for PiSSA in its place, the run's init_pissa.pth.
         state: file of a learned state in which every text begins.
@@ -53,12 +57,16 @@ def load_model(
     dtype = dtype_of(dtype) if isinstance(dtype, str) else dtype
     weights = read_weights(path)
     model = build(infer_model_config(weights), op=op, device=device, dtype=dtype)
-    load_weights(model, weights, device=device, dtype=dtype)
+    values: Mapping[str, Tensor] = weights
+    if adapter is not None:
+        hints = LegacyAdapterHints(lora_alpha, pissa_init)
+        own = fingerprint(weights)
+        saved = read_adapter(adapter, hints, base_fingerprint=own, force=force)
+        values = base_as_trained(weights, saved, adapter)
+    load_weights(model, values, device=device, dtype=dtype)
     require_finite(dict(model.named_parameters()), path, weights)
     if adapter is not None:
-        own = fingerprint(weights)
-        hints = LegacyAdapterHints(lora_alpha, pissa_init)
-        load_adapter(model, adapter, hints=hints, base_fingerprint=own, force=force)
+        load_adapter(model, saved, adapter)
     if state is not None:
         load_state(model, state)
     return model.eval()

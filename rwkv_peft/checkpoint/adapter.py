@@ -127,26 +127,14 @@ def saved_method(path: str | Path) -> str:
     return old_method(path) or str(read_folder(path).config.peft_type.value).lower()
 
 
-def load_adapter(
-    model: RWKV,
-    folder: str | Path,
-    *,
-    hints: LegacyAdapterHints | None = None,
-    base_fingerprint: str = "",
-    force: bool = False,
-) -> None:
+def load_adapter(model: RWKV, adapter: SavedAdapter, folder: str | Path) -> None:
     """Attaches an adapter to a model, frozen.
 
     Args:
-        folder: in peft's format, or a file of older RWKV-PEFT.
-        hints: what such a file does not hold.
-        base_fingerprint: of the model's file; not compared with the adapter's if empty.
-        force: attach it to another base too.
+        folder: where it was read, for messages.
     Raises:
-        CheckpointError: the adapter belongs to another base, or its tensors are not exactly those
-            that its config makes in this model.
+        CheckpointError: its tensors are not exactly those that its config makes in this model.
     """
-    adapter = read_adapter(folder, hints, base_fingerprint=base_fingerprint, force=force)
     load_values(attach_adapter(model, adapter, folder), adapter.tensors)
     fast.fuse(model)
     model.requires_grad_(False)
@@ -173,6 +161,10 @@ def attach_to_base(
     if factors.reads_base(adapter.config):
         # as a model computes it from the whole file; most methods leave the base on disk
         own = {n: x.float() for n, x in own.items()}
+    start: dict[str, Tensor] = {}
+    if storage:
+        # what was stored is the residual
+        adapter, start = _split_start(adapter)
     model = build_mapped(own, storage)
     official = list(model.parameters())
     attachment = attach_adapter(model, adapter, folder)
@@ -183,7 +175,17 @@ def attach_to_base(
             # as fine as in the file, whatever the dtype of the base
             x.data = x.data.float()
     load_values(attachment, adapter.tensors)
+    if start:
+        residual.take_out(model, _match_parameters(attachment, start), own)
     return model, attachment
+
+
+def _split_start(adapter: SavedAdapter) -> tuple[SavedAdapter, dict[str, Tensor]]:
+    """An adapter as it was trained, and the values it began with; none if its base is whole."""
+    if not adapter.note.get("init"):
+        return adapter, {}
+    values, start = residual.split_start(adapter.tensors)
+    return SavedAdapter(residual.with_rank(adapter.config, 0.5), values, adapter.note), start
 
 
 def attach_saved(
@@ -195,12 +197,14 @@ def attach_saved(
     base_fingerprint: str = "",
     force: bool = False,
     is_fused: bool = True,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> tuple[Attachment, dict[str, Tensor]]:
     """Attaches an adapter that is to be trained further.
 
     Args:
         folder, hints, base_fingerprint, force: as of `load_adapter`.
         train_parts: what else to train, beside what is in its file; see `methods.attach`.
+        is_fused, weights: as of `methods.attach`.
     Returns:
         the tensors to train, and the file's values for them, both by name: the model's dtype may
         be coarser than the file's float32.
@@ -208,18 +212,16 @@ def attach_saved(
         CheckpointError: as `load_adapter`.
     """
     adapter = read_adapter(folder, hints, base_fingerprint=base_fingerprint, force=force)
-    start: dict[str, Tensor] = {}
-    if init := adapter.note.get("init"):
-        values, start = residual.split_start(adapter.tensors)
-        adapter = SavedAdapter(residual.with_rank(adapter.config, 0.5), values, adapter.note)
+    adapter, start = _split_start(adapter)
     parts = named_parts(model, train_parts)
     attachment = attach_adapter(model, adapter, folder)
     load_values(attachment, adapter.tensors)
     with_parts(model, attachment, {n: attachment[n] for n in attachment.plain} | parts)
     found = _match_parameters(attachment, adapter.tensors)
-    if init:
-        attachment.start, attachment.init = _match_parameters(attachment, start), init
-        residual.take_out(model, attachment.start)
+    if start:
+        attachment.start = _match_parameters(attachment, start)
+        attachment.init = adapter.note["init"]
+        residual.take_out(model, attachment.start, weights)
     if is_fused:
         fast.fuse(model)
     return attachment, found

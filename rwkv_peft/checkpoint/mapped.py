@@ -44,8 +44,8 @@ def upcast_on_use(model: RWKV, merged: Made | None = None) -> RWKV:
     """The model itself, changed so that weights are float32 only while they are used.
 
     A linear layer converts a few rows at a time, any other layer its own tensors. An adapted layer
-    computes by peft's own forward, which may read the weight itself: except for LoRA and MiSS the
-    weight must be stored dense. The new states of the blocks are dropped.
+    computes by peft's own forward, which may read the weight itself. The new states of the blocks
+    are dropped.
 
     Args:
         merged: tensors that take the place of the model's own, which must then be a plain one.
@@ -72,6 +72,8 @@ def upcast_on_use(model: RWKV, merged: Made | None = None) -> RWKV:
         tensors = {
             parameter: pieces(f"{path}.{name}", parameter)
             for name, parameter in module.named_parameters(recurse=is_whole)
+            # one in fewer bits is read by `methods.stored`
+            if parameter.is_floating_point() or not is_whole
         }
         # some layers of peft are linear layers too
         if isinstance(module, nn.Linear) and not isinstance(module, BaseTunerLayer):

@@ -237,7 +237,13 @@ def _take_adapters(
     storage = _find_storage(adapters)
     values: Mapping[str, Tensor] = base
     if storage:
-        as_trained = BaseAsTrained(base, storage)
+        parts = [folder for (folder, _), x in adapters if x.note.get("init")]
+        if merge_base == "trained" and parts and len(adapters) > 1:
+            raise ConfigError(
+                f"{parts[0]} began with a part of the base, of which the rest was stored: merge it "
+                "alone, or with --merge_base original"
+            )
+        as_trained = BaseAsTrained(base, storage, adapters[0][1])
         report.quant, report.merge_base = storage.name, merge_base
         report.quant_error = _measure_storage(base, as_trained)
         if merge_base == "trained":

@@ -1,15 +1,20 @@
 """The weights of a base as a run with `--quant` computed with them."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rwkv_peft.checkpoint.folder import SavedAdapter
 from rwkv_peft.checkpoint.pth import STATE_SUFFIX, infer_model_config
 from rwkv_peft.device import dtype_of
 from rwkv_peft.errors import CheckpointError
+from rwkv_peft.methods.attach import ADAPTER, PREFIX, attach_config
+from rwkv_peft.methods.residual import add_product, layers, split_start
 from rwkv_peft.models import build
+from rwkv_peft.models.base import RWKV
 from rwkv_peft.quant import STORAGES, Storage, round_trip, stored_layers
 
 
@@ -34,20 +39,38 @@ def storage_of(note: Mapping[str, Any], path: object) -> Storage | None:
     return Storage(name, dtype)
 
 
+def base_as_trained(
+    weights: Mapping[str, Tensor], adapter: SavedAdapter, path: object
+) -> Mapping[str, Tensor]:
+    """The tensors that an adapter was trained on: those of the file, or a `BaseAsTrained`."""
+    storage = storage_of(adapter.note, path)
+    return BaseAsTrained(weights, storage, adapter) if storage else weights
+
+
 class BaseAsTrained(Mapping[str, Tensor]):
     """The tensors of a base's file; those that were stored otherwise are made when asked for.
 
-    The last that was made is kept, as who adds to a tensor reads it more than once.
+    Those that an adapter began by taking a part out of (PiSSA) are what was stored of the rest,
+    and that part: in float32. The last that was made is kept, as who adds to a tensor reads it
+    more than once.
 
+    Args:
+        adapter: the one that was trained on it, if one.
     Attributes:
-        stored: names of the latter.
+        stored: names of the tensors that were stored otherwise.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], storage: Storage) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        storage: Storage,
+        adapter: SavedAdapter | None = None,
+    ) -> None:
         own = {n: x for n, x in weights.items() if not n.endswith(STATE_SUFFIX)}
         model = build(infer_model_config(own), op="reference")
         self._weights, self._storage = weights, storage
         self.stored = {f"{name}.weight" for name, _ in stored_layers(model)}
+        self._parts = _find_parts(model, adapter) if adapter else {}
         self._made: tuple[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -56,11 +79,35 @@ class BaseAsTrained(Mapping[str, Tensor]):
         if self._made is None or self._made[0] != name:
             # the one before goes first, so that there are never two
             self._made = None
-            self._made = name, round_trip(self._weights[name], self._storage)
+            self._made = name, self._make(name)
         return self._made[1]
+
+    def _make(self, name: str) -> Tensor:
+        if name not in self._parts:
+            return round_trip(self._weights[name], self._storage)
+        b, a, scale = self._parts[name]
+        x = self._weights[name].to(torch.float32, copy=True)
+        add_product(x, b, a, -scale)
+        x = round_trip(x, self._storage).float()
+        add_product(x, b, a, scale)
+        return x
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
 
     def __len__(self) -> int:
         return len(self._weights)
+
+
+def _find_parts(model: RWKV, adapter: SavedAdapter) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """B0, A0 and their scale by the names of the weights that an adapter took them out of."""
+    if not adapter.note.get("init"):
+        return {}
+    _, start = split_start(adapter.tensors)
+    # for the scale of each layer, which is that of its factors joined to their start
+    attach_config(model, copy.deepcopy(adapter.config), is_fused=False)
+    found = {}
+    for name, layer in layers(model):
+        b, a = (start[f"{PREFIX}{name}.lora_{x}.weight"] for x in "BA")
+        found[f"{name}.weight"] = b, a, layer.scaling[ADAPTER]
+    return found

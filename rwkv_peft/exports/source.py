@@ -69,7 +69,7 @@ def open_source(
     values: Mapping[str, Tensor] = base
     if storage:
         # the base as it was trained
-        values = trained = BaseAsTrained(base, storage)
+        values = trained = BaseAsTrained(base, storage, adapter)
         for name in trained.stored:
             make = partial(_rows, values, name)
             tensors[name] = Stored(tensors[name].shape, torch.float32, make)

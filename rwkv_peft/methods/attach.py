@@ -12,9 +12,8 @@ from rwkv_peft.methods import Method, factors, fast, residual
 from rwkv_peft.methods.catalog import is_residual, method_config
 from rwkv_peft.methods.limits import BoundedMemory, check_patterns
 from rwkv_peft.methods.options import one_line
-from rwkv_peft.methods.stored import require_config
+from rwkv_peft.methods.stored import let_read, readable, require_config
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.models.frozen import FrozenLinear
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -57,6 +56,7 @@ def attach(
     *,
     train_parts: Sequence[str] = (),
     is_fused: bool = True,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Attachment:
     """Freezes the model, attaches the method and gives the tensors to train, by name.
 
@@ -66,6 +66,7 @@ def attach(
         train_parts: substrings of names; such tensors of the base are trained too (with 'none',
             they alone). `time` means the vectors and low-rank maps of time mixing.
         is_fused: replace the arithmetic of LoRA and MiSS by `methods.fast`.
+        weights: of the base as in its file, for PiSSA and OLoRA where the model stores them.
     Raises:
         ConfigError: a name, an option or a part is unknown, or matches nothing in the model.
     """
@@ -74,10 +75,17 @@ def attach(
     if method == "none":
         return with_parts(model, Attachment({}), parts or _used_parameters(model))
     config = method_config(method, options, model.model_config.version)
-    return with_parts(model, attach_config(model, config, is_fused=is_fused), parts)
+    attachment = attach_config(model, config, is_fused=is_fused, weights=weights)
+    return with_parts(model, attachment, parts)
 
 
-def attach_config(model: nn.Module, config: "PeftConfig", *, is_fused: bool = True) -> Attachment:
+def attach_config(
+    model: nn.Module,
+    config: "PeftConfig",
+    *,
+    is_fused: bool = True,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Attachment:
     """Like `attach`, with peft's own config, for example of a saved adapter."""
     model.requires_grad_(False)
     require_config(model, config)
@@ -90,8 +98,9 @@ def attach_config(model: nn.Module, config: "PeftConfig", *, is_fused: bool = Tr
     if not any(p.numel() for p in trained.values()):
         raise ConfigError("peft_config leaves nothing to train: name modules, or tokens, to adapt")
     with one_line("peft_config"):
-        start = residual.begin(model, init) if init else {}
+        start = residual.begin(model, init, weights) if init else {}
         kept = factors.keep(peft_model, config)
+    let_read(model)
     if is_fused:
         fast.fuse(model)
     return Attachment(trained, peft_model, start=start, init=init, factors=kept)
@@ -153,27 +162,9 @@ def inject(model: nn.Module, config: "PeftConfig") -> "PeftModel":
 
     check_patterns(model, config)
     _check_targets(model, config)
-    projections: list[nn.Module] = [
-        module for module in model.modules() if type(module) is FrozenLinear
-    ]
-    stored = {x: x.weight for x in model.modules() if isinstance(x, FrozenLinear) and x.storage}
-    try:
-        for layer, weight in stored.items():
-            # an adapter takes the dtype and the device of a weight: one of no memory tells them
-            one = torch.empty(1, dtype=layer.compute_dtype, device=weight.device)
-            dense = one.expand(layer.out_features, layer.in_features)
-            layer.weight = nn.Parameter(dense, requires_grad=False)
-        # peft's GLoRA adapts this very class and no subclass of it
-        for module in projections:
-            module.__class__ = nn.Linear
-        with one_line("peft_config"), BoundedMemory(model):
-            # the adapter keeps the model's dtype: its float32 values are the optimizer's
-            return PeftModel(model, config, ADAPTER, autocast_adapter_dtype=False)
-    finally:
-        for module in projections:
-            module.__class__ = FrozenLinear
-        for layer, weight in stored.items():
-            layer.weight = weight
+    with readable(model), one_line("peft_config"), BoundedMemory(model):
+        # the adapter keeps the model's dtype: its float32 values are the optimizer's
+        return PeftModel(model, config, ADAPTER, autocast_adapter_dtype=False)
 
 
 def _check_targets(model: nn.Module, config: "PeftConfig") -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
+# of a weight that are float64 at a time
+ROWS = 1024
 # of a parameter or of a tensor in a file
 _FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])(?=\.|$)")
 
@@ -35,9 +37,13 @@ def layers(model: nn.Module) -> "Iterator[tuple[str, LoraLayer]]":
 
 
 @torch.no_grad()
-def begin(model: nn.Module, init: str) -> dict[str, Tensor]:
+def begin(
+    model: nn.Module, init: str, weights: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Gives a model's plain LoRA layers an initialisation of peft's and takes it from the base.
 
+    Args:
+        weights: of the base as in its file; see `take_out`.
     Returns:
         a copy of the first values, by the names of the parameters.
     """
@@ -48,7 +54,7 @@ def begin(model: nn.Module, init: str) -> dict[str, Tensor]:
         stored, dtype = base.weight.data, base.compute_dtype
         # a copy, as peft's own initialisations write in place; its residual is not kept, since
         # it is that of factors which are yet to be rounded to the model's dtype
-        base.weight.data = base.dense(torch.float32, copy=True)
+        base.weight.data = _original(name, base, weights)
         if init.lower().startswith("pissa"):
             layer.pissa_init(adapter, init.lower())
         else:
@@ -58,20 +64,46 @@ def begin(model: nn.Module, init: str) -> dict[str, Tensor]:
         base.weight.data = stored
         start[f"{name}.lora_A.{adapter}.weight"] = layer.lora_A[adapter].weight.detach().clone()
         start[f"{name}.lora_B.{adapter}.weight"] = layer.lora_B[adapter].weight.detach().clone()
-    take_out(model, start)
+    take_out(model, start, weights)
     return start
 
 
 @torch.no_grad()
-def take_out(model: nn.Module, start: Mapping[str, Tensor], sign: int = -1) -> None:
-    """Subtracts s B0 A0 from the base weights, in float32, rounded once to their dtype."""
+def take_out(
+    model: nn.Module, start: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Subtracts s B0 A0 from the base weights, rounded once to float32 and to what they store.
+
+    Args:
+        weights: of the base as in its file, which a layer that stores its weight in fewer bits has
+            no longer: what is stored is the residual of these.
+    """
     for name, layer in layers(model):
         (adapter,) = layer.lora_A
         base: Any = layer.get_base_layer()
-        a, b = (start[f"{name}.lora_{x}.{adapter}.weight"].float() for x in "AB")
-        scale = sign * layer.scaling[adapter]
-        weight = base.dense(torch.float32)
-        base.store(torch.addmm(weight, b.to(weight.device), a, alpha=scale))
+        weight = _original(name, base, weights)
+        a, b = (start[f"{name}.lora_{x}.{adapter}.weight"].to(weight.device) for x in "AB")
+        add_product(weight, b, a, -layer.scaling[adapter])
+        base.store(weight)
+
+
+def _original(name: str, base: Any, weights: Mapping[str, Tensor] | None) -> Tensor:
+    """The float32 weight of a layer before anything was taken out of it, a copy."""
+    if not base.storage:
+        dense: Tensor = base.dense(torch.float32, copy=True)
+        return dense
+    assert weights is not None
+    return weights[f"{name}.weight"].to(base.weight.device, torch.float32, copy=True)
+
+
+def add_product(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> None:
+    """Adds s B A to a float32 weight, in place.
+
+    In float64: numbers that are then stored in few bits are the same on every machine, while the
+    order of float32 sums would move those that lie between two of these.
+    """
+    for rows, part in zip(weight.split(ROWS), b.split(ROWS), strict=True):
+        rows.copy_(rows.double().addmm_(part.double(), a.double(), alpha=scale))
 
 
 @torch.no_grad()
@@ -93,9 +125,10 @@ def begin_again(
         return
     for name, layer in layers(model):
         base: Any = layer.get_base_layer()
-        base.store(weights[f"{name}.weight"].to(base.weight.device))
+        if not base.storage:
+            base.store(weights[f"{name}.weight"].to(base.weight.device))
     start.update({name: x.to(start[name], copy=True) for name, x in saved.items()})
-    take_out(model, start)
+    take_out(model, start, weights)
 
 
 def join_start(values: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,70 +1,158 @@
-"""Which methods work on a base that is stored in 8 or 4 bits."""
+"""Methods on a base that is stored in 8 or 4 bits: which can serve, and how they read a weight.
 
-from collections.abc import Mapping
-from dataclasses import MISSING, fields
+LoRA and MiSS ask a frozen layer for its products alone (`methods.fast`). peft's own arithmetic may
+also read the weight: when a method begins, and in every step. Then it is given dequantised, and is
+dropped as soon as it was used. What a method needs must be as the base is: it cannot train the
+weights, nor change them, but for PiSSA and OLoRA, whose residual is stored (`methods.residual`).
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import fields
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
+
 from rwkv_peft.errors import ConfigError
-from rwkv_peft.methods.catalog import is_start
+from rwkv_peft.methods.fast import form_of
 from rwkv_peft.models.frozen import FrozenLinear
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from torch import nn
 
-_WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-# of a config itself, none of which changes what a layer computes
-_FORM = (
-    *("peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision"),
-    *("auto_mapping", "peft_version", "runtime_config"),
-)
-# method -> its options that need no dense weight; any other must have its default
-SERVED: dict[str, tuple[str, ...]] = {
-    "lora": (
-        *("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"),
-        *("rank_pattern", "alpha_pattern", *_WHERE),
-    ),
-    "miss": ("r", "miss_dropout", "mini_r", "init_weights", *_WHERE),
-    "state": (),
+# method -> why it cannot serve
+REFUSED = {
+    "none": "trains the weights themselves",
+    "frod": "keeps a dense matrix of the size of each weight",
+    "osf": "computes with dense factors of each weight in its place",
 }
-# values of an option that change the weight itself
-_CHANGES = {"init_weights": ("bat",)}
+# option -> why it cannot serve, whatever the method
+_REFUSED_OPTIONS = {
+    "kasa_config": "changes the weights when it begins",
+    "modules_to_save": "trains the weights themselves",
+    "target_parameters": "computes with changed weights",
+}
 
 
 def require_served(method: str, options: Mapping[str, Any]) -> None:
-    """Raises ConfigError if a method, or an option, needs dense weights.
+    """Raises ConfigError if a method, or an option, cannot work on stored weights.
 
     Args:
-        options: those of the method's config in peft that have not their default.
+        options: those of the method's config in peft that are not empty.
     """
-    if method not in SERVED:
-        what = "trains the weights themselves" if method == "none" else "is not for such weights"
+    if method in REFUSED:
         raise ConfigError(
-            f"--quant cannot serve --peft {method}, which {what}: use {', '.join(SERVED)}, or "
-            "--quant none"
+            f"--quant cannot serve --peft {method}, which {REFUSED[method]}: use lora, pissa, "
+            "miss, state or another method, or --quant none"
         )
-    for name, value in options.items():
-        if is_start(value):
-            what = "takes a part out of the weights before they are stored, which is not built"
-        elif name not in SERVED[method] or value in _CHANGES.get(name, ()):
-            what = "needs dense weights"
-        else:
-            continue
-        raise ConfigError(
-            f"--quant cannot serve {name}={value!r} of {method}, which {what}: leave the option "
-            "out, or use --quant none"
-        )
+    for name, reason in _REFUSED_OPTIONS.items():
+        if options.get(name) is not None:
+            raise ConfigError(
+                f"--quant cannot serve {name}={options[name]!r} of {method}, which {reason}: "
+                "leave the option out, or use --quant none"
+            )
 
 
-def require_config(model: "nn.Module", config: "PeftConfig") -> None:
+def require_config(model: nn.Module, config: "PeftConfig") -> None:
     """Raises ConfigError if a method cannot work on the layers that a model stores."""
-    if not any(isinstance(x, FrozenLinear) and x.storage for x in model.modules()):
-        return
-    changed = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _FORM}
-    for field in fields(config):
-        own = field.default
-        if own is MISSING:
-            own = field.default_factory() if field.default_factory is not MISSING else None
-        if field.name in changed and changed[field.name] in (own, None):
-            del changed[field.name]
-    require_served(str(config.peft_type.value).lower(), changed)
+    if any(map(is_stored, model.modules())):
+        given = {f.name: getattr(config, f.name) for f in fields(config)}
+        require_served(str(config.peft_type.value).lower(), given)
+
+
+def is_stored(layer: nn.Module) -> bool:
+    """Whether a layer stores its weight otherwise than dense."""
+    return isinstance(layer, FrozenLinear) and bool(layer.storage)
+
+
+@contextmanager
+def readable(model: nn.Module) -> Iterator[None]:
+    """Within it the projections of a model are plain linear layers, whose weights can be read.
+
+    That of a stored layer is dequantised when it is read; only the last one is kept.
+    """
+    # peft's GLoRA adapts this very class and no subclass of it
+    layers = [(x, type(x), vars(x)["_parameters"]) for x in model.modules() if _is_frozen(x)]
+    last: dict[nn.Module, nn.Parameter] = {}
+    try:
+        for layer, _, _ in layers:
+            if is_stored(layer):
+                vars(layer)["_parameters"] = _Dequantised(copy(layer), last)
+            layer.__class__ = nn.Linear
+        yield
+    finally:
+        for layer, own, parameters in layers:
+            layer.__class__, vars(layer)["_parameters"] = own, parameters
+
+
+def _is_frozen(layer: nn.Module) -> bool:
+    return type(layer) is FrozenLinear or is_stored(layer)
+
+
+class _Dequantised(dict[str, nn.Parameter | None]):
+    """The parameters of a stored layer: a tensor without memory for the names, dense if read."""
+
+    def __init__(self, layer: Any, last: dict[nn.Module, nn.Parameter]) -> None:
+        one = torch.empty(1, dtype=layer.compute_dtype, device=layer.weight.device)
+        shape = layer.out_features, layer.in_features
+        super().__init__(weight=nn.Parameter(one.expand(shape), requires_grad=False))
+        self["bias"] = None
+        self._layer, self._last = layer, last
+
+    def __getitem__(self, name: str) -> nn.Parameter | None:
+        if name != "weight":
+            return super().__getitem__(name)
+        if self._layer not in self._last:
+            self._last.clear()
+            self._last[self._layer] = nn.Parameter(self._layer.dense(), requires_grad=False)
+        return self._last[self._layer]
+
+
+def let_read(model: nn.Module) -> None:
+    """Lets the layers of peft's that `methods.fast` does not serve read a stored weight."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and form_of(module) is None:
+            base = getattr(module, "base_layer", None)
+            if isinstance(base, nn.Module) and is_stored(base):
+                own: Any = type(module)
+                module.__class__ = _reading_class(own)
+
+
+class _Readable(FrozenLinear):
+    """A stored layer for one call: its products, and its weight if it is read."""
+
+    def __init__(self, base: FrozenLinear, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = base.in_features, base.out_features, None
+        # no module of this one
+        vars(self).update(_base=base, _dtype=dtype)
+
+    @cached_property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """W (out, in), dequantised."""
+        return nn.Parameter(self._base.dense(self._dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T, of which backward keeps the stored weight."""
+        y: Tensor = self._base(x)
+        return y
+
+
+@cache
+def _reading_class(layer: Any) -> type[nn.Module]:
+    """The subclass of a peft layer that has a readable layer within while it is called."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        base = self._modules["base_layer"]
+        self._modules["base_layer"] = _Readable(base, x.dtype)
+        try:
+            return layer.forward(self, x, *args, **kwargs)
+        finally:
+            self._modules["base_layer"] = base
+
+    return type(f"Reading{layer.__name__}", (layer,), {"forward": forward})

@@ -111,7 +111,7 @@ def make_target(
     """
     if settings.peft == "state":
         return States(settings, model, sorted(names) or [""])
-    return Weights(settings, model, Base(base, mark), steps)
+    return Weights(settings, model, base, mark, steps)
 
 
 class Base:
@@ -152,8 +152,15 @@ class Weights:
 
     clip_groups = None
 
-    def __init__(self, settings: Settings, model: RWKV, base: Base, steps: int) -> None:
-        self._settings, self._model, self._base = settings, model, base
+    def __init__(
+        self,
+        settings: Settings,
+        model: RWKV,
+        weights: Mapping[str, Tensor],
+        mark: FileMark,
+        steps: int,
+    ) -> None:
+        self._settings, self._model, self._base = settings, model, Base(weights, mark)
         self.initial_values: Mapping[str, Tensor] = {}
         own: list[Tensor] = [*model.parameters(), *model.buffers()]
         if settings.load_adapter:
@@ -162,9 +169,10 @@ class Weights:
                 settings.load_adapter,
                 hints=LegacyAdapterHints(**settings.peft_config),
                 train_parts=settings.train_parts,
-                base_fingerprint=base.fingerprint,
+                base_fingerprint=self._base.fingerprint,
                 force=settings.force,
                 is_fused=bool(settings.fused_adapter),
+                weights=weights,
             )
         else:
             options = dict(settings.peft_config)
@@ -176,6 +184,7 @@ class Weights:
                 options,
                 train_parts=settings.train_parts,
                 is_fused=bool(settings.fused_adapter),
+                weights=weights,
             )
         try_cycle(model, attachment)
         self.parameters: Attachment = attachment

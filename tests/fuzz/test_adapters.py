@@ -79,7 +79,7 @@ def check(seeds: range, adapters: tuple[Path, list[Path]], folder: Path) -> set[
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                results.add(run(lambda m=model, f=copy: load_adapter(m, f)))  # type: ignore[misc]
+                results.add(run(lambda m=model, f=copy: load_adapter(m, read_adapter(f), f)))  # type: ignore[misc]
         except BaseException as error:
             error.add_note(f"seed {seed}") if hasattr(error, "add_note") else None
             raise
@@ -128,7 +128,8 @@ def test_a_config_that_asks_for_too_much_is_refused_before_it_gets_it(
     saved = json.loads((lora / CONFIG).read_text())
     (tmp_path / "a" / CONFIG).write_bytes(to_json({**saved, **change}))
     model = rwkv_peft.load_model(base, op="reference")
-    assert run(lambda: load_adapter(model, tmp_path / "a")) == "refused"
+    folder = tmp_path / "a"
+    assert run(lambda: load_adapter(model, read_adapter(folder), folder)) == "refused"
 
 
 def make_old(rng: random.Random) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import rwkv_peft
-from rwkv_peft.checkpoint.adapter import load_adapter, read_adapter, write_adapter
+from rwkv_peft.checkpoint.adapter import read_adapter, write_adapter
 from rwkv_peft.checkpoint.pth import read_weights
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.methods.attach import PREFIX, Attachment, attach
@@ -137,7 +137,7 @@ def test_an_adapter_of_another_shape_is_refused(
     write_adapter(tmp_path / "adapter", trained, trained, base=base)
     other = make_model_file("other.pth", n_layer=3)
     with pytest.raises(CheckpointError, match=r"12 tensors differ, first blocks\.2"):
-        load_adapter(rwkv_peft.load_model(other), tmp_path / "adapter")
+        rwkv_peft.load_model(other, adapter=tmp_path / "adapter", force=True)
     narrow = make_model_file("narrow.pth", n_embd=64, dim_att=64)
     with pytest.raises(CheckpointError, match="does not fit"):
         rwkv_peft.merge(narrow, tmp_path / "adapter", tmp_path / "merged.pth")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,6 @@ from rwkv_peft.device import fp8_objection
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.exports.source import open_source
 from rwkv_peft.methods.attach import attach
-from rwkv_peft.methods.catalog import method_names
-from rwkv_peft.methods.stored import SERVED
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.compile import compile_blocks
@@ -119,7 +118,11 @@ def test_a_merged_file_is_the_base_as_trained_with_the_adapter(
     note = json.loads((adapter / "rwkv_peft.json").read_text())
     assert note["quant"] == {"storage": quant, "dtype": "float32"}
     rounded = write_rounded(base, tmp_path / "rounded.pth", quant)
-    wanted = logits(rwkv_peft.load_model(rounded, adapter=adapter, force=True))
+    plain = tmp_path / "plain-adapter"
+    shutil.copytree(adapter, plain)
+    (plain / "rwkv_peft.json").unlink()
+    wanted = logits(rwkv_peft.load_model(rounded, adapter=plain))
+    assert torch.equal(logits(rwkv_peft.load_model(base, adapter=adapter)), wanted)
     torch.testing.assert_close(logits(rwkv_peft.load_model(merged)), wanted, rtol=0, atol=1e-4)
     here, there = read_weights(merged), read_weights(rounded)
     for name, x in here.items():
@@ -178,34 +181,6 @@ def test_a_stopped_run_goes_on_and_only_with_its_own_storage(
     assert_same(tmp_path / "parts", tmp_path / "whole")
     with pytest.raises(ConfigError, match="quant is int8 and was nf4"):
         train(replace(config, resume="auto", quant="int8", proj_dir=str(tmp_path / "parts")))
-
-
-@pytest.mark.parametrize("method", [x for x in method_names() if x not in SERVED])
-def test_a_method_that_needs_dense_weights_is_refused_by_name(
-    method: str, config: TrainConfig, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match="--quant cannot serve") as caught:
-        train(replace(config, peft=method, peft_config={}))
-    assert ("\n" not in str(caught.value) and "pissa" in str(caught.value)) or method != "pissa"
-    assert not (tmp_path / "run" / "rwkv-1.pth").exists()
-
-
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        ("lora", {"use_dora": True}),
-        ("lora", {"init_lora_weights": "olora"}),
-        ("lora", {"kasa_config": {}}),
-        ("lora", {"target_parameters": ["att.key.weight"]}),
-        ("lora", {"modules_to_save": ["ffn"]}),
-        ("miss", {"init_weights": "bat"}),
-    ],
-)
-def test_an_option_that_needs_dense_weights_is_refused_by_name(
-    method: str, options: dict[str, Any], config: TrainConfig
-) -> None:
-    with pytest.raises(ConfigError, match=next(iter(options))):
-        train(replace(config, peft=method, peft_config=options))
 
 
 def test_a_stored_part_cannot_be_trained_beside_an_adapter(config: TrainConfig) -> None:
