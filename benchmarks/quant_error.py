@@ -50,9 +50,7 @@ def trained_like(shape: tuple[int, int], example: Tensor, generator: torch.Gener
     places = torch.linspace(0, len(values) - 1, min(shape))
     low = places.long().clamp(max=len(values) - 2)
     spectrum = torch.lerp(values[low], values[low + 1], places - low)
-    bases = [
-        torch.linalg.qr(torch.randn(n, min(shape), generator=generator))[0] for n in shape
-    ]
+    bases = [torch.linalg.qr(torch.randn(n, min(shape), generator=generator))[0] for n in shape]
     weight = bases[0] * spectrum @ bases[1].T
     for dim, count in ((1, rows), (0, columns)):
         spread = example.norm(dim=dim).clamp(min=1e-6).log().std()

@@ -13,7 +13,7 @@ from rwkv_peft.checkpoint.merge import merge
 from rwkv_peft.checkpoint.older import LegacyAdapterHints
 from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights
 from rwkv_peft.checkpoint.state import load_state
-from rwkv_peft.checkpoint.stored import base_as_trained
+from rwkv_peft.checkpoint.stored import BaseAsTrained, noted_storage, storage_of
 from rwkv_peft.checkpoint.stream import require_finite
 from rwkv_peft.device import dtype_of
 from rwkv_peft.generation.engine import generate
@@ -44,11 +44,11 @@ def load_model(
         path: an official .pth or .safetensors file.
         dtype: a torch dtype or its name; 'bf16', 'fp16' and 'fp32' work too.
         op: backend of the recurrence: auto, cuda, triton, fla, torch or reference.
-        adapter: folder of an adapter in peft's format to attach, or a file of older RWKV-PEFT. A
-            base that was stored in 8 or 4 bits in its training has the weights that it had then.
+        adapter: folder of an adapter in peft's format to attach, or a file of older RWKV-PEFT. If
+            its base was stored in 8 or 4 bits in training, the weights are those of then, dense.
         lora_alpha: of such a file's training, which a LoRA file does not hold.
         pissa_init: for PiSSA in its place, the run's init_pissa.pth.
-        state: file of a learned state in which every text begins.
+        state: file of a learned state in which every text begins; with weights as of an adapter.
         force: attach an adapter that was trained on another base.
     Raises:
         CheckpointError: a file cannot be read or does not fit.
@@ -58,11 +58,14 @@ def load_model(
     weights = read_weights(path)
     model = build(infer_model_config(weights), op=op, device=device, dtype=dtype)
     values: Mapping[str, Tensor] = weights
+    if state is not None and (storage := noted_storage(state)):
+        values = BaseAsTrained(weights, storage)
     if adapter is not None:
         hints = LegacyAdapterHints(lora_alpha, pissa_init)
         own = fingerprint(weights)
         saved = read_adapter(adapter, hints, base_fingerprint=own, force=force)
-        values = base_as_trained(weights, saved, adapter)
+        if storage := storage_of(saved.note, adapter):
+            values = BaseAsTrained(weights, storage, saved)
     load_weights(model, values, device=device, dtype=dtype)
     require_finite(dict(model.named_parameters()), path, weights)
     if adapter is not None:

@@ -299,9 +299,12 @@ class TrainConfig(DataConfig):
     ] = "auto"
     """How devices share the work; one device has nothing to share, so that all are the same."""
     quant: Literal["none", "int8", "nf4", "fp4", "fp8"] = "none"
-    """How frozen projections are stored, for lora, miss and state: none as precision says; int8
-    with a scale for each row; nf4 and fp4 in 4 bits with a scale for 64 numbers, as bitsandbytes
-    has them. fp8 saves no memory, and multiplies in 8 bits on cards that can, which is faster."""
+    """How frozen projections are stored, for all methods but none, osf and frod: none as precision
+    says; int8 with a scale for each row; nf4 and fp4 in 4 bits with a scale for 64 numbers, as
+    bitsandbytes has them. fp8 saves no memory, and multiplies in 8 bits on cards that can, which is
+    faster."""
+    quant_head: Switch = 0
+    """1 stores the head too as quant says: less memory, and logits that are further off."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Dtype of weights and activations; trained tensors are stepped in float32."""
     num_workers: int = 1

@@ -27,8 +27,7 @@ from rwkv_peft.methods.attach import (
 from rwkv_peft.methods.miss import lay_along_inputs
 from rwkv_peft.methods.sketch import sketch_layers
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.models.frozen import FrozenLinear
-from rwkv_peft.quant import Storage
+from rwkv_peft.quant import Storage, find_storage
 
 
 def write_adapter(
@@ -55,10 +54,8 @@ def to_saved(
     assert attachment.peft_model is not None
     config = attachment.peft_model.peft_config[ADAPTER]
     note: dict[str, Any] = {"base": base_fingerprint, "trained": sketch_layers(attachment, values)}
-    modules = attachment.peft_model.modules()
-    if stored := next((x for x in modules if isinstance(x, FrozenLinear) and x.storage), None):
-        dtype = str(stored.compute_dtype).removeprefix("torch.")
-        note["quant"] = {"storage": stored.storage, "dtype": dtype}
+    if storage := find_storage(attachment.peft_model):
+        note["quant"] = storage.note
     if attachment.start:
         values = residual.join_start(values, attachment.start)
         config = residual.with_rank(config, 2)

@@ -20,7 +20,7 @@ from rwkv_peft.checkpoint.pth import STATE_SUFFIX, infer_model_config, read_weig
 from rwkv_peft.checkpoint.records import require_sums
 from rwkv_peft.checkpoint.report import REPORT, MergeBase, MergeReport
 from rwkv_peft.checkpoint.state import is_state_file, read_state
-from rwkv_peft.checkpoint.stored import BaseAsTrained, storage_of
+from rwkv_peft.checkpoint.stored import BaseAsTrained, noted_storage, storage_of
 from rwkv_peft.checkpoint.stream import Spec, StoredDtype, require_ending, round_to, write_tensors
 from rwkv_peft.data.sources import find_sources
 from rwkv_peft.device import dtype_of
@@ -96,7 +96,7 @@ def merge(
     text = draw_sample(infer_model_config(base).vocab_size, compare, data_file)
     report = _begin_report(base_model, pairs, output, infer_model_config(base).version)
     read = _read_adapters(base, pairs, LegacyAdapterHints(lora_alpha, pissa_init), force)
-    values, storage, additions, checks = _take_adapters(base, read, report, merge_base, force)
+    values, storage, additions, checks = _take(base, read, pairs, report, merge_base, force)
     merged, states = MergedWeights(values, additions), _add_up_states(base, pairs)
     # not around the lines above: attaching may decompose whole matrices, which threads speed up
     with _use_one_thread():
@@ -214,27 +214,34 @@ def _read_adapters(
     return found
 
 
-def _find_storage(adapters: Sequence[tuple[Source, SavedAdapter]]) -> Storage | None:
-    """How the base of all adapters was stored."""
+def _find_storage(
+    adapters: Sequence[tuple[Source, SavedAdapter]], pairs: Sequence[Source]
+) -> Storage | None:
+    """How the base of all adapters and states was stored."""
     found = {str(folder): storage_of(x.note, folder) for (folder, _), x in adapters}
+    for path, _ in pairs:
+        # most states note nothing
+        if is_state_file(path) and (storage := noted_storage(path)):
+            found[str(path)] = storage
     if len(set(found.values())) > 1:
         forms = ", ".join(f"{n} on {x.name if x else 'dense weights'}" for n, x in found.items())
         raise ConfigError(
-            f"the adapters were trained on a base stored in several ways ({forms}): merge one, or "
-            "those of one way"
+            f"these were trained on a base stored in several ways ({forms}): merge one, or those "
+            "of one way"
         )
     return next(iter(found.values()), None)
 
 
-def _take_adapters(
+def _take(
     base: Mapping[str, Tensor],
     adapters: Sequence[tuple[Source, SavedAdapter]],
+    pairs: Sequence[Source],
     report: MergeReport,
     merge_base: MergeBase,
     force: bool,
 ) -> tuple[Mapping[str, Tensor], Storage | None, list[Addition], list[AsTrained]]:
     """What adapters are added to and how its projections are stored, they, and their checks."""
-    storage = _find_storage(adapters)
+    storage = _find_storage(adapters, pairs)
     values: Mapping[str, Tensor] = base
     if storage:
         parts = [folder for (folder, _), x in adapters if x.note.get("init")]
@@ -243,7 +250,7 @@ def _take_adapters(
                 f"{parts[0]} began with a part of the base, of which the rest was stored: merge it "
                 "alone, or with --merge_base original"
             )
-        as_trained = BaseAsTrained(base, storage, adapters[0][1])
+        as_trained = BaseAsTrained(base, storage, adapters[0][1] if adapters else None)
         report.quant, report.merge_base = storage.name, merge_base
         report.quant_error = _measure_storage(base, as_trained)
         if merge_base == "trained":

@@ -101,14 +101,16 @@ _READERS: dict[Kind, Callable[[Path], Any]] = {
 }
 
 
-def write_weights(path: str | Path, weights: Mapping[str, Tensor]) -> None:
+def write_weights(path: str | Path, weights: Mapping[str, Tensor], *, note: str = "") -> None:
     """Writes a `.pth` (or `.safetensors`, by its name) atomically, keeping the order of `weights`.
 
+    Args:
+        note: of a `.pth`, see `write_tensors`.
     Raises:
         CheckpointError: it cannot be written; a file of that name stays as it was.
     """
     specs = {name: Spec(tuple(x.shape), x.dtype) for name, x in weights.items()}
-    write_tensors(path, specs, weights.__getitem__)
+    write_tensors(path, specs, weights.__getitem__, note=note)
 
 
 def infer_model_config(weights: Mapping[str, Tensor]) -> ModelConfig:
@@ -144,7 +146,9 @@ def load_weights(
     if states:
         here = {name: x.to(device).float() for name, x in states.items()}
         model.initial_state = model.version.state.to_state(here, model.model_config)
-    projections = {name for name, _ in stored_layers(model)} if storage else set()
+    projections = set()
+    if storage:
+        projections = {name for name, _ in stored_layers(model, has_head=storage.has_head)}
     for name in dict(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         if storage and owner in projections:

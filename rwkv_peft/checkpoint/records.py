@@ -153,6 +153,23 @@ def map_pth(path: str | Path) -> Any:
     return unpickler.load()
 
 
+def read_record(path: str | Path, name: str) -> bytes:
+    """The content of a record of a `.pth`; empty if it has none of this name, or another format.
+
+    Raises:
+        CheckpointError: see `find_records`; or the record is damaged.
+    """
+    if recognise(path) is not TORCH:
+        return b""
+    with damage_in_one_line(path):
+        record = find_records(path).get(name)
+    if record is None:
+        return b""
+    if wrong := _find_wrong(path, name, record):
+        raise CheckpointError(f"{path} {wrong}: download or copy it again")
+    return _read(path, record)
+
+
 def require_sums(*paths: str | Path) -> None:
     """Raises CheckpointError unless each record of `.pth` files has the checksum noted for it.
 

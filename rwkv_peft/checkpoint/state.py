@@ -1,17 +1,21 @@
 """Files of learned initial states, as RWKV programs read them."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from rwkv_peft.checkpoint.older import old_method
 from rwkv_peft.checkpoint.pth import STATE_SUFFIX, read_weights, write_weights
-from rwkv_peft.checkpoint.stream import require_finite
+from rwkv_peft.checkpoint.records import read_record
+from rwkv_peft.checkpoint.stream import NOTE, require_finite
 from rwkv_peft.errors import CheckpointError
 from rwkv_peft.models import version_named
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.quant import Storage
 
 
 def is_state_file(path: str | Path) -> bool:
@@ -25,13 +29,32 @@ def holds_state_alone(path: str | Path) -> bool:
     return bool(names) and all(name.endswith(STATE_SUFFIX) for name in names)
 
 
-def write_state(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+def write_state(
+    path: str | Path, tensors: Mapping[str, Tensor], storage: Storage | None = None
+) -> None:
     """Writes `blocks.{i}.att.time_state` (H, N, N) of every layer, in float32.
 
     Rows are values and columns keys, for every version: RWKV-6 programs transpose, those of
     RWKV-7 do not. A full state also has the two shift vectors (D,) of each layer.
+
+    Args:
+        storage: how the base was stored on which the state was trained.
     """
-    write_weights(path, {name: x.float() for name, x in tensors.items()})
+    note = json.dumps({"quant": storage.note}) if storage else ""
+    write_weights(path, {name: x.float() for name, x in tensors.items()}, note=note)
+
+
+def read_state_note(path: str | Path) -> dict[str, Any]:
+    """What is noted in the file of a state: `quant`, how its base was stored if not dense.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        found = json.loads(read_record(path, NOTE) or b"{}")
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: its {NOTE} is no JSON: copy it again") from error
+    return found if isinstance(found, dict) else {}
 
 
 def read_state(path: str | Path, model_config: ModelConfig) -> dict[str, Tensor]:

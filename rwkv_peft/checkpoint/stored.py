@@ -2,17 +2,20 @@
 
 import copy
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rwkv_peft.checkpoint.folder import SavedAdapter
+from rwkv_peft.checkpoint.folder import NOTE, SavedAdapter, read_folder
 from rwkv_peft.checkpoint.pth import STATE_SUFFIX, infer_model_config
+from rwkv_peft.checkpoint.state import is_state_file, read_state_note
 from rwkv_peft.device import dtype_of
 from rwkv_peft.errors import CheckpointError
+from rwkv_peft.methods import residual
 from rwkv_peft.methods.attach import ADAPTER, PREFIX, attach_config
-from rwkv_peft.methods.residual import add_product, layers, split_start
+from rwkv_peft.methods.residual import add_product, split_start
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.quant import STORAGES, Storage, round_trip, stored_layers
@@ -36,15 +39,16 @@ def storage_of(note: Mapping[str, Any], path: object) -> Storage | None:
             f"{path} notes {str(found)[:80]} as the form of its base, and known are "
             f"{', '.join(STORAGES)}: update this program"
         )
-    return Storage(name, dtype)
+    return Storage(name, dtype, found.get("head") is True)
 
 
-def base_as_trained(
-    weights: Mapping[str, Tensor], adapter: SavedAdapter, path: object
-) -> Mapping[str, Tensor]:
-    """The tensors that an adapter was trained on: those of the file, or a `BaseAsTrained`."""
-    storage = storage_of(adapter.note, path)
-    return BaseAsTrained(weights, storage, adapter) if storage else weights
+def noted_storage(path: str | Path) -> Storage | None:
+    """How the base was stored on which the adapter or the state of a path was trained."""
+    if is_state_file(path):
+        return storage_of(read_state_note(path), path)
+    if not (Path(path) / NOTE).is_file():
+        return None
+    return storage_of(read_folder(path).note, path)
 
 
 class BaseAsTrained(Mapping[str, Tensor]):
@@ -69,7 +73,8 @@ class BaseAsTrained(Mapping[str, Tensor]):
         own = {n: x for n, x in weights.items() if not n.endswith(STATE_SUFFIX)}
         model = build(infer_model_config(own), op="reference")
         self._weights, self._storage = weights, storage
-        self.stored = {f"{name}.weight" for name, _ in stored_layers(model)}
+        layers = stored_layers(model, has_head=storage.has_head)
+        self.stored = {f"{name}.weight" for name, _ in layers}
         self._parts = _find_parts(model, adapter) if adapter else {}
         self._made: tuple[str, Tensor] | None = None
 
@@ -107,7 +112,7 @@ def _find_parts(model: RWKV, adapter: SavedAdapter) -> dict[str, tuple[Tensor, T
     # for the scale of each layer, which is that of its factors joined to their start
     attach_config(model, copy.deepcopy(adapter.config), is_fused=False)
     found = {}
-    for name, layer in layers(model):
+    for name, layer in residual.layers(model):
         b, a = (start[f"{PREFIX}{name}.lora_{x}.weight"] for x in "BA")
         found[f"{name}.weight"] = b, a, layer.scaling[ADAPTER]
     return found

@@ -34,6 +34,8 @@ _NAMES = {
     torch.uint8: ("U8", "ByteStorage"),
     torch.bool: ("BOOL", "BoolStorage"),
 }
+# the record of a `.pth` that holds what this program notes, which torch.load passes over
+NOTE = "rwkv_peft.json"
 # the formats of weight files, by the ends of their names
 ENDINGS = (".pth", ".safetensors")
 # the dtype that a command gives to the tensors it writes
@@ -62,13 +64,18 @@ def require_ending(path: str | Path, flag: str = "--output") -> None:
 
 
 def write_tensors(
-    path: str | Path, specs: Mapping[str, Spec], tensor: Callable[[str], Tensor | Iterable[Tensor]]
+    path: str | Path,
+    specs: Mapping[str, Spec],
+    tensor: Callable[[str], Tensor | Iterable[Tensor]],
+    *,
+    note: str = "",
 ) -> None:
     """Writes a `.pth` (or `.safetensors`, by its name) atomically, in the order of `specs`.
 
     Args:
         tensor: gives a tensor by its name, whole or as pieces along its first dimension. Each is
             written before the next is asked for, so that only one is in memory.
+        note: a text beside the tensors, which who reads these does not see; see `records`.
     Raises:
         ConfigError: the name has another ending.
         CheckpointError: it cannot be written, and a file of that name stays as it was; or a type
@@ -77,7 +84,8 @@ def write_tensors(
     require_ending(path)
     _require_types(specs)
     with atomic_file(path) as file:
-        write_file(file, specs, tensor, is_safetensors=Path(path).suffix == ".safetensors")
+        is_safetensors = Path(path).suffix == ".safetensors"
+        write_file(file, specs, tensor, is_safetensors=is_safetensors, note=note)
 
 
 def write_file(
@@ -87,11 +95,13 @@ def write_file(
     *,
     is_safetensors: bool,
     metadata: Mapping[str, str] | None = None,
+    note: str = "",
 ) -> None:
     """Writes a `.pth` or safetensors into an open file; see `write_tensors`.
 
     Args:
         metadata: of a safetensors file.
+        note: of a `.pth`.
     """
 
     def content(name: str) -> Iterator[memoryview]:
@@ -100,7 +110,7 @@ def write_file(
     if is_safetensors:
         write_safetensors(file, specs, content, metadata)
     else:
-        _write_pth(file, specs, content)
+        _write_pth(file, specs, content, note)
 
 
 def _require_types(specs: Mapping[str, Spec]) -> None:
@@ -234,7 +244,10 @@ def map_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def _write_pth(
-    file: IO[bytes], specs: Mapping[str, Spec], content: Callable[[str], Iterator[memoryview]]
+    file: IO[bytes],
+    specs: Mapping[str, Spec],
+    content: Callable[[str], Iterator[memoryview]],
+    note: str,
 ) -> None:
     """The zip format of torch.save: the pickled table first, then a record for each storage."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
@@ -243,6 +256,8 @@ def _write_pth(
         for number, name in enumerate(specs):
             _write_record(archive, file, f"archive/data/{number}", content(name))
         _write_record(archive, file, "archive/version", [b"3\n"])
+        if note:
+            _write_record(archive, file, f"archive/{NOTE}", [note.encode()])
 
 
 def _write_record(

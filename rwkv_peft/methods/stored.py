@@ -92,17 +92,16 @@ def _is_frozen(layer: nn.Module) -> bool:
     return type(layer) is FrozenLinear or is_stored(layer)
 
 
-class _Dequantised(dict[str, nn.Parameter | None]):
+class _Dequantised(dict[str, Any]):
     """The parameters of a stored layer: a tensor without memory for the names, dense if read."""
 
     def __init__(self, layer: Any, last: dict[nn.Module, nn.Parameter]) -> None:
         one = torch.empty(1, dtype=layer.compute_dtype, device=layer.weight.device)
         shape = layer.out_features, layer.in_features
-        super().__init__(weight=nn.Parameter(one.expand(shape), requires_grad=False))
-        self["bias"] = None
+        super().__init__(weight=nn.Parameter(one.expand(shape), requires_grad=False), bias=None)
         self._layer, self._last = layer, last
 
-    def __getitem__(self, name: str) -> nn.Parameter | None:
+    def __getitem__(self, name: str) -> Any:
         if name != "weight":
             return super().__getitem__(name)
         if self._layer not in self._last:
@@ -126,11 +125,14 @@ def let_read(model: nn.Module) -> None:
 class _Readable(FrozenLinear):
     """A stored layer for one call: its products, and its weight if it is read."""
 
+    _base: FrozenLinear
+    _dtype: torch.dtype
+
     def __init__(self, base: FrozenLinear, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = base.in_features, base.out_features, None
+        self.in_features, self.out_features = base.in_features, base.out_features
         # no module of this one
-        vars(self).update(_base=base, _dtype=dtype)
+        vars(self).update(bias=None, _base=base, _dtype=dtype)
 
     @cached_property
     def weight(self) -> Tensor:  # type: ignore[override]

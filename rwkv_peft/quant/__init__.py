@@ -1,9 +1,10 @@
 """Frozen weights stored in 8 or 4 bits, or multiplied in 8: `--quant`.
 
-The projections of time mixing and channel mixing are stored; embedding, head, norms, low-rank maps
-and vectors stay as they are. A weight is dequantised to the dtype of the activations for each
-product, forward and for the gradient of the input; what backward keeps is the stored form. fp8 is
-for speed alone: activations and gradients are rounded as the weights are, and products are of fp8.
+The projections of time mixing and channel mixing are stored, and with `--quant_head 1` the head;
+embedding, norms, low-rank maps and vectors stay as they are. A weight is dequantised to the dtype
+of the activations for each product, forward and for the gradient of the input; what backward keeps
+is the stored form. fp8 is for speed alone: activations and gradients are rounded as the weights
+are, and products are of fp8.
 
 | name | storage | numbers |
 |---|---|---|
@@ -16,7 +17,7 @@ nf4 and fp4 have the layout and the numbers of bitsandbytes, without its nested 
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +37,18 @@ class Storage(NamedTuple):
     Attributes:
         name: of `STORAGES`.
         dtype: to which they are dequantised.
+        has_head: the head is stored too.
     """
 
     name: str
     dtype: torch.dtype
+    has_head: bool = False
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """It in the values of JSON."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"storage": self.name, "dtype": dtype, "head": self.has_head}
 
 
 def quantise(weight: Tensor, storage: Storage) -> QuantisedLinear:
@@ -52,8 +61,24 @@ def round_trip(weight: Tensor, storage: Storage) -> Tensor:
     return quantise(weight, storage).dense()
 
 
-def stored_layers(model: nn.Module) -> Iterator[tuple[str, FrozenLinear]]:
-    """The layers of a plain model that `--quant` stores, by name: all projections but the head."""
+def stored_layers(
+    model: nn.Module, *, has_head: bool = False
+) -> Iterator[tuple[str, FrozenLinear]]:
+    """The layers of a plain model that `--quant` stores, by name: all projections but the head.
+
+    Args:
+        has_head: and the head.
+    """
     for name, layer in model.named_modules():
-        if isinstance(layer, FrozenLinear) and name.startswith("blocks."):
+        if isinstance(layer, FrozenLinear) and (has_head or name.startswith("blocks.")):
             yield name, layer
+
+
+def find_storage(model: nn.Module) -> Storage | None:
+    """How a model, adapted or not, has its projections stored; None: dense."""
+    layers = [(n, x) for n, x in model.named_modules() if isinstance(x, QuantisedLinear)]
+    if not layers:
+        return None
+    _, first = layers[0]
+    has_head = any("blocks." not in name for name, _ in layers)
+    return Storage(first.storage, first.compute_dtype, has_head)

@@ -79,6 +79,8 @@ def choose(config: TrainConfig, facts: Facts) -> Plan:
     is_left_open = not (config.peft_config or config.load_adapter or config.peft == "auto")
     if is_left_open and (options := chooser.values["peft_config"]):
         chooser.set("peft_config", options, "what suits most tasks with this method")
+    if chooser.values["quant_head"] and chooser.values["quant"] == "none":
+        raise ConfigError("--quant_head 1 stores the head as --quant says: give --quant too")
     if chooser.values["quant"] != "none":
         require_served(chooser.values["peft"], chooser.values["peft_config"])
     if chooser.values["quant"] == "fp8":
@@ -360,4 +362,5 @@ def _chunk_fits(values: dict[str, Any], facts: Facts, chunk_ctx: int) -> bool:
         trains_all=is_full,
         is_recomputed=bool(values["grad_cp"]),
         quant=values["quant"],
+        has_head=bool(values["quant_head"]),
     )

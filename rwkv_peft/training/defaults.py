@@ -81,6 +81,7 @@ def longest_chosen(values: Mapping[str, Any], facts: Facts) -> int:
             trains_all=values["peft"] == "none",
             is_recomputed=values["grad_cp"] != 0,
             quant=values["quant"],
+            has_head=bool(values["quant_head"]),
         ):
             return length
     return CHOSEN_CTX[-1]

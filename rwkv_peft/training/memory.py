@@ -36,6 +36,7 @@ def guess_memory(
         num_trained,
         is_recomputed=bool(settings.grad_cp),
         quant=settings.quant,
+        has_head=bool(settings.quant_head),
     )
 
 
@@ -49,6 +50,7 @@ def guess_bytes(
     *,
     is_recomputed: bool,
     quant: str = "none",
+    has_head: bool = False,
 ) -> float:
     """`guess_memory` for so many positions, those of all rows, that have activations at once."""
     size, layers = dtype.itemsize, model_config.n_layer
@@ -58,15 +60,18 @@ def guess_bytes(
     # gradients and moments in float32, and the bits that float32 values have beside 16-bit weights
     training = num_trained * (4 + 8 + (0 if size == 4 else 2))
     logits = min(positions * model_config.vocab_size, 1 << 24) * 12
-    weights = weigh_base(model_config, num_weights, size, quant)
+    weights = weigh_base(model_config, num_weights, size, quant, has_head)
     return weights + training + activations + logits
 
 
-def weigh_base(model_config: ModelConfig, num_weights: int, size: int, quant: str) -> float:
+def weigh_base(
+    model_config: ModelConfig, num_weights: int, size: int, quant: str, has_head: bool = False
+) -> float:
     """Bytes of a model's weights, of `size` each but for what is stored, and of dequantising."""
     if quant == "none":
         return num_weights * size
-    layers = [layer for _, layer in stored_layers(build(model_config, op="reference"))]
+    plain = build(model_config, op="reference")
+    layers = [layer for _, layer in stored_layers(plain, has_head=has_head)]
     numbers = [layer.out_features * layer.in_features for layer in layers]
     count_bytes = STORAGES[quant].count_bytes
     stored = sum(count_bytes(layer.out_features, layer.in_features) for layer in layers)
@@ -84,6 +89,7 @@ def fits(
     trains_all: bool,
     is_recomputed: bool,
     quant: str = "none",
+    has_head: bool = False,
 ) -> bool:
     """Whether so many positions leave a fifth of a device's free memory free, as far as is known.
 
@@ -102,6 +108,7 @@ def fits(
         facts.num_weights if trains_all else facts.num_weights // 20,
         is_recomputed=is_recomputed,
         quant=quant,
+        has_head=has_head,
     )
     free = UNKNOWN_MEMORY if facts.memory is None else facts.memory
     return guess <= 0.8 * free

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from rwkv_peft.checkpoint.adapter import saved_method
 from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights
 from rwkv_peft.checkpoint.records import require_sums
+from rwkv_peft.checkpoint.stored import noted_storage
 from rwkv_peft.checkpoint.stream import require_finite
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.documents import first_documents
@@ -158,7 +159,9 @@ def load_base(settings: Settings, facts: Facts, base: Mapping[str, Tensor]) -> R
     torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
     device, dtype = facts.device, settings.dtype
     model = build(facts.model_config, op=settings.op, device=device, dtype=dtype)
-    storage = None if settings.quant == "none" else Storage(settings.quant, dtype)
+    storage = None
+    if settings.quant != "none":
+        storage = Storage(settings.quant, dtype, bool(settings.quant_head))
     load_weights(model, base, device=device, dtype=dtype, storage=storage)
     # on the device, where it is one more reading of the weights and one wait
     looked_at: dict[str, Tensor] = dict(model.named_parameters())
@@ -244,10 +247,24 @@ def _describe(
             f"{stored / 2**20:,.0f} MiB, which would be {dense / 2**20:,.0f} as "
             f"{plan.settings.precision}"
         )
+    yield from _say_other_storage(plan.settings)
     yield f"op: {op.name} ({op.reason})"
     if checked:
         yield checked
     yield from describe_plan(plan)
+
+
+def _say_other_storage(settings: Settings) -> Iterator[str]:
+    """Where a tune goes on with weights that are stored otherwise than those it learned on."""
+    if not settings.load_adapter:
+        return
+    before = noted_storage(settings.load_adapter)
+    names = before.name if before else "none", settings.quant
+    if names[0] != names[1]:
+        yield (
+            f"quant: {settings.load_adapter} was trained with --quant {names[0]}, and goes on with "
+            f"{names[1]}: its loss begins otherwise than it ended"
+        )
 
 
 def _count(tensors: Mapping[str, Tensor]) -> int:

@@ -11,6 +11,7 @@ from rwkv_peft.data.batching import IGNORE, Batch
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods.state import LearnedStates
 from rwkv_peft.models.base import RWKV
+from rwkv_peft.quant import find_storage
 from rwkv_peft.state import RWKVState
 from rwkv_peft.training.change import NOTHING_LEARNED, digest, is_unchanged
 from rwkv_peft.training.optim import Optimizer
@@ -26,6 +27,7 @@ class States:
     def __init__(self, settings: Settings, model: RWKV, names: list[str]) -> None:
         is_full = settings.train_type == "fullstate"
         self.parameters = LearnedStates(model, names, is_full=is_full)
+        self._storage = find_storage(model)
         # each state is clipped as a whole, so that several are what each is alone
         self.clip_groups = {
             self.parameters.key(name, tensor): name
@@ -83,7 +85,7 @@ class States:
         paths = []
         for name in self.parameters.names:
             path = self._path(stem, name)
-            write_state(path, self.parameters.tensors(name, values))
+            write_state(path, self.parameters.tensors(name, values), self._storage)
             paths.append(path)
         more: tuple[str, ...] = ()
         if len(paths) > 1:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import quantize_4bit
 from torch import Tensor
 
 import rwkv_peft
@@ -14,6 +15,7 @@ from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weig
 from rwkv_peft.checkpoint.stored import BaseAsTrained
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.methods import residual
 from rwkv_peft.methods.attach import attach
 from rwkv_peft.methods.stored import REFUSED
 from rwkv_peft.models import build
@@ -76,9 +78,7 @@ def test_a_method_trains_saves_loads_and_merges_or_is_refused_by_name(
 ) -> None:
     method, options = CASES[case]
     base = make_model_file("exact.pth", dtype=torch.float32)
-    run = replace(
-        config, load_model=str(base), peft=method, peft_config=options, quant=quant
-    )
+    run = replace(config, load_model=str(base), peft=method, peft_config=options, quant=quant)
     if method in REFUSED:
         with pytest.raises(ConfigError, match=f"--quant cannot serve --peft {method}, ") as caught:
             train(run)
@@ -91,7 +91,9 @@ def test_a_method_trains_saves_loads_and_merges_or_is_refused_by_name(
     for name, value in values.items():
         attachment[name].data.copy_(value)
     wanted = logits(again)
-    assert (wanted - logits(stored_model(base, quant))).abs().max() > 1e-3
+    # tokens that the data lacks learn nothing
+    is_moved = case != "trainable_tokens"
+    assert torch.equal(wanted, logits(stored_model(base, quant))) != is_moved
     for model in (
         rwkv_peft.load_model(merged),
         rwkv_peft.load_model(base, adapter=adapter),
@@ -115,9 +117,11 @@ def test_a_method_begins_with_the_base_and_leaves_what_is_stored(
     for name, layer in layers.items():
         assert torch.equal(layer.weight, held[name]) != (is_residual and layer_is_in(trained, name))
     if is_residual:
-        # what was taken out is exact, and so the start is nearer to the file's weights
-        exact = logits(rwkv_peft.load_model(base))
-        assert (logits(model) - exact).norm() < (before - exact).norm()
+        for path, lora in residual.layers(model):
+            a, b = (trained.start[f"{path}.lora_{x}.default.weight"].double() for x in "AB")
+            rest = read_weights(base)[f"{path}.weight"] - lora.scaling["default"] * (b @ a)
+            packed, _ = quantize_4bit(rest.float(), blocksize=64, quant_type="nf4")
+            assert torch.equal(layers[path].weight, packed)
     elif method not in NOT_NEUTRAL:
         assert (logits(model) - before).abs().max() < 1e-4
     moved(trained)
@@ -169,4 +173,6 @@ def test_fused_layers_have_the_bits_of_dense_ones_and_pefts_numbers(
         return
     for one, other in zip(found["stored"], found["peft"], strict=True):
         # sums of a few hundred float64 products in another order, through two blocks
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.abs().max()))
+        torch.testing.assert_close(
+            one, other, rtol=1e-9, atol=1e-9 * other.detach().abs().max().item()
+        )

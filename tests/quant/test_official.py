@@ -12,6 +12,7 @@ from torch import Tensor
 import rwkv_peft
 from rwkv_peft.checkpoint.adapter import load_adapter, read_adapter
 from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights
+from rwkv_peft.checkpoint.state import load_state
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.quant import STORAGES, Storage
@@ -24,11 +25,11 @@ VERSIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def stored_model(base: Path, quant: str) -> RWKV:
+def stored_model(base: Path, quant: str, has_head: bool = False) -> RWKV:
     """A model as training with `--quant` has it."""
     weights = read_weights(base)
     model = build(infer_model_config(weights), op="torch")
-    load_weights(model, weights, storage=Storage(quant, torch.float32))
+    load_weights(model, weights, storage=Storage(quant, torch.float32, has_head))
     return model
 
 
@@ -93,3 +94,57 @@ def test_the_official_runtime_has_the_adapters_logits_on_the_base_as_it_was_stor
     official = official_logits_of(list(wanted), TOKENS, version)
     for (path, ours), theirs in zip(wanted.items(), official, strict=True):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4, msg=path.name)
+
+
+def test_the_official_runtime_has_a_states_logits_on_the_base_as_it_was_stored(
+    tune: Callable[..., Path],
+    cli: Callable[..., SimpleNamespace],
+    make_model_file: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    from rwkv.model import RWKV as Official
+
+    base = make_model_file(dtype=torch.float32)
+    run = tune(base, "nf4", "--peft", "state", "--lr_init", "0.3")
+    state, merged = run / "rwkv-1.pth", tmp_path / "merged.pth"
+    model = stored_model(base, "nf4")
+    before = logits(model)
+    load_state(model, state)
+    wanted = logits(model)
+    assert (wanted - before).abs().max() > 1e-2
+    # of the file's note none is told, and it is no tensor to others
+    assert torch.equal(logits(rwkv_peft.load_model(base, state=state)), wanted)
+    saved = torch.load(state, weights_only=True)
+    assert list(saved) == [f"blocks.{i}.att.time_state" for i in range(2)]
+    done = cli("merge", "--base_model", base, "--adapter", state, "--output", merged)
+    assert done.code == 0 and "nf4" in done.out, done.err
+    official = Official(model=str(merged.with_suffix("")), strategy="cpu fp32")
+    begin = official.generate_zero_state()
+    for i in range(2):
+        begin[i * 3 + 1] = saved[f"blocks.{i}.att.time_state"]
+    theirs, _ = official.forward(TOKENS, begin, full_output=True)
+    torch.testing.assert_close(theirs, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("quant", STORAGES)
+def test_a_stored_head_is_merged_as_it_was_trained(
+    quant: str,
+    tune: Callable[..., Path],
+    cli: Callable[..., SimpleNamespace],
+    make_model_file: Callable[..., Path],
+    official_logits: Callable[..., Tensor],
+) -> None:
+    base = make_model_file(dtype=torch.float32)
+    flags = ("--quant_head", 1, "--peft", "lora", "--peft_config", '{"r": 4}')
+    run = tune(base, quant, *flags)
+    adapter = run / "rwkv-1-adapter"
+    model = stored_model(base, quant, has_head=True)
+    assert model.head.weight.dtype in (torch.int8, torch.uint8)
+    without = stored_model(base, quant)
+    for x in (model, without):
+        load_adapter(x, read_adapter(adapter), adapter)
+    wanted = logits(model)
+    assert (wanted - logits(without)).abs().max() > 1e-2
+    assert torch.equal(logits(rwkv_peft.load_model(base, adapter=adapter)), wanted)
+    official = official_logits(run / "rwkv-1.pth", TOKENS)
+    torch.testing.assert_close(official, wanted, rtol=0, atol=1e-4)

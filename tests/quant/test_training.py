@@ -116,7 +116,7 @@ def test_a_merged_file_is_the_base_as_trained_with_the_adapter(
     train(config)
     adapter, merged = tmp_path / "run/rwkv-1-adapter", tmp_path / "run/rwkv-1.pth"
     note = json.loads((adapter / "rwkv_peft.json").read_text())
-    assert note["quant"] == {"storage": quant, "dtype": "float32"}
+    assert note["quant"] == {"storage": quant, "dtype": "float32", "head": False}
     rounded = write_rounded(base, tmp_path / "rounded.pth", quant)
     plain = tmp_path / "plain-adapter"
     shutil.copytree(adapter, plain)
