@@ -206,6 +206,49 @@ def test_other_kinds_of_lora_learn_and_merge(
                   proj_dir=str(tmp_path / "on")))  # fmt: skip
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "packed": {"dataload": "pack"},
+    "chunks": {"train_type": "infctx", "chunk_ctx": 16, "bptt_chunks": "all"},
+    "recomputed": {"grad_cp": 1},
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "state"])
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_may_come_in_any_way(
+    way: str, method: str, config: TrainConfig, tmp_path: Path
+) -> None:
+    options = {"lora": {"r": 4}, "dora": {"r": 4, "use_dora": True}, "state": {}}[method]
+    if (way, method) == ("packed", "state"):
+        pytest.skip("the first document of a row alone begins with its state")
+    base = tmp_path / "exact.pth"
+    write_weights(base, {n: x.float() for n, x in read_weights(config.load_model).items()})
+    config = replace(
+        config, load_model=str(base), peft="state" if method == "state" else "lora",
+        peft_config=options, epoch_count=1, **WAYS[way],
+    )  # fmt: skip
+    train(config)
+    rounded = write_rounded(base, tmp_path / "rounded.pth", "nf4")
+    train(replace(config, load_model=str(rounded), proj_dir=str(tmp_path / "dense"), quant="none"))
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "dense"), rel=1e-6)
+
+
+def test_a_tune_that_goes_on_with_other_weights_says_so(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for method, name in (("lora", "rwkv-0-adapter"), ("state", "rwkv-0.pth")):
+        begun = replace(config, peft=method, peft_config=METHODS[method], epoch_count=1,
+                        proj_dir=str(tmp_path / method), merge=0)  # fmt: skip
+        train(begun)
+        saved = tmp_path / method / name
+        for quant, is_other in (("int8", True), ("nf4", False)):
+            capsys.readouterr()
+            train(replace(begun, load_adapter=str(saved), peft_config={}, quant=quant,
+                          proj_dir=str(tmp_path / f"{method}-{quant}")))  # fmt: skip
+            line = f"{saved} was trained with --quant nf4, and goes on with {quant}"
+            assert (line in capsys.readouterr().err) == is_other
+
+
 def stored_model(path: Path, quant: str, dtype: torch.dtype = torch.float32) -> RWKV:
     weights = read_weights(path)
     model = build(infer_model_config(weights), op="torch")

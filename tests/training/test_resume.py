@@ -116,6 +116,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "workers": {"num_workers": 2, "dataload": "pad"},
     "accumulated": {"accumulate_grad_batches": 2, "micro_bsz": 1},
     "chunks": {"train_type": "infctx", "dataload": "pad", "chunk_ctx": 16},
+    "pissa in 4 bits": {"peft": "pissa", "peft_config": {"r": 4}, "quant": "nf4", "merge": 1},
+    "chunks in 8 bits": {
+        "train_type": "infctx",
+        "dataload": "pad",
+        "chunk_ctx": 16,
+        "quant": "int8",
+        "quant_head": 1,
+    },
 }
 MORE_RUNS: dict[str, dict[str, Any]] = {
     "parts": {"train_parts": ["ln", "emb"]},
@@ -149,13 +157,16 @@ def test_a_run_stopped_twice_ends_as_one_that_never_was(
     assert_same(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_several_states_go_on(
-    config: TrainConfig, make_data_file: Callable[..., Path], tmp_path: Path
+    quant: Any, config: TrainConfig, make_data_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     data = tmp_path / "states.jsonl"
     rows = [{"text": "words " * (1 + i % 3), "state": "ab"[i % 2]} for i in range(10)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = replace(config, data_file=str(data), peft="state", peft_config={}, dataload="pad")
+    config = replace(
+        config, data_file=str(data), peft="state", peft_config={}, dataload="pad", quant=quant
+    )
     train(config)
     run_in_parts(config, tmp_path, 2, 4)
     assert_same(tmp_path / "parts", tmp_path / "whole")
