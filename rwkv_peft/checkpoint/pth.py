@@ -86,18 +86,10 @@ def _load_old(path: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _map_safetensors(path: Path) -> Any:
-    from safetensors import safe_open
-
-    # the library checks the header; its tensors are copies, and these are views of the file
-    with safe_open(path, framework="pt"):
-        return map_safetensors(path)
-
-
 _READERS: dict[Kind, Callable[[Path], Any]] = {
     TORCH: map_pth,
     OLD_TORCH: _load_old,
-    SAFETENSORS: _map_safetensors,
+    SAFETENSORS: map_safetensors,
 }
 
 
@@ -113,14 +105,16 @@ def write_weights(path: str | Path, weights: Mapping[str, Tensor], *, note: str 
     write_tensors(path, specs, weights.__getitem__, note=note)
 
 
-def infer_model_config(weights: Mapping[str, Tensor]) -> ModelConfig:
+def infer_model_config(weights: Mapping[str, Tensor], path: str | Path = "the file") -> ModelConfig:
     """The model config of a file's tensors, see `read_model_config`, all of which are as it says.
 
+    Args:
+        path: of the file, for messages.
     Raises:
         CheckpointError: names or shapes disagree; all of them are in the one message.
     """
     model_config = read_model_config({name: tuple(x.shape) for name, x in weights.items()})
-    require_fit(build(model_config, op="reference"), weights)
+    require_fit(build(model_config, op="reference"), weights, path)
     return model_config
 
 
@@ -158,9 +152,13 @@ def load_weights(
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
-def require_fit(model: RWKV, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def require_fit(
+    model: RWKV, weights: Mapping[str, Tensor], path: str | Path = "the file"
+) -> dict[str, Tensor]:
     """Raises unless a file's tensors are those of a model; gives those of a learned state in it.
 
+    Args:
+        path: of the file, for messages.
     Raises:
         CheckpointError: names or shapes disagree; all of them are in the one message.
     """
@@ -179,7 +177,7 @@ def require_fit(model: RWKV, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
     ]
     if problems:
         raise CheckpointError(
-            f"the file does not fit an RWKV model, {len(problems)} problems: "
+            f"{path} does not fit an RWKV model, {len(problems)} problems: "
             + join_problems(problems)
         )
     return states

@@ -164,11 +164,16 @@ def round_to(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     """A piece of a tensor in another dtype.
 
     Raises:
-        CheckpointError: a value does not fit fp16.
+        CheckpointError: a value does not fit fp16, or is not finite.
     """
     result = x.to(dtype)
-    if dtype == torch.float16 and not bool(result.isfinite().all()):
-        raise CheckpointError(f"{name} does not fit into fp16: use --dtype bf16 or fp32")
+    if dtype == torch.float16 and not is_finite(result):
+        if not is_finite(x):
+            raise CheckpointError(f"{name} holds NaN or infinity: nothing was written")
+        raise CheckpointError(
+            f"{name} does not fit into fp16: give --dtype bf16 or fp32, or another format if this "
+            "one holds neither"
+        )
     return result
 
 
@@ -221,12 +226,16 @@ def write_safetensors(
 
 
 def map_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a valid file, mapped from disk; writing to them does not change the file.
+    """Tensors of a file, mapped from disk; writing to them does not change the file.
 
     They come as their data lies in the file: the library gives sorted names, whatever the order.
     """
+    from safetensors import safe_open
+
     types = {kind: dtype for dtype, (kind, _) in _NAMES.items()}
-    content = torch.from_numpy(np.memmap(path, np.uint8, "c"))
+    # the library checks the header; its tensors are copies, and these are views of the file
+    with safe_open(path, framework="pt"):
+        content = torch.from_numpy(np.memmap(path, np.uint8, "c"))
     size = int.from_bytes(content[:8].numpy().tobytes(), "little")
     header = json.loads(content[8 : 8 + size].numpy().tobytes())
     header.pop("__metadata__", None)

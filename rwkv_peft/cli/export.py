@@ -50,7 +50,10 @@ def run(args: Sequence[str]) -> int:
 
     from rwkv_peft.checkpoint.older import LegacyAdapterHints
     from rwkv_peft.exports.export import export
+    from rwkv_peft.exports.formats import FORMATS
 
+    if options.template != "auto" and not FORMATS[options.to].has_template:
+        raise ConfigError(f"--template: files of --to {options.to} hold none: leave it out")
     report = export(
         options.source,
         options.output,

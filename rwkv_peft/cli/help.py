@@ -47,7 +47,7 @@ def field_texts(options: type[Any]) -> Mapping[str, str]:
 def describe_type(hint: Any) -> str:
     """The values of a field's type, in words."""
     if get_origin(hint) is Literal:
-        return ", ".join(map(str, get_args(hint)))
+        return ", ".join(str(value) for value in get_args(hint) if value != "")
     if args := [a for a in get_args(hint) if a is not type(None)]:
         if get_origin(hint) is dict:
             return "JSON in braces such as '{\"r\": 8}'"

@@ -17,6 +17,7 @@ from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.exports.check import compare
 from rwkv_peft.exports.formats import FORMATS, Format, Job
 from rwkv_peft.exports.parts import (
+    STATE_DTYPES,
     STATE_ENDINGS,
     make_lora,
     read_time_states,
@@ -30,6 +31,8 @@ from rwkv_peft.writing import atomic_file, atomic_folder
 
 # by which RWKV-Runner tells models of music from others, anywhere in a path
 RUNNER_MARKS = ("midi", "abc")
+# of files that a folder is not named like
+FILE_ENDINGS = (*(kind.ending for kind in FORMATS.values() if kind.ending), ".safetensors")
 # nats a token that rounding to a type costs at most, on models as they are trained
 EXPECTED_KL = {
     "fp32": 1e-8, "keep": 1e-8, "fp16": 1e-4, "bf16": 3e-3, "q8_0": 3e-3, "q5_1": 0.1, "q5_0": 0.1,
@@ -88,7 +91,10 @@ def export(
     """
     kind, source = FORMATS[to], Path(source)
     if source.is_file() and holds_state_alone(source):
-        return _export_state(source, output, to, overwrite)
+        other_dtype = dtype not in ("", STATE_DTYPES.get(to))
+        asked = {"--base_model": base_model, "--merge 0": not merge, "--dtype": other_dtype}
+        unused = [flag for flag, is_given in asked.items() if is_given]
+        return _export_state(source, output, to, overwrite, unused)
     _require_base(source, base_model)
     dtype = _choose_dtype(kind, to, dtype)
     inputs = [source, base_model] if base_model else [source]
@@ -152,8 +158,15 @@ def _coarsest(source: Source) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(coarse, "fp32")
 
 
-def _export_state(path: Path, output: str | Path, to: str, overwrite: bool) -> ExportReport:
+def _export_state(
+    path: Path, output: str | Path, to: str, overwrite: bool, unused: Sequence[str]
+) -> ExportReport:
     states = read_time_states(path, to)
+    if unused:
+        raise ConfigError(
+            f"{path} is a learned state, which --to {to} writes by itself and in "
+            f"{STATE_DTYPES[to]}: leave {unused[0]} out"
+        )
     output = Path(output or f"{safe_stem(path)}-state{STATE_ENDINGS[to]}")
     _require_ending(output, STATE_ENDINGS[to])
     require_free(output, inputs=[path], overwrite=overwrite)
@@ -175,9 +188,11 @@ def _export_lora(
 
 def safe_stem(path: Path) -> str:
     """The name of an export: the source's, without what RWKV-Runner takes as a mark."""
-    parent = path.resolve().parent.name
+    path = path.resolve()
+    stem, parent = path.name if path.is_dir() else path.stem, path.parent.name
     # every run has a rwkv-0
-    stem = f"{parent}-{path.stem}" if path.stem.startswith("rwkv-") and parent else path.stem
+    if stem.startswith("rwkv-") and parent:
+        stem = f"{parent}-{stem}"
     for word in RUNNER_MARKS:
         stem = re.sub(word, "-".join(word), stem, flags=re.IGNORECASE)
     return stem
@@ -203,7 +218,9 @@ def list_remarks(to: str, output: Path, source: Source | None = None) -> list[st
 
 
 def _require_ending(output: Path, ending: str) -> None:
-    if output.suffix != ending:
+    # a folder's name may have any dot, as those of official models do: rwkv7-g1-1.5b
+    is_wrong = output.suffix != ending if ending else output.suffix in FILE_ENDINGS
+    if is_wrong:
         wanted = f"a name that ends in {ending}" if ending else "a folder's name"
         raise ConfigError(f"--output {output}: {wanted} is needed here")
 
@@ -226,6 +243,8 @@ def _require_output(
     output: Path, kind: Format, inputs: Sequence[str | Path], overwrite: bool
 ) -> None:
     _require_ending(output, kind.ending)
+    if kind.ending == ".gguf" and not output.name.isprintable():
+        raise ConfigError(f"--output {output}: a Modelfile cannot name it: choose another name")
     owned = None if kind.ending else kind.owned
     require_free(output, inputs=inputs, overwrite=overwrite, owned=owned)
     if kind.ending == ".gguf":

@@ -51,6 +51,7 @@ class Format:
         write: writes an open file, or fills a folder.
         read: the official tensors of such a file or folder.
         owned: names in a folder that exports write.
+        has_template: whether it tells how turns are written.
     """
 
     ending: str
@@ -60,6 +61,7 @@ class Format:
     write: Callable[[Any, Job], None]
     read: Callable[[Path], dict[str, Stored]]
     owned: tuple[str, ...] = ()
+    has_template: bool = False
 
 
 def _write_gguf(file: IO[bytes], job: Job) -> None:
@@ -129,6 +131,7 @@ FORMATS: dict[str, Format] = {
         ("x070", "x060"),
         _write_gguf,
         lambda path: gguf.read(path)[0],
+        has_template=True,
     ),
     "st": Format(".st", "Ai00 and web-rwkv", ("fp16",), _ALL[:4], _write_st, _read_st),
     "bin": Format(".bin", "rwkv.cpp", ("fp16", "fp32"), _ALL[:3], _write_bin, rwkvcpp.read),
@@ -140,6 +143,7 @@ FORMATS: dict[str, Format] = {
         partial(_write_folder, is_fla=False),
         hf.read,
         hf.FILES,
+        has_template=True,
     ),
     "hf-fla": Format(
         "",
@@ -149,6 +153,7 @@ FORMATS: dict[str, Format] = {
         partial(_write_folder, is_fla=True),
         hf.read,
         hf.FILES,
+        has_template=True,
     ),
     "pth": Format(".pth", "rwkv, RWKV-Runner and ChatRWKV", _FLOATS, _ALL, _write_pth, _read_pth),
 }

@@ -229,7 +229,7 @@ def read(path: str | Path) -> tuple[dict[str, Stored], dict[str, Any]]:
     tensors = {x.name: _open(x) for x in reader.tensors}
     rescale_every = int(fields.get(f"{kind}.rescale_every_n_layers", 0))
     layout, head_size = layout_of(version, rescale_every), int(fields[f"{kind}.wkv.head_size"])
-    return layout.to_official(tensors, head_size), fields
+    return layout.to_official(tensors, head_size, path), fields
 
 
 def _type_of(name: str, asked: str) -> str:
@@ -286,10 +286,12 @@ def _add_vocabulary(writer: "gguf.GGUFWriter", vocab_size: int) -> None:
 
 
 def _encode(name: str, x: Tensor, kind: str) -> memoryview:
+    if kind == "F16":
+        return as_bytes(round_to(name, x, torch.float16))
     if not is_finite(x):
         raise CheckpointError(f"{name} holds NaN or infinity: nothing was written")
     if kind in _TORCH:
-        return as_bytes(round_to(name, x, _TORCH[kind]))
+        return as_bytes(x.to(_TORCH[kind]))
     import gguf
 
     values = x.float().contiguous().numpy()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_peft.checkpoint.records import damage_in_one_line
 from rwkv_peft.checkpoint.stream import Spec, map_safetensors, round_to, write_file
 from rwkv_peft.data.templates import Template
 from rwkv_peft.data.tokenizer import BUNDLED_VOCAB_FILE
@@ -21,6 +22,7 @@ from rwkv_peft.exports.layout import SAME, TRANSPOSED, VECTOR, Form, Layout, Rul
 from rwkv_peft.exports.stored import Stored, all_mapped
 from rwkv_peft.exports.texts import END_OF_TEXT, to_jinja, tokenizer_json
 from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.recognise import SAFETENSORS, recognise
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 FILES = (
@@ -211,25 +213,29 @@ def _write_weights(folder: Path, tensors: Mapping[str, Stored]) -> None:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is the folder of a Hugging Face model of RWKV-7."""
-    if not (path / CONFIG).is_file():
-        return False
-    config = _read_json(path / CONFIG)
-    return str(config.get("model_type", "")).lower() == "rwkv7"
+    """Whether a path is the folder of a Hugging Face model, of RWKV-7 or another."""
+    return (path / CONFIG).is_file() and "model_type" in _read_json(path / CONFIG)
 
 
 def read(folder: Path) -> dict[str, Stored]:
     """The official tensors of a folder in the native layout or in fla's, mapped.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the weights are in another form.
+        CheckpointError: a file is missing or damaged, the model is another, the weights are in
+            another form, or they are not those that the config tells of.
     """
     config = _read_json(folder / CONFIG)
+    kind = str(config.get("model_type"))
+    if kind.lower() != "rwkv7":
+        raise CheckpointError(
+            f"{folder} holds a model of the type {kind[:80]!r}, and of folders those of 'rwkv7' "
+            "alone can be opened: give the official .pth"
+        )
     if config.get("quantization_config"):
         raise CheckpointError(f"{folder} is quantised: give the model that it was made of")
     tensors: dict[str, Tensor] = {}
     for name in _list_weights(folder):
-        tensors |= map_safetensors(folder / name)
+        tensors |= _map_shard(folder / name)
     if config.get("embedding_layer_norm_fused"):
         raise CheckpointError(
             f"{folder} has blocks.0.ln0 folded into its embedding, which cannot be taken out: give "
@@ -240,7 +246,40 @@ def read(folder: Path) -> dict[str, Stored]:
     else:
         is_old = any(name.startswith("rwkv7.") for name in tensors)
         layout = _NATIVE_OF_OLD if is_old else NATIVE
-    return sort_official(layout.to_official(all_mapped(tensors), 0))
+    found = sort_official(layout.to_official(all_mapped(tensors), 0, folder))
+    _require_as_configured(folder, config, found)
+    return found
+
+
+def _map_shard(path: Path) -> dict[str, Tensor]:
+    if (kind := recognise(path)) is not SAFETENSORS:
+        raise CheckpointError(f"{path} is {kind.what}: {kind.advice}")
+    with damage_in_one_line(path):
+        return map_safetensors(path)
+
+
+def _require_as_configured(
+    folder: Path, config: Mapping[str, Any], official: Mapping[str, Stored]
+) -> None:
+    """Sees that weights are of the sizes in the config, as those of two models are not."""
+
+    def size(name: str, dim: int) -> int | None:
+        return dict(enumerate(official[name].shape)).get(dim) if name in official else None
+
+    found = {
+        "num_hidden_layers": len({name.split(".")[1] for name in official if "blocks." in name}),
+        "vocab_size": size("emb.weight", 0),
+        "hidden_size": size("emb.weight", 1),
+        "intermediate_size": size("blocks.0.ffn.key.weight", 0),
+        "head_dim": size("blocks.0.att.r_k", 1),
+        "head_size": size("blocks.0.att.r_k", 1),
+    }
+    for key, number in found.items():
+        if None not in (number, said := config.get(key)) and said != number:
+            raise CheckpointError(
+                f"{folder}: {CONFIG} says {key} {str(said)[:80]}, and the weights have {number}: "
+                "download both again"
+            )
 
 
 def sort_official(found: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -259,7 +298,8 @@ def _list_weights(folder: Path) -> list[str]:
         return [WEIGHTS]
     if not (folder / INDEX).is_file():
         raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}: download it again")
-    names = sorted(set(dict(_read_json(folder / INDEX).get("weight_map") or {}).values()))
+    places = _read_json(folder / INDEX).get("weight_map")
+    names = list(dict.fromkeys(places.values())) if isinstance(places, dict) else []
     for name in names:
         # a folder may come from anywhere, and nothing outside it is read
         if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():

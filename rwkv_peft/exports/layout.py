@@ -4,9 +4,10 @@ Names are templates in which `{i}` is the number of the layer, such as `blocks.{
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -113,12 +114,12 @@ class Layout:
         return found
 
     def to_official(
-        self, foreign: Mapping[str, Stored], head_size: int, order: Iterable[str] = ()
+        self, foreign: Mapping[str, Stored], head_size: int, path: str | Path = "the file"
     ) -> dict[str, Stored]:
         """The official tensors of foreign ones.
 
         Args:
-            order: names that come first, in this order.
+            path: of the file or folder, for messages.
         Raises:
             CheckpointError: the layout has no such tensor.
         """
@@ -128,13 +129,13 @@ class Layout:
             entry = self._by_foreign.get(name) or self._by_foreign.get(template)
             if entry is None:
                 if self.prefix is None or not name.startswith(self.prefix):
-                    raise CheckpointError(f"{name} is no tensor of this format")
+                    raise CheckpointError(f"{path}: {name} is no tensor of this format")
                 entry = Rule((template.removeprefix(self.prefix),), template)
             if not entry.is_copy:
                 parts = _part(entry.form, stored, layer, head_size)
                 names = (_fill(part, layer) for part in entry.official)
                 found |= dict(zip(names, parts, strict=True))
-        return {n: found[n] for n in order if n in found} | found
+        return found
 
     def _rules_of(self, template: str, layer: int) -> list[Rule]:
         rules = self._by_official.get(template, [])

@@ -40,5 +40,5 @@ def to_official(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         layout = hf.NATIVE
     else:
         return dict(tensors)
-    found = hf.sort_official(layout.to_official(all_mapped(tensors), 0))
+    found = hf.sort_official(layout.to_official(all_mapped(tensors), 0, path))
     return {name: x.whole() for name, x in found.items()}

@@ -18,8 +18,9 @@ from rwkv_peft.exports import st
 from rwkv_peft.exports.formats import write_stored
 from rwkv_peft.exports.stored import all_mapped, mapped
 
-# formats of states, with the ends of the names of their files
+# formats of states, with the ends of the names of their files, and the dtype in which each is
 STATE_ENDINGS = {"st": ".state", "pth": ".pth"}
+STATE_DTYPES = {"st": "fp16", "pth": "fp32"}
 # what Ai00 multiplies by alpha / R; a LoRA on anything else is added as it is
 _SCALED = re.compile(r"blocks\.\d+\.(att|ffn)\.(key|value|receptance|gate|output)")
 # how far the product of factors in fp16 may be from that of the adapter's own, relative

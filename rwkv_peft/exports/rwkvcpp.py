@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv_peft.checkpoint.stream import as_bytes, is_finite
+from rwkv_peft.checkpoint.stream import as_bytes, is_finite, round_to
 from rwkv_peft.errors import CheckpointError
 from rwkv_peft.exports.layout import TRANSPOSED, VECTOR, Form, Layout, Rule, rule
 from rwkv_peft.exports.stored import Stored, mapped
@@ -41,7 +41,9 @@ _RWKV7 = Layout(
             "blocks.{i}.att.x_rwkvag",
             _JOINED,
         ),
-    )
+    ),
+    # it ends at tensors that it does not read
+    unread=frozenset(f"blocks.0.att.v{n}" for n in "012"),
 )
 
 
@@ -101,10 +103,9 @@ def write(
         file.write(_TENSOR.pack(len(stored.shape), len(encoded), kind))
         file.write(struct.pack(f"<{len(stored.shape)}i", *reversed(stored.shape)) + encoded)
         for piece in stored.pieces():
-            value = piece.to(_TYPES[kind])
+            value = round_to(name, piece, _TYPES[kind])
             if not is_finite(value):
-                what = "does not fit into fp16: use --dtype fp32" if kind else "is not finite"
-                raise CheckpointError(f"{name} {what}")
+                raise CheckpointError(f"{name} holds NaN or infinity: nothing was written")
             file.write(as_bytes(value))
 
 
@@ -127,7 +128,7 @@ def read(path: str | Path) -> dict[str, Stored]:
         version = "x070"
     elif "blocks.0.att.time_maa_x" in found:
         version, n_head = "x060", found["blocks.0.att.time_faaaa"].shape[0]
-    return layout_of(version, n_head).to_official(found, 0)
+    return layout_of(version, n_head).to_official(found, 0, path)
 
 
 def _read_tensor(path: str | Path, content: Tensor, place: int) -> tuple[int, str, Stored]:

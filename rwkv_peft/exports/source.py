@@ -56,7 +56,7 @@ def open_source(
         CheckpointError: a file cannot be read, or the two do not belong together.
     """
     base = read_weights(base_model or path)
-    model_config = infer_model_config(base)
+    model_config = infer_model_config(base, base_model or path)
     states = {n: x for n, x in base.items() if n.endswith(STATE_SUFFIX)}
     tensors = all_mapped({n: x for n, x in base.items() if n not in states})
     dtypes = {n: x.dtype for n, x in tensors.items()}

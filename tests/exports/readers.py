@@ -1,11 +1,15 @@
 """Programs that read exported files, as the tests drive them."""
 
+import ctypes
 import json
+import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+import pytest
 import torch
 
 
@@ -48,3 +52,50 @@ class Llama:
         asked = {"prompt": prompt, "temperature": 0, "cache_prompt": False, "samplers": []}
         choice: dict[str, Any] = self.server.handle_completions(asked | settings)["choices"][0]
         return choice
+
+
+class RwkvCpp:
+    """rwkv.cpp, by its shared library, whose path RWKV_CPP_LIBRARY tells."""
+
+    def __init__(self, path: Path) -> None:
+        if not (library := os.environ.get("RWKV_CPP_LIBRARY")):
+            pytest.skip("rwkv.cpp has no package: build it, and set RWKV_CPP_LIBRARY=librwkv.so")
+        self.library = ctypes.CDLL(library)
+        self.library.rwkv_init_from_file.restype = ctypes.c_void_p
+        for name in ("rwkv_get_state_len", "rwkv_get_logits_len"):
+            getattr(self.library, name).restype = ctypes.c_size_t
+        self.library.rwkv_eval.restype = ctypes.c_bool
+        made = self.library.rwkv_init_from_file(os.fsencode(path), 1, 0)
+        assert made, f"rwkv.cpp does not open {path}"
+        self.context = ctypes.c_void_p(made)
+
+    def logits(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Logits (T, V) behind each token."""
+        state = (ctypes.c_float * self.library.rwkv_get_state_len(self.context))()
+        found = (ctypes.c_float * self.library.rwkv_get_logits_len(self.context))()
+        self.library.rwkv_init_state(self.context, state)
+        rows = []
+        for token in tokens:
+            assert self.library.rwkv_eval(self.context, token, state, state, found)
+            rows.append(torch.tensor(list(found)))
+        return torch.stack(rows)
+
+
+def web_rwkv_logits(path: Path, tokens: Sequence[int]) -> torch.Tensor:
+    """Logits (T, V) of web-rwkv, by the wheel of web-rwkv-py, behind each token."""
+    web_rwkv = pytest.importorskip("web_rwkv_py", reason="web-rwkv-py has no wheel for this Python")
+    try:
+        model = web_rwkv.Model(str(path), quant=0, quant_nf4=0)
+    except ValueError as error:
+        if "failed to request" not in str(error):
+            raise
+        pytest.skip("web-rwkv finds no device of Vulkan: apt-get install mesa-vulkan-drivers")
+    return torch.stack([torch.tensor(model.run([token])) for token in tokens])
+
+
+def fla_models() -> Any:
+    """The model classes of flash-linear-attention."""
+    with warnings.catch_warnings():
+        # that there is no GPU, and of its deprecated imports
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("fla.models", reason="flash-linear-attention is not installed")

@@ -1,5 +1,6 @@
 """Exported files in the programs that they are for; docs/exports.md says what was read by which."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from rwkv_peft.checkpoint.pth import read_weights, write_weights
 from rwkv_peft.checkpoint.state import write_state
 from rwkv_peft.cli.main import main
 from rwkv_peft.data.tokenizer import Tokenizer
-from tests.exports.test_round_trips import RWKV5, RWKV6, export
+from tests.exports.readers import RwkvCpp, fla_models, web_rwkv_logits
+from tests.exports.test_round_trips import MODELS, RWKV5, RWKV6, export
 
 TOKENS = [66, 300, 5, 17, 42, 300, 7, 7, 261, 9, 101, 33]
 
@@ -71,6 +73,93 @@ def test_transformers_runs_a_folder_of_fla_s_layout_on_the_cpu(tmp_path: Path) -
         found = model(tokens, return_dict=True).logits
         wanted = load_model(BASE_MODEL, op="reference")(tokens)[0]
     assert (found - wanted).abs().max() < 1e-4
+
+
+def test_fla_s_own_class_takes_every_tensor_of_a_folder_in_its_layout(tmp_path: Path) -> None:
+    """Its forward needs a GPU: names, shapes and values are compared on the CPU."""
+    models = fla_models()
+    folder = export(BASE_MODEL, "hf-fla", tmp_path / "folder", "--dtype", "fp32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = models.RWKV7ForCausalLM(models.RWKV7Config.from_pretrained(folder))
+        loaded = models.RWKV7ForCausalLM.from_pretrained(folder)
+    held = load_file(folder / "model.safetensors")
+    model.load_state_dict(held, strict=True)
+    wanted = read_weights(BASE_MODEL)
+    for own in (model, loaded):
+        attention = own.model.layers[1].attn
+        assert torch.equal(
+            attention.r_proj.weight, wanted["blocks.1.att.receptance.weight"].float()
+        )
+        assert torch.equal(attention.w_lora.lora[0].weight, wanted["blocks.1.att.w1"].float().t())
+        assert torch.equal(
+            attention.v_lora.lora[2].bias, wanted["blocks.1.att.v0"].float().view(-1)
+        )
+        assert all(torch.equal(x, held[name]) for name, x in own.state_dict().items())
+
+
+def test_the_native_layout_without_its_prefix_is_an_official_file_to_transformers(
+    tmp_path: Path,
+) -> None:
+    """No release of transformers has the layout: rwkv7-hf converts it and computes."""
+    converter = pytest.importorskip("rwkv7_hf.converter")
+    modeling = pytest.importorskip("rwkv7_hf.modeling_rwkv7")
+    folder = export(BASE_MODEL, "hf", tmp_path / "folder", "--dtype", "fp32")
+    held = load_file(folder / "model.safetensors")
+    assert {name for name in held if not name.startswith("model.")} == {"head.weight"}
+    official = {name.removeprefix("model."): x for name, x in held.items()}
+    torch.save(official, tmp_path / "official.pth")
+    tokens = torch.tensor([Tokenizer(5120).encode("User: hi, what is the moon?\n\nAssistant:")])
+    line = ["--input", str(tmp_path / "official.pth"), "--output", str(tmp_path / "made")]
+    assert converter.main([*line, "--precision", "fp32"]) == 0
+    model, report = modeling.RWKV7ForCausalLM.from_pretrained(
+        tmp_path / "made", output_loading_info=True
+    )
+    assert not any(report.values())
+    with torch.no_grad():
+        found = model(tokens, return_dict=True).logits
+        wanted = load_model(BASE_MODEL, op="reference")(tokens)[0]
+    assert (found - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("fp16", 5e-3)])
+@pytest.mark.parametrize("version", MODELS)
+def test_rwkv_cpp_answers_as_the_model(
+    make_model_file: Callable[..., Path],
+    tmp_path: Path,
+    version: str,
+    dtype: str,
+    tolerance: float,
+) -> None:
+    source = make_model_file(dtype=torch.float16, **MODELS[version])
+    exported = export(source, "bin", tmp_path / "exported.bin", "--dtype", dtype)
+    error = (RwkvCpp(exported).logits(TOKENS) - logits_of(source)).abs().amax(-1)
+    if version == "x052":
+        # it adds 1e-5 where RWKV-5 adds 64e-5 to the variance of a head, which is small at first
+        error, tolerance = error[2:], max(tolerance, 1e-4)
+    assert error.max() < tolerance
+
+
+# as wide as its kernels need, which reach beyond a narrower layer; as deep as it halves the stream
+WIDE = {"n_layer": 6, "n_embd": 256, "dim_att": 256, "dim_ffn": 896}
+
+
+@pytest.mark.parametrize("version", [RWKV6, RWKV5], ids=["x060", "x052"])
+def test_web_rwkv_answers_as_the_model(
+    make_model_file: Callable[..., Path], tmp_path: Path, version: dict[str, Any]
+) -> None:
+    source = make_model_file(dtype=torch.float16, **(version | WIDE))
+    found = web_rwkv_logits(export(source, "st", tmp_path / "exported.st"), TOKENS)
+    wanted = logits_of(source)
+    # what one step of fp16 in every weight does: it computes in fp16, so that each product has one
+    weights, generator = read_weights(source), torch.Generator().manual_seed(0)
+    steps = {
+        n: x.float() * (1 + 2**-10 * torch.randn(x.shape, generator=generator))
+        for n, x in weights.items()
+    }
+    write_weights(tmp_path / "steps.pth", steps)
+    step = (logits_of(tmp_path / "steps.pth") - wanted).abs().max()
+    assert (found - wanted).abs().max() < step < 0.1 * wanted.std()
 
 
 def test_transformers_tokenizes_and_writes_turns_as_we_do(tmp_path: Path) -> None:

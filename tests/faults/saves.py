@@ -24,6 +24,7 @@ from rwkv_peft.data import prepare
 from rwkv_peft.data.pairs import write_pair
 from rwkv_peft.data.prepare import read_documents
 from rwkv_peft.data.tokenizer import Tokenizer
+from rwkv_peft.exports.formats import FORMATS
 from rwkv_peft.models.initial import initial_weights
 from rwkv_peft.ops.cuda.cache import cached
 from rwkv_peft.writing import atomic_folder
@@ -156,6 +157,15 @@ def _init(given: Path, folder: Path, version: int) -> None:
     _command(*line)(given, folder, version)
 
 
+def _export(to: str, name: str) -> Kind:
+    line = ("export", "{given}/{version}.pth", "--to", to, "--overwrite", "1")
+    read = FORMATS[to].read
+    return Kind(
+        _command(*line, "--output", f"{{out}}/{name}"),
+        lambda given, folder: _values({n: x.whole() for n, x in read(folder / name).items()}),
+    )
+
+
 KINDS: dict[str, Kind] = {
     "weights as .pth": _weights(".pth"),
     "weights as .safetensors": _weights(".safetensors"),
@@ -176,6 +186,8 @@ KINDS: dict[str, Kind] = {
         _read_pair,
     ),
     "init": Kind(_init, lambda given, f: _values(read_weights(f / "i.safetensors"))),
+    "export of a file": _export("gguf", "e.gguf"),
+    "export of a folder": _export("hf", "e"),
     "cache": Kind(_cache, lambda given, f: _cache(given, f, 1)),
     "kernels": Kind(_kernel, lambda given, f: _kernel(given, f, 1), is_needed=False),
 }
