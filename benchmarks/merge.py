@@ -155,9 +155,9 @@ def is_right(base: Path, adapter: Path, output: Path, name: str, comparison: Any
     return True
 
 
-def run(task: str, folder: Path, arguments: list[str]) -> str:
-    """One task in a process of its own; its last line."""
-    command = [sys.executable, __file__, "--task", task, "--folder", str(folder), *arguments]
+def run_task(script: str, task: str, folder: Path, arguments: list[str]) -> str:
+    """One task of a benchmark in a process of its own; its last line."""
+    command = [sys.executable, script, "--task", task, "--folder", str(folder), *arguments]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
 
@@ -203,8 +203,8 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        run("base", folder, sizes)
-        run("base", folder, ["--name", "tiny", *TINY])
+        run_task(__file__, "base", folder, sizes)
+        run_task(__file__, "base", folder, ["--name", "tiny", *TINY])
         weights = read_weights(folder / "base.pth")
         layer = sum(x.nbytes for n, x in weights.items() if n.startswith("blocks.0."))
         print(
@@ -216,10 +216,10 @@ def main() -> None:
             flush=True,
         )
         for method in options.methods:
-            run("adapter", folder, ["--methods", method])
+            run_task(__file__, "adapter", folder, ["--methods", method])
             for compared in options.compared:
                 given = ["--methods", method, "--compared", str(compared)]
-                found = json.loads(run("merge", folder, given))
+                found = json.loads(run_task(__file__, "merge", folder, given))
                 results.append({"method": method, "compared": compared, "layer": layer, **found})
                 print(row(results[-1]), flush=True)
     if options.json:

@@ -171,8 +171,32 @@ def test_a_file_of_seven_billion_parameters_is_merged_in_two_minutes(method: str
     assert alone["seconds"] < 120
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads RssAnon of Linux")
+def test_an_export_holds_a_part_of_the_model_at_a_time() -> None:
+    sizes = ["--n_layer", "8", "--n_embd", "1024", "--vocab_size", "4096"]
+    rows = measured("export.py", *sizes, "--formats", "gguf", "st", "--json")
+    weights = 8 * (12 * 1024**2 + 1024 * 2 * (128 + 128 + 96 + 480)) + 2 * 4096 * 1024
+    for found in rows:
+        assert found["is_right"]
+        # all of it would be two bytes a number
+        assert 0 < found["peak"] < weights
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads RssAnon of Linux")
+@pytest.mark.parametrize("form", ["gguf", "st"])
+def test_seven_billion_parameters_are_exported_in_less_than_a_gigabyte(form: str) -> None:
+    (found,) = measured("export.py", "--formats", form, "--json")
+    assert found["is_right"]
+    assert 0 < found["peak"] < 1e9
+
+
 def measured_merges(*arguments: str) -> list[dict[str, Any]]:
-    command = [sys.executable, str(BENCHMARKS / "merge.py"), *arguments]
+    return measured("merge.py", *arguments)
+
+
+def measured(script: str, *arguments: str) -> list[dict[str, Any]]:
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return rows

@@ -16,6 +16,7 @@ from rwkv_peft.checkpoint.pth import read_weights, write_weights
 from rwkv_peft.checkpoint.state import write_state
 from rwkv_peft.cli.main import main
 from rwkv_peft.data.tokenizer import Tokenizer
+from rwkv_peft.exports.formats import FORMATS
 from tests.exports.readers import RwkvCpp, fla_models, web_rwkv_logits
 from tests.exports.test_round_trips import MODELS, RWKV5, RWKV6, export
 
@@ -123,7 +124,7 @@ def test_the_native_layout_without_its_prefix_is_an_official_file_to_transformer
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("fp16", 5e-3)])
-@pytest.mark.parametrize("version", MODELS)
+@pytest.mark.parametrize("version", FORMATS["bin"].versions)
 def test_rwkv_cpp_answers_as_the_model(
     make_model_file: Callable[..., Path],
     tmp_path: Path,

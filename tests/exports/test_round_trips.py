@@ -14,21 +14,34 @@ from rwkv_peft.exports.formats import FORMATS
 RWKV6 = {"version": "x060", "dim_ffn": 448, "ranks": {"maa": 32, "decay": 64}}
 RWKV5 = {"version": "x052", "dim_ffn": 448, "ranks": {}}
 MODELS = {"x070": {"n_layer": 3, "has_first_value_mix": True}, "x060": RWKV6, "x052": RWKV5}
+MODELS |= {version: RWKV5 | {"version": version} for version in ("x051", "x050")}
 # what the format holds all numbers of: the dtype of the file, and what is asked for
 EXACT = {
     "gguf": [(torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")],
     "st": [(torch.float16, "fp16")],
     "bin": [(torch.float32, "fp32"), (torch.float16, "fp16")],
     "hf": [(torch.bfloat16, "keep"), (torch.float32, "keep"), (torch.float16, "keep")],
-    "hf-fla": [(torch.bfloat16, "keep")],
-    "pth": [(torch.bfloat16, "keep"), (torch.float32, "fp32")],
+    "hf-fla": [(torch.bfloat16, "keep"), (torch.float32, "keep"), (torch.float16, "keep")],
+    "pth": [(torch.bfloat16, "keep"), (torch.float32, "keep"), (torch.float16, "keep")],
+}
+# what is asked for by name is what "keep" keeps; float32 holds the others
+NAMED = {
+    torch.bfloat16: ("bf16", "fp32"),
+    torch.float16: ("fp16", "fp32"),
+    torch.float32: ("fp32",),
+}
+EXACT |= {
+    to: kinds + [(stored, name) for stored, names in NAMED.items() for name in names]
+    for to, kinds in EXACT.items()
+    if kinds[0][1] == "keep"
 }
 CASES = [
     (to, version, stored, dtype)
     for to, kinds in EXACT.items()
     for stored, dtype in kinds
     for version in MODELS
-    if version in FORMATS[to].versions
+    # repeated for the channels of a head, numbers of 5.1 come back in another shape
+    if version in FORMATS[to].versions and (to, version) != ("st", "x051")
 ]
 
 
