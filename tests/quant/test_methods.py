@@ -20,10 +20,11 @@ from rwkv_peft.methods.attach import attach
 from rwkv_peft.methods.stored import REFUSED
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.quant import STORAGES, Storage, stored_layers
+from rwkv_peft.quant import Storage, stored_layers
 from rwkv_peft.training.run import train
 from tests.methods.test_catalog import CASES as CATALOG
 from tests.methods.test_catalog import NOT_NEUTRAL, moved
+from tests.quant.test_linear import DENSE
 
 TOKENS = torch.arange(1, 49).view(2, 24)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -145,7 +146,7 @@ def test_an_option_that_needs_dense_weights_is_refused_by_name(
 
 @pytest.mark.parametrize("rate", [0, 0.3])
 @pytest.mark.parametrize("method", ["lora", "miss"])
-@pytest.mark.parametrize("quant", STORAGES)
+@pytest.mark.parametrize("quant", DENSE)
 def test_fused_layers_have_the_bits_of_dense_ones_and_pefts_numbers(
     quant: str, method: str, rate: float, make_model_file: Any
 ) -> None:

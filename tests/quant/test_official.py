@@ -15,7 +15,8 @@ from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weig
 from rwkv_peft.checkpoint.state import load_state
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
-from rwkv_peft.quant import STORAGES, Storage
+from rwkv_peft.quant import Storage
+from tests.quant.test_linear import DENSE
 
 TOKENS = list(range(1, 49))
 VERSIONS: dict[str, dict[str, Any]] = {
@@ -71,7 +72,7 @@ def test_the_official_runtime_has_the_adapters_logits_on_the_base_as_it_was_stor
 ) -> None:
     base = make_model_file(version=version, dtype=torch.float32, **VERSIONS[version])
     wanted: dict[Path, Tensor] = {}
-    for quant in STORAGES:
+    for quant in DENSE:
         run = tune(base, quant, "--peft", "lora", "--peft_config", '{"r": 4}')
         adapter = run / "rwkv-1-adapter"
         stored, dense = stored_model(base, quant), rwkv_peft.load_model(base)
@@ -126,7 +127,7 @@ def test_the_official_runtime_has_a_states_logits_on_the_base_as_it_was_stored(
     torch.testing.assert_close(theirs, wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("quant", STORAGES)
+@pytest.mark.parametrize("quant", DENSE)
 def test_a_stored_head_is_merged_as_it_was_trained(
     quant: str,
     tune: Callable[..., Path],
@@ -148,3 +149,27 @@ def test_a_stored_head_is_merged_as_it_was_trained(
     assert torch.equal(logits(rwkv_peft.load_model(base, adapter=adapter)), wanted)
     official = official_logits(run / "rwkv-1.pth", TOKENS)
     torch.testing.assert_close(official, wanted, rtol=0, atol=1e-4)
+
+
+def test_a_merge_after_products_of_fp8_has_the_weights_of_their_forward(
+    tune: Callable[..., Path],
+    cli: Callable[..., SimpleNamespace],
+    make_model_file: Callable[..., Path],
+    official_logits: Callable[..., Tensor],
+    tmp_path: Path,
+) -> None:
+    base, output = make_model_file(dtype=torch.float32), tmp_path / "merged.pth"
+    run = tune(base, "fp8", "--precision", "bf16", "--peft", "lora", "--peft_config", '{"r": 4}')
+    adapter = run / "rwkv-1-adapter"
+    done = cli("merge", "--base_model", base, "--adapter", adapter, "--output", output)
+    assert done.code == 0, done.err
+    # a dense model of the rounded weights, which rounds nothing else
+    weights = read_weights(base)
+    for name, x in weights.items():
+        if name.startswith("blocks.") and name.endswith(".weight") and x.ndim == 2:
+            scale = x.float().abs().amax(1, keepdim=True) / 448
+            weights[name] = ((x / scale).to(torch.float8_e4m3fn).float() * scale).bfloat16().float()
+    model = build(infer_model_config(weights), op="torch")
+    load_weights(model, weights)
+    load_adapter(model, read_adapter(adapter), adapter)
+    torch.testing.assert_close(official_logits(output, TOKENS), logits(model), rtol=0, atol=1e-4)
