@@ -1,4 +1,4 @@
-"""What is printed: the text of files shown harmlessly, whatever the encoding of the terminal.
+"""What is printed: the text of files shown harmlessly, in the language that was chosen.
 
 Everything that a command prints goes through here. Control characters, with which a file could move
 the cursor, recolour or rewrite what stands on a terminal, are shown as escapes, and so is what the
@@ -13,6 +13,8 @@ import os
 import re
 import sys
 from typing import TextIO
+
+from rwkv_peft.language import translate
 
 # C0 and C1 controls, line separators, marks that reorder text, and halves of characters
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -37,19 +39,19 @@ def duration(seconds: float) -> str:
     if seconds < 99.5:
         return f"{max(0, seconds):.0f} s"
     if minutes < 60:
-        return f"{minutes} min"
+        return f"{minutes:d} min"
     hours, rest = divmod(minutes, 60)
-    return f"{hours} h {rest:02d} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
+    return f"{hours:d} h {rest:02d} min" if hours < 24 else f"{hours // 24:d} d {hours % 24:d} h"
 
 
 def print_line(text: str, *, file: TextIO | io.TextIOBase | None = None) -> None:
-    """Prints one line, whatever characters it holds; on stdout if no file is given."""
-    print(escape(text), file=file, flush=True)
+    """Prints one line of the program's own words; on stdout if no file is given."""
+    print(escape(translate(text)), file=file, flush=True)
 
 
 def print_text(text: str, *, file: TextIO | io.TextIOBase | None = None) -> None:
-    """Prints a text that may have line breaks and tabs, and a line break behind it."""
-    print(escape(text, keeps="\n\t"), file=file, flush=True)
+    """Prints a text of the program that may have line breaks and tabs, and a line break."""
+    print(escape(translate(text), keeps="\n\t"), file=file, flush=True)
 
 
 def print_answer(text: str, *, is_dim: bool = False) -> None:

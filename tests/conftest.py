@@ -13,6 +13,10 @@ import torch
 # read by the rwkv package when it is imported
 os.environ["RWKV_V7_ON"] = "1"
 os.environ["RWKV_JIT_ON"] = "0"
+# messages are compared in English, whatever the language of who runs the tests
+os.environ["LC_MESSAGES"] = "en"
+if os.environ.get("LC_ALL", "").startswith("zh"):
+    del os.environ["LC_ALL"]
 
 from rwkv_peft.checkpoint.pth import write_weights
 from rwkv_peft.models import build

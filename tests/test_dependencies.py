@@ -1,8 +1,12 @@
 """What pyproject.toml allows is what the tests run with."""
 
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -47,3 +51,26 @@ def test_the_one_minor_version_of_peft_that_is_tested_is_allowed() -> None:
     assert version in allowed
     for minor in (version.minor - 1, version.minor + 1):
         assert f"{version.major}.{minor}.0" not in allowed
+
+
+@pytest.mark.slow
+def test_uv_sync_takes_the_versions_that_were_tested(tmp_path: Path) -> None:
+    uv = shutil.which("uv")
+    if uv is None:
+        pytest.skip("uv is not installed")
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    outside = {x: y for x, y in os.environ.items() if x not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    subprocess.run([uv, "sync", "-q"], check=True, cwd=clone, env=outside)
+    python = clone / ".venv" / "bin" / "python"
+    asked = [uv, "pip", "freeze", "-q", "--python", str(python)]
+    lines = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.splitlines()
+    found = dict(re.findall(r"^([\w.-]+)==([^+\n]+)", "\n".join(lines), re.MULTILINE))
+    assert {"torch", "peft", "numpy"} <= set(found)
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        pinned = Requirement(line) if line and not line.startswith("#") else None
+        name = pinned.name.lower().replace("_", "-") if pinned else ""
+        if pinned and name in found and (pinned.marker is None or pinned.marker.evaluate()):
+            assert Version(found[name]) in pinned.specifier, line
+    done = subprocess.run([python, "-m", "rwkv_peft.cli.main", "--version"], env=outside, cwd=clone)
+    assert done.returncode == 0

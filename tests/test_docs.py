@@ -15,6 +15,7 @@ from rwkv_peft.checkpoint.pth import read_weights
 from rwkv_peft.cli.main import main
 from rwkv_peft.device import TYPES
 from rwkv_peft.exports.formats import FORMATS
+from tests.messages import read_catalogue
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "README_zh.md")
@@ -84,8 +85,20 @@ def test_the_first_line_of_the_readme_installs_and_learns(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "setting_up", "locale", "said"),
+    [
+        ("README.md", "docs/install.md", "C.UTF-8", "done in"),
+        ("README_zh.md", "docs/zh/install.md", "zh_CN.UTF-8", "完成，用时"),
+    ],
+)
 def test_the_lines_of_the_readme_can_be_pasted_in_their_order(
-    make_model_file: Callable[..., Path], tmp_path: Path
+    page: str,
+    setting_up: str,
+    locale: str,
+    said: str,
+    make_model_file: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
@@ -93,9 +106,10 @@ def test_the_lines_of_the_readme_can_be_pasted_in_their_order(
     rows = blocks("README.md", "json")[0] * 8
     (clone / "data.jsonl").write_text(rows, encoding="utf-8")
     # as a person pastes them; the tests are run by CI with the very line
-    pasted = [block for block in blocks("README.md", "bash") if "pytest" not in block]
-    session = "sudo() { :; }\nset -e\n" + "".join(pasted)
-    environment = {**os.environ, "PATH": os.environ["PATH"]}
+    pasted = [block for block in blocks(page, "bash") if "pytest" not in block]
+    # the other way in, of the page on setting up, and then again that of the readme
+    session = "sudo() { :; }\nset -e\n" + blocks(setting_up, "")[0] + "".join(pasted)
+    environment = {**os.environ, "LC_ALL": locale}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
         ["bash", "-c", session], cwd=clone, input="hello\n", capture_output=True, text=True,
@@ -103,6 +117,7 @@ def test_the_lines_of_the_readme_can_be_pasted_in_their_order(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert (clone / "merged.pth").exists()
+    assert said in done.stderr
 
 
 # page -> its commands that run in the order of the pages, after those of the README
@@ -183,6 +198,20 @@ def test_the_usage_page_names_every_file_and_exit_code_of_a_run() -> None:
 def test_the_hardware_page_tells_of_every_device_that_can_be_asked_for() -> None:
     text = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
     assert [kind for kind in TYPES if f"`{kind}`" not in text and f" {kind}`" not in text] == []
+
+
+def test_the_chinese_page_on_problems_has_the_messages_that_are_shown() -> None:
+    said = [re.sub(r"\{[=+]?\d+\}|\s", "", text) for text in read_catalogue().values()]
+    # of two messages
+    said.append("没有参数")
+    text = (ROOT / "docs" / "zh" / "problems.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line[:2] == "| "]
+    assert len(rows) > 15
+    for row in rows[1:]:
+        # names, numbers and what is left out are no part of it
+        parts = re.split(r"[\s…、：（）]|[A-Z]+\b|--|\b(?:nan|inf)\b|`.*?`", row)
+        for part in filter(None, parts):
+            assert any(part.removeprefix("是") in x for x in said), f"{row}: {part}"
 
 
 def test_links_between_pages_lead_somewhere() -> None:

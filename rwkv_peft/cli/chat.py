@@ -12,6 +12,7 @@ from rwkv_peft.cli.generate import ModelOptions, say_undecodable, without_last_b
 from rwkv_peft.cli.given import complete
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.errors import ConfigError, RwkvPeftError, Stopped
+from rwkv_peft.language import translate
 from rwkv_peft.printing import print_answer, print_line, print_text
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _answer(chat: "Chat", text: str, max_tokens: int) -> None:
     except Stopped as stopped:
         if stopped.signal != signal.SIGINT:
             raise
-        print_answer(" (stopped)")
+        print_answer(translate(" (stopped)"))
     print_answer("\n\n")
 
 
@@ -128,7 +129,7 @@ def _obey(chat: "Chat", text: str, system: str) -> bool:
         _save(chat, rest)
     elif command in ("/help", "/?"):
         for name, what in HELP.items():
-            print_line(f"  {name:<13} {what}")
+            print_line(f"  {name:<13} {translate(what)}")
         print_line(f"  {KEYS}")
     else:
         print_line(f"there is no {command}: /help lists what there is")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rwkv_peft.cli.given import find_kind, find_parts
+from rwkv_peft.cli.given import find_kind, find_parts, refuse_model
 from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import Switch
@@ -41,9 +41,10 @@ def run(args: Sequence[str]) -> int:
     if options.source and not (options.base_model and find_kind(options.source) != "run"):
         parts = find_parts(options.source, "convert", wants_adapter=True)
         base, source = options.base_model or parts.model, parts.adapter or parts.state
-        if source:
-            options = replace(options, base_model=base, source=source)
-            print_line(f"note: {parts.note}", file=sys.stderr)
+        if not source:
+            refuse_model(parts.model, "rwkv-peft export writes it for other programs")
+        options = replace(options, base_model=base, source=source)
+        print_line(f"note: {parts.note}", file=sys.stderr)
     for name in ("source", "base_model", "output"):
         if not getattr(options, name):
             raise ConfigError(

@@ -12,6 +12,7 @@ from typing import Any
 from rwkv_peft import __version__
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.errors import BackendUnavailableError
+from rwkv_peft.language import translate
 from rwkv_peft.printing import print_json, print_text
 
 PACKAGES = ("torch", "peft", "triton", "fla-core")
@@ -94,7 +95,8 @@ def describe(facts: dict[str, Any]) -> Iterator[str]:
         if heading != above:
             yield f"\n{heading}"
             above = heading
-        yield f"  {'*' if backend['is_auto'] else ' '} {backend['name']:<10} {_verdict(backend)}"
+        verdict = translate(_verdict(backend))
+        yield f"  {'*' if backend['is_auto'] else ' '} {backend['name']:<10} {verdict}"
     yield ""
     if facts["is_well"]:
         yield "* is what --op auto takes; each of these is right on this device"

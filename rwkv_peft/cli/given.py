@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.printing import print_line
@@ -115,6 +115,21 @@ def complete(options: T, command: str) -> T:
         print_line(f"note: {parts.note}", file=sys.stderr)
     completed: T = replace(given, load_model=parts.model, **changes)
     return completed
+
+
+def refuse_model(path: str, advice: str) -> NoReturn:
+    """Raises an error for what stands in the place of an adapter and is none.
+
+    Raises:
+        CheckpointError: it is no file of weights, or missing.
+        ConfigError: it is a whole model.
+    """
+    if find_kind(path) == "other":
+        from rwkv_peft.checkpoint.pth import read_weights
+
+        # says what it is
+        read_weights(path)
+    raise ConfigError(f"{path} is a whole model: {advice}")
 
 
 def find_run(path: str | Path) -> Path | None:

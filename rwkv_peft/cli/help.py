@@ -2,12 +2,16 @@
 
 import ast
 import inspect
+import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+from unicodedata import east_asian_width
+
+from rwkv_peft.language import translate
 
 WIDEST = 100
 # of choices that stand behind the flag itself
@@ -18,17 +22,33 @@ def describe_options(options: type[Any], command: str, positional: Sequence[str]
     """The help of a command: its line, and each flag with its meaning, values and default."""
     width = min(WIDEST, max(40, get_terminal_size((WIDEST, 24)).columns - 1))
     words = " ".join([f"rwkv-peft {command}", *(f"[{p.upper()}]" for p in positional), "[flags]"])
-    lines = [f"usage: {words}", "", inspect.getdoc(options) or "", ""]
-    lines += ["  --config FILE", "      YAML file of the names below."]
+    about = translate(inspect.getdoc(options) or "")
+    lines = [translate(f"usage: {words}"), "", about, ""]
+    lines += ["  --config FILE", translate("      YAML file of the names below.")]
     hints, texts = get_type_hints(options), field_texts(options)
     for item in fields(options):
         shown = _placeholder(hints[item.name])
         lines.append(f"  --{item.name} {shown}".rstrip())
-        text = " ".join(texts.get(item.name, "").split())
+        text = translate(" ".join(texts.get(item.name, "").split()))
         notes = _describe_choices(hints[item.name], shown) + _describe_default(item)
-        text = f"{text} ({'; '.join(notes)})" if notes else text
-        lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        text += translate(f" ({'; '.join(notes)})") if notes else ""
+        lines += (" " * 6 + line for line in wrap(text, width - 6))
     return "\n".join(lines)
+
+
+def wrap(text: str, width: int) -> Iterator[str]:
+    """The lines of a text; a Chinese one breaks between its letters, which are two columns wide."""
+    line, used = "", 0
+    # no line begins with a mark that ends something, nor ends with one that begins something
+    form = r"[（“]*(?:[⺀-鿿]|[^\s⺀-鿿，。；：！？）、”（“]+)[，。；：！？）、”]*|\s+|."
+    for piece in re.findall(form, text):
+        size = sum(1 + (east_asian_width(x) in "WF") for x in piece)
+        if used + size > width and line:
+            yield line.rstrip()
+            line, used = "", 0
+        if line or not piece.isspace():
+            line, used = line + piece, used + size
+    yield line.rstrip()
 
 
 def field_texts(options: type[Any]) -> Mapping[str, str]:

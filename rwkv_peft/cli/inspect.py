@@ -9,6 +9,7 @@ from typing import Any
 from rwkv_peft.cli.given import find_kind, find_parts, find_run
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.errors import ConfigError, RwkvPeftError
+from rwkv_peft.language import translate
 from rwkv_peft.printing import print_json, print_line
 
 FULL_STATE = (
@@ -41,7 +42,7 @@ def run(args: Sequence[str]) -> int:
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         elif isinstance(value, list):
-            value = "; ".join(value) or "nothing"
+            value = "; ".join(map(translate, value)) or translate("nothing")
         elif isinstance(value, int) and not isinstance(value, bool):
             value = f"{value:,}"
         print_line(f"{name:<20} {value}")

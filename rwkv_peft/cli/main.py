@@ -1,5 +1,6 @@
 """`rwkv-peft COMMAND …`: finds the command, prints errors as one line."""
 
+import logging
 import signal
 import sys
 import warnings
@@ -11,7 +12,7 @@ from rwkv_peft import __version__
 from rwkv_peft.cli.environment import describe_missing
 from rwkv_peft.deferred import defer_transformers
 from rwkv_peft.errors import RwkvPeftError, Stopped
-from rwkv_peft.language import _, choose_language
+from rwkv_peft.language import choose_language, translate
 from rwkv_peft.printing import prepare_streams, print_line, print_text
 from rwkv_peft.terminal import drop_unwritten, whole_process
 from rwkv_peft.training.interrupt import Interrupt
@@ -54,6 +55,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run_and_tell(arguments: list[str]) -> int:
+    # peft imports it, and it warns of kernels for CPUs that nothing here uses
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     shows_trace = "--debug" in arguments
     try:
         command, *rest = _take_language([a for a in arguments if a != "--debug"]) or ["--help"]
@@ -133,16 +136,14 @@ def _tell(message: str) -> None:
 
 
 def _help() -> str:
-    title = _("rwkv-peft {version}: fine-tuning of RWKV models").format(version=__version__)
-    lines = [title, ""]
-    lines += [f"  rwkv-peft {name:<9} {_(what)}" for name, what in COMMANDS.items()]
+    lines = [f"rwkv-peft {__version__}: fine-tuning of RWKV models", ""]
+    lines += [f"  rwkv-peft {name:<9} {translate(what)}" for name, what in COMMANDS.items()]
     lines += [
         "",
-        _("rwkv-peft COMMAND --help lists a command's flags; --debug shows error traces;")
-        + " "
-        + _("--lang zh speaks Chinese."),
+        "rwkv-peft COMMAND --help lists a command's flags; --debug shows error traces;",
+        "--lang zh speaks Chinese.",
     ]
-    return "\n".join(lines)
+    return "\n".join(map(translate, lines))
 
 
 if __name__ == "__main__":

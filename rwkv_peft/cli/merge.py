@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rwkv_peft.cli.given import find_kind, find_parts
+from rwkv_peft.cli.given import find_kind, find_parts, refuse_model
 from rwkv_peft.cli.legacy.merge import translate_merge
 from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
@@ -89,6 +89,8 @@ def _sort(options: MergeOptions) -> tuple[MergeOptions, str]:
     first, second = options.base_model, options.adapter
     kind = find_kind(first) if first else "other"
     if kind in ("model", "other"):
+        if first and not second:
+            refuse_model(first, f"rwkv-peft merge {first} ADAPTER --output O adds an adapter to it")
         return options, ""
     if kind in ("adapter", "state") and second and find_kind(second) == "model":
         return replace(options, base_model=second, adapter=first), ""

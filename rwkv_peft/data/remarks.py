@@ -18,8 +18,8 @@ REMARKS = {
     "weight": "whose column weight is used",
     "state": "whose column state is used",
     "dialogue": (
-        "that are plain texts with User: and Assistant:, trained as a whole; --loss_mask qa trains "
-        "the answers alone"
+        "that are plain texts with turns of User and Assistant, trained as a whole; --loss_mask "
+        "qa trains the answers alone"
     ),
 }
 _BLANK_LINE = re.compile(r"\n[ \t\r]*\n")

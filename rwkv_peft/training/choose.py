@@ -245,7 +245,7 @@ def _choose_training(chooser: _Chooser, documents: Documents, model_config: Mode
     """Epochs and rates."""
     values = chooser.values
     few = len(documents) < SMALL_SET
-    reason = f"{counted(len(documents), 'document')} {'are few' if few else 'are enough'}"
+    reason = f"{counted(len(documents), 'document')}, {'which are few' if few else 'which suffice'}"
     chooser.choose("epoch_count", 3 if few else 1, reason)
     chooser.choose("lr_init", *choose_rate(values, model_config))
     chooser.choose("lr_final", *choose_last_rate(values))
@@ -262,7 +262,7 @@ def _choose_memory(chooser: _Chooser, facts: Facts) -> None:
         _choose_chunks(chooser, facts)
     is_deep = not _chunk_fits(values, facts, values["chunk_ctx"] if _is_infctx(values) else 0)
     what = "a chunk" if _is_infctx(values) else "a micro-batch"
-    reason = f"{what} {'would not fit otherwise' if is_deep else 'fits without'}"
+    reason = f"{what} would not fit otherwise" if is_deep else f"{what} fits without"
     chooser.choose("grad_cp", int(is_deep), reason)
     _choose_embedding(chooser, facts)
 

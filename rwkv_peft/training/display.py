@@ -5,7 +5,7 @@ import threading
 import time
 from typing import Any
 
-from rwkv_peft.language import _
+from rwkv_peft.language import translate
 from rwkv_peft.printing import duration, escape, print_text
 from rwkv_peft.terminal import Unbreakable
 from rwkv_peft.training.metrics import StepRecord
@@ -57,7 +57,7 @@ class Display:
     def tell(self, what: str) -> None:
         """Something else is being done from now on, of which a word comes if it lasts."""
         self._stop_waiting()
-        self._timer = threading.Timer(PATIENCE, lambda: self.line(f"{what} …"))
+        self._timer = threading.Timer(PATIENCE, lambda: self.line(f"{translate(what)} …"))
         self._timer.daemon = True
         self._timer.start()
 
@@ -76,7 +76,8 @@ class Display:
     def line(self, text: str) -> None:
         """Prints a line above the progress."""
         if self._bar is not None:
-            self._bar.console.print(escape(text, keeps="\n\t"), markup=False, highlight=False)
+            shown = escape(translate(text), keeps="\n\t")
+            self._bar.console.print(shown, markup=False, highlight=False)
         else:
             print_text(text, file=self._stream)
 
@@ -88,7 +89,7 @@ class Display:
         self._rate.add(record.tokens, record.t_cost)
         self._summary = self._summarise(record, self._seconds_left(record, now))
         if self._bar is not None:
-            self._bar.update(0, completed=record.step, text=self._summary)
+            self._bar.update(0, completed=record.step, text=translate(self._summary))
         elif now - self._last_line >= PLAIN_INTERVAL or record.step == self._total:
             self._last_line = now
             self.line(self._summary)
@@ -98,7 +99,7 @@ class Display:
         if total == 1:
             return
         if self._bar is not None:
-            self._bar.update(0, text=f"chunk {done}/{total}  {self._summary}")
+            self._bar.update(0, text=translate(f"chunk {done}/{total}  {self._summary}"))
             return
         now = time.monotonic()
         # in lines of their own, so that none of a step is left out for them
@@ -115,16 +116,9 @@ class Display:
 
     def _summarise(self, record: StepRecord, seconds_left: float) -> str:
         memory = f"  {record.peak_memory / 2**30:.1f} GiB" if record.peak_memory else ""
-        return _(
-            "step {step}/{total}  loss {loss}  lr {lr}  {rate} tokens/s{memory}  {time} left"
-        ).format(
-            step=record.step,
-            total=self._total,
-            loss=f"{self._loss.value:.4f}",
-            lr=f"{record.lr:.2e}",
-            rate=f"{self._rate.value:,.0f}",
-            memory=memory,
-            time=duration(seconds_left),
+        return (
+            f"step {record.step}/{self._total}  loss {self._loss.value:.4f}  lr {record.lr:.2e}  "
+            f"{self._rate.value:,.0f} tokens/s{memory}  {duration(seconds_left)} left"
         )
 
     def _stop_waiting(self) -> None:

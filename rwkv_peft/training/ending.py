@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rwkv_peft.checkpoint.report import REPORT, TOLERABLE
-from rwkv_peft.language import _
 from rwkv_peft.printing import duration
 from rwkv_peft.training.metrics import LOSSES
 from rwkv_peft.training.recorder import Result
@@ -19,24 +18,18 @@ NUM_STEPS = 10
 
 def describe_ending(result: Result, seconds: float) -> Iterator[str]:
     """What a run came to, in lines for a person."""
-    time, steps = duration(seconds), result.steps
-    line = _("done in {time}, steps: {steps}").format(time=time, steps=steps)
+    line = f"done in {duration(seconds)}, steps: {result.steps}"
     if losses := read_losses(result.proj_dir):
-        first, last = (f"{x:.4f}" for x in losses)
-        said = _("loss {first} at the beginning and {last} at the end")
-        line += "; " + said.format(first=first, last=last)
+        line += f"; loss {losses[0]:.4f} at the beginning and {losses[1]:.4f} at the end"
     measured = [x.loss for x in result.evaluations if x.loss is not None]
     if len(measured) > 1:
-        first, last = f"{measured[0]:.4f}", f"{measured[-1]:.4f}"
-        said = _("on what was kept aside {first} before and {last} after")
-        line += "; " + said.format(first=first, last=last)
+        line += f"; on what was kept aside {measured[0]:.4f} before and {measured[-1]:.4f} after"
     yield line
     if (answers := result.answers) and answers.after:
-        question = _shorten(answers.question)
-        yield _("the first question of the data: {question}").format(question=question)
+        yield f"the first question of the data: {_shorten(answers.question)}"
         if answers.before:
-            yield _("  before: {text}").format(text=_shorten(answers.before))
-        yield _("  after:  {text}").format(text=_shorten(answers.after))
+            yield f"  before: {_shorten(answers.before)}"
+        yield f"  after:  {_shorten(answers.after)}"
     yield from _describe_files(result)
     yield from _describe_rounding(result)
 
@@ -55,28 +48,27 @@ def read_losses(folder: Path) -> tuple[float, float] | None:
 def _describe_files(result: Result) -> Iterator[str]:
     settings, weights, adapter = result.settings, result.weights, result.adapter
     if weights or adapter:
-        yield _("talk with it: {command}").format(command=_command("chat", result.proj_dir))
+        yield f"talk with it: {_command('chat', result.proj_dir)}"
     if weights and settings and settings.peft == "state":
-        said = _("  {file}: the state alone, for RWKV-Runner and Ai00 beside its base")
-        yield said.format(file=weights)
+        yield f"  {weights}: the state alone, for RWKV-Runner and Ai00 beside its base"
         if settings.train_type == "fullstate":
-            yield _(
+            yield (
                 "  it also holds the vectors before the first token, which other programs do not "
                 "read: they want plain states, of --train_type state"
             )
     elif weights:
-        yield _(
-            "  {file}: the whole tuned model, for RWKV-Runner, Ai00, the rwkv package and all that "
-            "opens its base"
-        ).format(file=weights)
+        yield (
+            f"  {weights}: the whole tuned model, for RWKV-Runner, Ai00, the rwkv package and all "
+            "that opens its base"
+        )
     if adapter:
-        yield _(
-            "  {file}: the adapter alone, small; on its base it is the same model: {chat}, and "
-            "{train} data.jsonl trains it further"
-        ).format(file=adapter, chat=_command("chat", adapter), train=_command("train", adapter))
+        yield (
+            f"  {adapter}: the adapter alone, small; on its base it is the same model: "
+            f"{_command('chat', adapter)}, and {_command('train', adapter)} data.jsonl trains it "
+            "further"
+        )
     if result.best and (best := result.best.weights or result.best.adapter):
-        said = _("  {file}: the best evaluation: {command}")
-        yield said.format(file=best, command=_command("chat", best))
+        yield f"  {best}: the best evaluation: {_command('chat', best)}"
 
 
 def _describe_rounding(result: Result) -> Iterator[str]:
@@ -87,10 +79,10 @@ def _describe_rounding(result: Result) -> Iterator[str]:
     except (OSError, ValueError, LookupError):
         return
     if result.adapter and result.weights and lost > TOLERABLE:
-        yield _(
-            "rounding: {dtype} has so few digits that {lost} of what was learned is missing in "
-            "{file}, which may answer otherwise than the adapter: {advice}"
-        ).format(dtype=dtype, lost=f"{lost:.0%}", file=result.weights, advice=advice)
+        yield (
+            f"rounding: {dtype} has so few digits that {lost:.0%} of what was learned is missing "
+            f"in {result.weights}, which may answer otherwise than the adapter: {advice}"
+        )
 
 
 def _command(name: str, path: Path) -> str:

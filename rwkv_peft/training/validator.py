@@ -52,7 +52,7 @@ class Validator:
         best = run.validation.best if run.validation else None
         if best is None:
             return
-        line = f"best evaluation: loss {best.loss:.4f} after step {best.step}"
+        line = f"best evaluation: loss {best.loss:.4f} after step {best.step:d}"
         # a run that was resumed into another folder may have left its best where it was
         if not run.stopped_by and any(self._folder.path.glob(f"{BEST}*")):
             with undisturbed(run.model):

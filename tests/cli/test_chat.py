@@ -13,10 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import rwkv_peft
+from rwkv_peft.checkpoint.pth import read_weights, write_weights
 from rwkv_peft.data.records import Turn
 from rwkv_peft.data.templates import TEMPLATES
+from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import Stopped
 from rwkv_peft.generation.chat import Chat
 from rwkv_peft.generation.sampling import Sampling
@@ -97,14 +100,28 @@ def open_terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
         terminal.process.wait()
 
 
+@pytest.fixture
+def endless_model(model_file: Path, tmp_path: Path) -> Path:
+    """A model whose answers have no line break and no end, so that they go on until stopped."""
+    weights = dict(read_weights(model_file))
+    tokenizer = Tokenizer(len(weights["head.weight"]))
+    ends = [i for i in range(1, tokenizer.vocab_size) if b"\n" in (tokenizer.token_bytes(i) or b"")]
+    # the hidden state has ones in it, of which these tokens have the opposite
+    weights["ln_out.bias"] = torch.ones_like(weights["ln_out.bias"])
+    weights["head.weight"] = weights["head.weight"].clone()
+    weights["head.weight"][[0, *ends]] = -1
+    write_weights(tmp_path / "endless.pth", weights)
+    return tmp_path / "endless.pth"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="opens a pseudo-terminal of Linux")
 def test_a_dialogue_at_a_terminal(
-    open_terminal: Callable[..., Terminal], model_file: Path, tmp_path: Path
+    open_terminal: Callable[..., Terminal], endless_model: Path, tmp_path: Path
 ) -> None:
-    line = ("chat", model_file, "--max_tokens", 100_000, "--accelerator", "cpu", "--top_p", 1)
+    line = ("chat", endless_model, "--max_tokens", 100_000, "--accelerator", "cpu", "--top_p", 1)
     terminal = open_terminal(*line)
     banner = terminal.wait_for("User:")
-    assert f"{model_file}, template chat: /help lists commands, /exit leaves" in banner
+    assert f"{endless_model}, template chat: /help lists commands, /exit leaves" in banner
     # an empty line does nothing, and is met with the next prompt
     terminal.type("\r")
     assert "Assistant" not in terminal.wait_for("User:")
@@ -139,6 +156,29 @@ def test_a_dialogue_at_a_terminal(
     terminal.type("/nothing\r")
     terminal.wait_for("there is no /nothing: /help lists.*?User:")
     terminal.type("\x04")
+    assert terminal.end() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="opens a pseudo-terminal of Linux")
+def test_a_dialogue_at_a_terminal_in_chinese(
+    open_terminal: Callable[..., Terminal], endless_model: Path
+) -> None:
+    line = ("chat", endless_model, "--max_tokens", 100_000, "--accelerator", "cpu", "--lang", "zh")
+    terminal = open_terminal(*line)
+    assert "模板 chat：/help 列出命令，/exit 离开。Ctrl-C" in terminal.wait_for("User:")
+    terminal.type("/help\r")
+    terminal.wait_for("/reset +忘掉这段对话.*?/exit +离开，同 Ctrl-D.*?Ctrl-C 停止回答.*?User:")
+    terminal.type("你好\r")
+    terminal.wait_for("Assistant:.{10}")
+    terminal.type("\x03")
+    terminal.wait_for(r"（已停止）.*?User:")
+    terminal.type("/save\r")
+    terminal.wait_for("/save FILE 把它写入文件.*?User:")
+    terminal.type("/system 说话简短\r")
+    terminal.wait_for("对话重新开始，用这段系统提示.*?User:")
+    terminal.type("/nothing\r")
+    terminal.wait_for("没有 /nothing：/help 列出有哪些.*?User:")
+    terminal.type("/exit\r")
     assert terminal.end() == 0
 
 

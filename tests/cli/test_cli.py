@@ -343,6 +343,14 @@ def test_help_of_train_explains_every_flag(cli: Cli, capsys: pytest.CaptureFixtu
     assert "The official weights to start from" in text
 
 
+def test_packages_of_others_say_nothing_of_what_is_not_used(cli: Cli) -> None:
+    import logging
+
+    assert cli("--version").code == 0
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    assert not logger.isEnabledFor(logging.WARNING) and logger.isEnabledFor(logging.ERROR)
+
+
 def test_an_unknown_command_is_met_with_the_nearest(cli: Cli) -> None:
     assert cli("trai").err == "error: unknown command 'trai': did you mean train?\n"
     assert cli("trai").code == 2

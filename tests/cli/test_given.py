@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -192,6 +193,63 @@ def test_what_cannot_stand_first_is_named_with_the_right_command(
     ):
         done = cli(*line)
         assert done.code == 2 and wanted in done.err and done.err.count("\n") == 1, done.err
+
+
+# the rest of a command's line behind its first argument
+REST = {
+    "train": "data.jsonl --epoch_count 1 --epoch_steps 1 --accelerator cpu --proj_dir",
+    "chat": "--max_tokens 3",
+    "generate": "--prompt a --max_tokens 3",
+    "eval": "data.jsonl",
+    "merge": "--compare 0 --output",
+    "convert": "--output",
+    "inspect": "",
+    "data": "--show 0",
+    "export": "--to pth --output",
+}
+# commands that cannot use a kind as it is, with what they say of it
+REFUSED = {
+    "model.pth": {
+        "merge": "model.pth is a whole model: rwkv-peft merge model.pth ADAPTER --output O",
+        "convert": "model.pth is a whole model: rwkv-peft export",
+        "data": "model.pth is a model and no data",
+    },
+    "full": {
+        "merge": "full has no adapter: full/rwkv-1.pth is a whole model already",
+        "convert": "full/rwkv-1.pth is a whole model: rwkv-peft export",
+    },
+    "merged/rwkv-1-adapter": {"data": "is an adapter and no data"},
+    "adapter/rwkv-1-adapter": {"data": "is an adapter and no data"},
+    "state/rwkv-1.pth": {"data": "is a state and no data"},
+    "data.jsonl": {
+        **dict.fromkeys(REST, "data.jsonl is a text file of JSON: give it as the data"),
+        "data": "",
+    },
+    "missing.pth": dict.fromkeys(REST, "there is no file missing.pth"),
+    "empty": {**dict.fromkeys(REST, "empty"), "inspect": "empty is no adapter"},
+}
+
+
+@pytest.mark.parametrize("command", REST)
+@pytest.mark.parametrize("first", [*(x for x in KINDS if x != "merged/rwkv-1.pth"), "empty"])
+def test_every_command_uses_each_kind_or_says_what_to_do(
+    command: str, first: str, work: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import io
+
+    (work / "empty").mkdir(exist_ok=True)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"3?\n")))
+    rest = REST[command].split()
+    is_folder = command == "train" or (command == "convert" and "state" not in first)
+    if rest and rest[-1] in ("--proj_dir", "--output"):
+        rest.append(str(tmp_path / ("out" if is_folder else "out.pth")))
+    done = cli(command, first, *rest)
+    if wanted := REFUSED.get(first, {}).get(command):
+        assert done.code == 2 and done.err.count("\n") == 1, done.err
+        assert wanted in done.err
+        assert re.match("错误：.*[一-鿿]{4}", cli(command, first, *rest, "--lang", "zh").err)
+    else:
+        assert done.code == 0, done.err
 
 
 def test_the_newest_result_is_that_of_the_last_epoch_or_of_a_later_stop(
