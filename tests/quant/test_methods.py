@@ -46,6 +46,10 @@ OPTIONS_REFUSED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+# one of each kind: fused, reading the weight, beginning with a part of it, having its own schedule
+USUAL = ("lora", "miss", "dora", "oft", "pissa by SVD", "adalora", *REFUSED)
+
+
 @pytest.fixture
 def config(model_file: Path, data_file: Path, tmp_path: Path) -> TrainConfig:
     return TrainConfig(
@@ -73,7 +77,9 @@ def logits(model: RWKV) -> Tensor:
     "quant",
     ["nf4", *(pytest.param(x, marks=pytest.mark.slow) for x in ("int8", "fp4"))],
 )
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=[pytest.mark.slow] * (x not in USUAL)) for x in CASES]
+)
 def test_a_method_trains_saves_loads_and_merges_or_is_refused_by_name(
     case: str, quant: str, config: TrainConfig, make_model_file: Any, tmp_path: Path
 ) -> None:
