@@ -109,10 +109,15 @@ def export(
         return _export_lora(source, base_model, output, hints, force)
     opened = open_source(source, base_model, hints, force)
     _require_version(opened, kind, to)
+    if opened.states and to not in STATE_ENDINGS:
+        raise ConfigError(
+            f"{source} holds a learned state, for which --to {to} has no place, and without it "
+            f"answers are not those of the tune: use --to {' or '.join(STATE_ENDINGS)}"
+        )
     job = Job(opened, dtype, template, output.stem)
     checked = _write_checked(output, kind, job)
     files = [output, *_write_modelfile(output, template)] if to == "gguf" else [output]
-    return ExportReport(files, checked, list_remarks(to, output, opened))
+    return ExportReport(files, checked, list_remarks(to, output))
 
 
 def _require_base(source: Path, base_model: str | Path) -> None:
@@ -198,7 +203,7 @@ def safe_stem(path: Path) -> str:
     return stem
 
 
-def list_remarks(to: str, output: Path, source: Source | None = None) -> list[str]:
+def list_remarks(to: str, output: Path) -> list[str]:
     """What to know of an exported file."""
     remarks = []
     marks = [word for word in RUNNER_MARKS if word in str(output.resolve()).lower()]
@@ -207,8 +212,6 @@ def list_remarks(to: str, output: Path, source: Source | None = None) -> list[st
             f"the path holds '{marks[0]}', by which RWKV-Runner takes a model for one of music: "
             "move it for that program"
         )
-    if source is not None and source.states and to not in ("st", "pth"):
-        remarks.append(f"the learned state in the file is left out: --to {to} has no place for it")
     if to == "gguf":
         remarks.append(
             "token 0 ends an answer, and a blank line does not; in llama.cpp, LM Studio and "

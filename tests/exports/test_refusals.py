@@ -129,6 +129,18 @@ def test_a_state_is_refused_where_no_program_reads_it(
     assert "one time_state a layer" in said
 
 
+@pytest.mark.parametrize("to", ["gguf", "bin", "hf", "hf-fla"])
+def test_a_model_with_a_learned_state_is_not_written_without_it(
+    cli: Run, model_file: Path, tmp_path: Path, to: str
+) -> None:
+    states = {f"blocks.{i}.att.time_state": torch.ones(2, 64, 64) for i in range(2)}
+    path = with_tensors(model_file, tmp_path / "tuned.pth", **states)
+    output = tmp_path / (f"out.{to}" if to in ("gguf", "bin") else "out")
+    said = refused(cli, "export", path, "--to", to, "--output", output)
+    assert f"holds a learned state, for which --to {to} has no place" in said
+    assert "use --to st or pth" in said and not output.exists()
+
+
 def test_a_damaged_folder_is_told_in_one_line(cli: Run, model_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     assert cli("export", model_file, "--to", "hf", "--output", folder).code == 0
