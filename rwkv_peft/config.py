@@ -21,7 +21,7 @@ UNSAVED = ("lora_alpha", "pissa_init", "lora_dropout")
 # a user's template, as a run keeps it in its folder
 TEMPLATE_FILE = "template.jinja"
 # fields of TrainConfig with a lowest value
-POSITIVE = ["ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_save"]
+POSITIVE = ["ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_save", "devices", "num_nodes"]
 NOT_NEGATIVE = ["chunk_ctx", "epoch_count", "epoch_steps", "epoch_begin", "lr_init", "lr_final"]
 NOT_NEGATIVE += ["save_every_steps", "save_every_minutes", "keep"]
 NOT_NEGATIVE += ["warmup_steps", "num_workers", "weight_decay", "grad_clip", "l2wrap", "adam_eps"]
@@ -208,7 +208,7 @@ class TrainConfig(DataConfig):
     micro_bsz: int | None = None
     """Rows of one forward pass."""
     accumulate_grad_batches: int = 1
-    """Forward passes of one optimizer step."""
+    """Forward passes of one optimizer step, on each device."""
     dataload: Literal["auto", "pack", "pad", "only", "get"] = "auto"
     """How documents become rows: pack lays them end to end, each with a state of its own; pad lays
     one in a row; only is pad with one row and no padding; get cuts windows wherever they fall, the
@@ -218,7 +218,8 @@ class TrainConfig(DataConfig):
     epoch_count: int | None = None
     """Epochs to train; 0 saves what training would begin with."""
     epoch_steps: int = 0
-    """At most so many micro-batches an epoch; the next goes on where it stopped. 0: all."""
+    """At most so many micro-batches an epoch, of all devices together; the next goes on where it
+    stopped. 0: all."""
     epoch_unit: Literal["steps", "samples"] = "steps"
     """What epoch_steps counts: steps are micro-batches; samples are the documents that are used at
     all, from the first, and an epoch is a pass over them."""
@@ -284,12 +285,14 @@ class TrainConfig(DataConfig):
     accelerator: str = "auto"
     """Device: auto, gpu, cpu, cuda, mps, xpu, musa, npu, or one of several as in cuda:1."""
     devices: int = 1
-    """Number of devices; only 1 so far."""
+    """Devices of this machine, or of each, that share the work; a CPU may be any number of them."""
     num_nodes: int = 1
-    """Number of machines; only 1 so far."""
+    """Number of machines, on which srun or torchrun starts the run."""
     strategy: Literal[
         "auto",
+        "single",
         "ddp",
+        "fsdp",
         "deepspeed_stage_1",
         "deepspeed_stage_2",
         "deepspeed_stage_3",
@@ -297,7 +300,8 @@ class TrainConfig(DataConfig):
         "deepspeed_stage_2_offload",
         "deepspeed_stage_3_offload",
     ] = "auto"
-    """How devices share the work; one device has nothing to share, so that all are the same."""
+    """How devices share the work: ddp has each hold the model, and adds up gradients; fsdp has each
+    hold a part of the frozen blocks beside; with one device there is nothing to share."""
     quant: Literal["none", "int8", "nf4", "fp4", "fp8"] = "none"
     """How frozen projections are stored, for all methods but none, osf and frod: none as precision
     says; int8 with a scale for each row; nf4 and fp4 in 4 bits with a scale for 64 numbers, as
@@ -339,9 +343,6 @@ class TrainConfig(DataConfig):
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must lie in [0, 1), got {getattr(self, name)}")
-        for name in ("devices", "num_nodes"):
-            if (value := getattr(self, name)) != 1:
-                raise ConfigError(f"--{name} {value}: only one device can be used so far: use 1")
         known = [f.name for f in fields(TrainConfig)]
         for name in self.resume_changes:
             if name not in known:

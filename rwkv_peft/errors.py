@@ -39,6 +39,10 @@ class TrainingError(RwkvPeftError, RuntimeError):
     """Training cannot go on, for example because the loss is not a number."""
 
 
+class LostRankError(TrainingError):
+    """Another process of the run is gone, and without it the run cannot go on."""
+
+
 class Stopped(KeyboardInterrupt):
     """A signal ended the work at once, with nothing to save.
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("training", "generation", "evaluation"),
     # checkpoint/pth.py opens bases by the layouts of exports, which writes what checkpoint reads
     ("checkpoint", "exports"),
-    ("methods", "quant", "data", "loss"),
+    ("methods", "quant", "data", "loss", "parallel"),
     ("models",),
     ("ops", "state", "device"),
     (

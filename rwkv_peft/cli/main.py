@@ -1,6 +1,7 @@
 """`rwkv-peft COMMAND …`: finds the command, prints errors as one line."""
 
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -11,8 +12,10 @@ from typing import Any
 from rwkv_peft import __version__
 from rwkv_peft.cli.environment import describe_missing
 from rwkv_peft.deferred import defer_transformers
-from rwkv_peft.errors import RwkvPeftError, Stopped
+from rwkv_peft.errors import LostRankError, RwkvPeftError, Stopped
 from rwkv_peft.language import choose_language, translate
+from rwkv_peft.parallel.watch import LOST_CODE
+from rwkv_peft.parallel.world import OWN
 from rwkv_peft.printing import prepare_streams, print_line, print_text
 from rwkv_peft.terminal import drop_unwritten, whole_process
 from rwkv_peft.training.interrupt import Interrupt
@@ -67,6 +70,11 @@ def _run_and_tell(arguments: list[str]) -> int:
             finally:
                 # a reader that went, or a full disk, is met here and not when the interpreter ends
                 sys.stdout.flush()
+    except LostRankError as error:
+        # who started this process says it once, for all
+        if OWN not in os.environ:
+            _tell(f"error: {error}")
+        return LOST_CODE
     except RwkvPeftError as error:
         if shows_trace:
             raise

@@ -1,5 +1,6 @@
 """`rwkv-peft train model.pth data.jsonl`"""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -12,8 +13,10 @@ from rwkv_peft.cli.given import find_kind, find_parts, find_run
 from rwkv_peft.cli.legacy.arguments import split_arguments
 from rwkv_peft.cli.legacy.train import require_agreement, translate_train
 from rwkv_peft.cli.parse import parse
+from rwkv_peft.cli.ranks import is_first_rank, must_start, start_ranks
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.parallel.world import OWN
 from rwkv_peft.printing import print_line
 
 # rows of a dry run
@@ -61,16 +64,21 @@ def run(args: Sequence[str]) -> int:
         config, [word for name, words in flags if name == "config" for word in words]
     )
     require_kept_inputs(config)
-    for note in notes:
-        print_line(f"note: {note}", file=sys.stderr)
+    speaks = is_first_rank(config)
+    for note in notes if speaks else ():
+        # of ranks that the command has started it has said it itself
+        if OWN not in os.environ:
+            print_line(f"note: {note}", file=sys.stderr)
     if model_flags:
         from rwkv_peft.checkpoint.pth import infer_model_config, read_weights
 
         model_config = infer_model_config(read_weights(config.load_model))
         require_agreement(model_flags, model_config, config.load_model)
 
+    if must_start(config):
+        return start_ranks(args, config)
     if options.dry_run:
-        return _rehearse(config)
+        return _rehearse(config, speaks)
 
     from rwkv_peft.training.answers import Answers
     from rwkv_peft.training.ending import describe_ending
@@ -80,16 +88,19 @@ def run(args: Sequence[str]) -> int:
     result = train(config, answers=Answers())
     if result.signal:
         return 128 + result.signal
-    for line in describe_ending(result, time.monotonic() - started):
-        print_line(line, file=sys.stderr)
+    if speaks:
+        for line in describe_ending(result, time.monotonic() - started):
+            print_line(line, file=sys.stderr)
     return 0
 
 
-def _rehearse(config: TrainConfig) -> int:
+def _rehearse(config: TrainConfig, speaks: bool) -> int:
     from rwkv_peft.data.tokenizer import Tokenizer
     from rwkv_peft.training.dry_run import dry_run
 
     run = dry_run(config, lambda line: print_line(line, file=sys.stderr))
+    if not speaks:
+        return 0
     tokenizer = Tokenizer(run.model.model_config.vocab_size)
     print_line("rows, and what is trained of them:", file=sys.stderr)
     show_rows(list(rows_of(run.plan.batches.documents, tokenizer, SHOWN)), tokenizer)

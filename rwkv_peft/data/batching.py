@@ -63,14 +63,19 @@ class Batch(NamedTuple):
         """Sum of the loss weights of all targets, by which a step's loss is divided."""
         return float(self.num_trained if self.weights is None else self.weights.sum())
 
+    def without_targets(self) -> "Batch":
+        """One of the same shape that trains nothing and is not counted."""
+        targets = torch.full_like(self.targets, IGNORE)
+        weights = None if self.weights is None else torch.zeros_like(self.weights)
+        return self._replace(targets=targets, weights=weights, lines=[], num_tokens=0)
+
 
 class Batches:
     """All micro-batches of a run: `batches[position]` is the one after `position` others.
 
     A pass takes every row once, and the next pass draws another order. The order depends on the
-    seed and the number of the pass alone, so that a run can be resumed at any position. The ranks
-    share the rows of each position. The last position of a pass may have fewer rows than there are
-    ranks: then the other ranks get a row without a target.
+    seed and the number of the pass alone, so that a run can be resumed at any position, and is the
+    same however many ranks take the micro-batches of a step (see `share`).
 
     Args:
         dataload: how documents become rows. 'pack' (sequence packing) lays them end to end in rows
@@ -80,9 +85,9 @@ class Batches:
             runs on from document to document.
         ctx_len: most positions of a row.
         micro_bsz: rows of a micro-batch.
-        accumulate: micro-batches of an optimizer step; 'pad' gives it rows of similar lengths.
+        accumulate: micro-batches of an optimizer step, those of all ranks; 'pad' gives it rows of
+            similar lengths.
         keeps_width: a static batch has `micro_bsz` rows also where there are not as many.
-        rank, world_size: which share of each position's rows this process takes.
     Raises:
         DataError: no row has a token to train.
     """
@@ -98,12 +103,9 @@ class Batches:
         is_shuffled: bool,
         accumulate: int = 1,
         keeps_width: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
         self.documents, self.dataload, self.ctx_len = documents, dataload, ctx_len
         self.seed, self.is_shuffled = seed, is_shuffled
-        self.rank, self.world_size = rank, world_size
         self.layouts = []
         for number, (name, chosen) in enumerate(documents.groups):
             layout = self._lay_out(number, chosen) if len(chosen) else None
@@ -115,8 +117,8 @@ class Batches:
         self.num_rows = sum(self.rows_of_pass)
         # a batch is never wider than the data
         is_kept = keeps_width and self.is_static
-        self.micro_bsz = micro_bsz if is_kept else min(micro_bsz, -(-self.num_rows // world_size))
-        self._rows_of_step = micro_bsz * accumulate * world_size
+        self.micro_bsz = micro_bsz if is_kept else min(micro_bsz, self.num_rows)
+        self._rows_of_step = micro_bsz * accumulate
         self.draw_rows = lru_cache(maxsize=2)(self._draw_rows)
 
     def _lay_out(self, group: int, chosen: Indices) -> Layout:
@@ -142,8 +144,8 @@ class Batches:
         return self.micro_bsz * self.ctx_len
 
     def __len__(self) -> int:
-        """Micro-batches of each rank in one pass."""
-        return -(-self.num_rows // (self.micro_bsz * self.world_size))
+        """Micro-batches of one pass."""
+        return -(-self.num_rows // self.micro_bsz)
 
     def _draw_rows(self, number: int) -> Rows:
         """The rows of the pass of this number, in the order in which they are trained."""
@@ -169,9 +171,9 @@ class Batches:
     def __getitem__(self, position: int) -> Batch:
         """The micro-batch after `position` others, over any number of passes."""
         number, index = divmod(position, len(self))
-        size = self.micro_bsz * self.world_size
-        block = np.arange(index * size, min((index + 1) * size, self.num_rows))
-        return self._make_batch(self.draw_rows(number).take(block[self.rank :: self.world_size]))
+        first = index * self.micro_bsz
+        rows = np.arange(first, min(first + self.micro_bsz, self.num_rows))
+        return self._make_batch(self.draw_rows(number).take(rows))
 
     def _make_batch(self, rows: Rows) -> Batch:
         documents, num_rows = self.documents, len(rows.begins) - 1
@@ -225,7 +227,7 @@ class Batches:
         """Share of the positions of the first pass that hold tokens; the others are padding."""
         sizes = self.draw_rows(0).sizes
         if self.is_static:
-            positions = len(self) * self.micro_bsz * self.world_size * self.ctx_len
+            positions = len(self) * self.micro_bsz * self.ctx_len
         else:
             begins = np.arange(0, self.num_rows, self.micro_bsz)
             counts = np.diff(np.append(begins, self.num_rows))
@@ -233,19 +235,42 @@ class Batches:
         return float(sizes.sum() / positions)
 
 
-def load(batches: Batches, positions: Iterable[int], num_workers: int = 0) -> Iterator[Batch]:
-    """The batches of `positions` in their order, made ahead by `num_workers` threads.
+class Turn(NamedTuple):
+    """What a rank takes: the micro-batch at a position, without its targets if not counted."""
+
+    position: int
+    is_counted: bool = True
+
+
+def share(window: range, rank: int = 0, size: int = 1) -> list[Turn]:
+    """What one of several ranks takes of the positions of an optimizer step.
+
+    Every rank takes as many, so that all work together throughout: the last ones may be of a
+    position that another has, and do not count.
+    """
+    count = -(-len(window) // size)
+    numbers = range(rank, count * size, size)
+    return [Turn(window[min(i, len(window) - 1)], i < len(window)) for i in numbers]
+
+
+def load(batches: Batches, turns: Iterable[Turn], num_workers: int = 0) -> Iterator[Batch]:
+    """The batches of `turns` in their order, made ahead by `num_workers` threads.
 
     Threads are enough: to make a batch is to copy arrays, and numpy releases the interpreter's lock
     for that.
     """
+
+    def make(turn: Turn) -> Batch:
+        batch = batches[turn.position]
+        return batch if turn.is_counted else batch.without_targets()
+
     if not num_workers:
-        yield from map(batches.__getitem__, positions)
+        yield from map(make, turns)
         return
     waiting: deque[Future[Batch]] = deque()
     with ThreadPoolExecutor(num_workers) as pool:
-        for position in positions:
-            waiting.append(pool.submit(batches.__getitem__, position))
+        for turn in turns:
+            waiting.append(pool.submit(make, turn))
             if len(waiting) > 2 * num_workers:
                 yield waiting.popleft().result()
         while waiting:

@@ -58,7 +58,8 @@ class Buffers:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         known = {id(x) for x in self._known}
         for name, x in (*self._root.named_parameters(), *self._root.named_buffers()):
-            if id(x) not in known:
+            # of the model's own weights, and of no others, ranks may since hold parts
+            if id(x) not in known and not hasattr(x, "full_tensor"):
                 yield name, x
         yield from ((key, x) for key, x in self._attributes() if isinstance(x, Tensor))
 

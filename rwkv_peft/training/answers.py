@@ -7,7 +7,7 @@ from rwkv_peft.data.templates import find_template
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import RwkvPeftError
 from rwkv_peft.training.evaluate import undisturbed
-from rwkv_peft.training.loop import Run
+from rwkv_peft.training.run_state import Run
 from rwkv_peft.training.samples import Prompt, sample
 from rwkv_peft.training.settings import Settings
 from rwkv_peft.training.validation import one_row
@@ -35,7 +35,7 @@ class Answers:
     def ask_before(self, run: Run) -> None:
         """Takes the first question of the data, and the answer of the model as it begins."""
         documents, settings = run.plan.batches.documents, run.settings
-        if settings.devices > 1 or settings.num_nodes > 1:
+        if settings.num_ranks > 1:
             return
         tokenizer = Tokenizer(run.model.model_config.vocab_size)
         self._prompt = find_question(documents, tokenizer, settings)

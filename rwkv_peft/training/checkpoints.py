@@ -28,8 +28,8 @@ from rwkv_peft.checkpoint.pth import read_weights
 from rwkv_peft.checkpoint.tree import FILES, MANIFEST, write_tree
 from rwkv_peft.data.fingerprint import hash_documents
 from rwkv_peft.errors import CheckpointError
-from rwkv_peft.training.loop import Run
 from rwkv_peft.training.metrics import RunFolder, StepRecord, free_name
+from rwkv_peft.training.run_state import Run
 from rwkv_peft.training.settings import Settings
 from rwkv_peft.writing import atomic_folder
 
@@ -167,6 +167,7 @@ class Checkpoints:
     def _describe(self, record: StepRecord) -> dict[str, Any]:
         run = self._run
         saved = run.saved
+        run.strategy.ask("state")
         files = (saved.weights, saved.adapter) if saved else (None, None)
         return {
             "step": run.progress.step,

@@ -1,17 +1,19 @@
 """What ends a run in the middle: a step from which nothing can be learned."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
-from rwkv_peft.data.batching import Batch
+from rwkv_peft.data.batching import Batch, Batches
 from rwkv_peft.errors import TrainingError
 from rwkv_peft.training.settings import Settings
 
 
 def require_finite_step(
-    batches: Sequence[Batch],
+    batches: Batches,
+    window: range,
     losses: Sequence[float],
     grad_norm: float,
     step: int,
@@ -22,7 +24,8 @@ def require_finite_step(
     With fp16's loss scaling a gradient may be infinite now and then.
 
     Args:
-        losses: of its micro-batches.
+        window: positions of its micro-batches, of all ranks.
+        losses: of these.
         step: its number, from 1.
     """
 
@@ -33,12 +36,26 @@ def require_finite_step(
             "--precision bf16 in place of fp16"
         )
 
-    for batch, loss in zip(batches, losses, strict=True):
+    for position, loss in zip(window, losses, strict=True):
         if not math.isfinite(loss):
-            raise fail(f"the loss is {loss}", batch.lines)
+            raise fail(f"the loss is {loss}", batches[position].lines)
     if not math.isfinite(grad_norm) and settings.dtype != torch.float16:
-        lines = [line for batch in batches for line in batch.lines]
+        lines = [line for position in window for line in batches[position].lines]
         raise fail(f"the gradient is {grad_norm}", lines)
+
+
+@contextmanager
+def lack_in_one_line(batch: Batch, step: int, settings: Settings) -> Iterator[None]:
+    """Makes a TrainingError of a micro-batch for which memory is out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        rows, width = batch.tokens.shape
+        raise TrainingError(
+            f"out of memory at step {step}, with {rows} rows of {width} tokens: "
+            "use --grad_cp 1, or a smaller --micro_bsz (with a larger --accumulate_grad_batches) "
+            f"or --{'chunk_ctx' if settings.is_infctx else 'ctx_len'}"
+        ) from error
 
 
 def require_gradient(names: Collection[str]) -> None:

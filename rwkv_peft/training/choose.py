@@ -22,6 +22,7 @@ from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods.catalog import resolve
 from rwkv_peft.methods.stored import require_served
 from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.parallel.strategy import require_strategy
 from rwkv_peft.printing import counted
 from rwkv_peft.training.defaults import (
     add_options,
@@ -30,7 +31,7 @@ from rwkv_peft.training.defaults import (
     choose_warmup,
     longest_chosen,
 )
-from rwkv_peft.training.memory import fits, positions_at_once
+from rwkv_peft.training.memory import fits, positions_at_once, weigh_base
 from rwkv_peft.training.settings import Choice, Facts, Settings
 
 # tokens of a micro-batch aimed at; more keeps a GPU busier but costs memory
@@ -44,6 +45,8 @@ BYTES_OF_POSITION = 24
 CAPTURED = ("none", "state", "lora", "pissa", "miss")
 # weights times positions from which compiling, which takes some 20 seconds, saves more than that
 LONG_RUN = 1e15
+# of what is free on a device, that a base may take and leave room to train
+SHARE_OF_BASE = 0.6
 # tokens of a chunk whose gradient ends with it, as of old, and of one whose gradient does not,
 # the largest first
 TRUNCATED_CHUNK, EXACT_CHUNKS = 512, (4096, 2048, 1024, 512)
@@ -57,6 +60,7 @@ class Plan(NamedTuple):
         choices: what was chosen for it, in the order of choosing.
         batches: all micro-batches.
         micro_batches: of one epoch.
+        window: micro-batches of an optimizer step, of all ranks together.
         steps: optimizer steps of all epochs.
     """
 
@@ -64,6 +68,7 @@ class Plan(NamedTuple):
     choices: list[Choice]
     batches: Batches
     micro_batches: int
+    window: int
     steps: int
 
 
@@ -94,7 +99,8 @@ def choose(config: TrainConfig, facts: Facts) -> Plan:
     chooser.choose("warmup_steps", *choose_warmup(steps))
     positions = micro_batches * chooser.values["epoch_count"] * batches.positions
     _choose_step(chooser, facts, positions)
-    return Plan(Settings(**chooser.values), chooser.choices, batches, micro_batches, steps)
+    window = window_of(chooser.values)
+    return Plan(Settings(**chooser.values), chooser.choices, batches, micro_batches, window, steps)
 
 
 def _require_fp8(precision: str, facts: Facts) -> None:
@@ -128,15 +134,20 @@ def make_batches(values: dict[str, Any], documents: Documents) -> Batches:
         micro_bsz=values["micro_bsz"],
         seed=values["random_seed"],
         is_shuffled=bool(values["data_shuffle"]),
-        accumulate=values["accumulate_grad_batches"],
+        accumulate=window_of(values),
     )
+
+
+def window_of(values: dict[str, Any]) -> int:
+    """Micro-batches of an optimizer step: each rank has as many as are accumulated."""
+    return int(values["accumulate_grad_batches"] * values["devices"] * values["num_nodes"])
 
 
 def count_steps(values: dict[str, Any], micro_batches: int) -> tuple[int, int]:
     """Micro-batches of an epoch and optimizer steps of all epochs, of so many in a pass."""
     if values["epoch_steps"] and values["epoch_unit"] == "steps":
         micro_batches = min(micro_batches, values["epoch_steps"])
-    steps = -(-micro_batches // values["accumulate_grad_batches"])
+    steps = -(-micro_batches // window_of(values))
     return micro_batches, steps * values["epoch_count"]
 
 
@@ -201,8 +212,51 @@ def _choose_run(chooser: _Chooser, facts: Facts, *, is_open: bool) -> None:
         if not values["peft_config"]:
             reason = "a rank that suits most tasks, at a scale of 1"
             chooser.set("peft_config", add_options("lora", {}), reason)
+    _choose_strategy(chooser, facts)
     if values["random_seed"] < 0:
         chooser.set("random_seed", randbelow(2**31), "drawn; give it to repeat the run")
+
+
+def _choose_strategy(chooser: _Chooser, facts: Facts) -> None:
+    """How devices share the work."""
+    values = chooser.values
+    count = values["devices"] * values["num_nodes"]
+    if count == 1:
+        return
+    chooser.choose("strategy", *_suit_strategy(values, facts))
+    require_strategy(values["strategy"], count)
+    if values["strategy"] != "fsdp":
+        return
+    refused = {
+        "--peft none": values["peft"] == "none",
+        "--train_parts": values["train_parts"],
+        "--train_type infctx and --bptt_chunks": _is_infctx(values),
+        "--val_prompts": values["val_prompts"],
+        "--compile 1": values["compile"] == 1,
+        "--cuda_graph 1": values["cuda_graph"] == 1,
+    }
+    if found := [name for name, is_asked in refused.items() if is_asked]:
+        raise ConfigError(
+            f"--strategy fsdp shares the frozen blocks of whole rows, and not with {found[0]} so "
+            "far: use --strategy ddp, or leave that out"
+        )
+
+
+def _suit_strategy(values: dict[str, Any], facts: Facts) -> tuple[str, str]:
+    """The strategy for what fits a device, and why."""
+    weights = weigh_base(
+        facts.model_config,
+        facts.num_weights,
+        dtype_of(values["precision"]).itemsize,
+        values["quant"],
+    )
+    free, says = facts.memory, f"the model takes {weights / 2**30:.1f} GiB of each device"
+    if free is None or weights <= SHARE_OF_BASE * free:
+        return "ddp", says
+    says += f" and leaves too little of {free / 2**30:.1f} GiB"
+    if values["peft"] == "none" or _is_infctx(values):
+        return "ddp", f"{says}, but fsdp serves frozen blocks and whole rows alone so far"
+    return "fsdp", says
 
 
 def _choose_rows(chooser: _Chooser, facts: Facts) -> None:
@@ -312,8 +366,11 @@ def _choose_step(chooser: _Chooser, facts: Facts, positions: int) -> None:
     if values["cuda_graph"] == 1 and not has_graphs(facts.device):
         raise ConfigError(f"--cuda_graph 1 is not for {facts.device.type}: give --cuda_graph 0")
     is_long = facts.num_weights * positions >= LONG_RUN
+    shares = values["strategy"] == "fsdp" and values["devices"] * values["num_nodes"] > 1
     if facts.device.type == "cpu":
         compiles, reason = False, "on a CPU it seldom pays"
+    elif shares:
+        compiles, reason = False, "blocks that are gathered were not compiled so far"
     elif missing:
         compiles, reason = False, f"the blocks would be faster compiled, which needs {missing}"
     elif values["dataload"] == "pad" and not _is_infctx(values):
@@ -328,6 +385,8 @@ def _choose_step(chooser: _Chooser, facts: Facts, positions: int) -> None:
     reason = "the host would hold up the device" if captures else "there is nothing to capture"
     if captures and values["peft"] not in CAPTURED:
         captures, reason = False, f"{values['peft']} was not measured so: 1 asks for it"
+    if captures and shares:
+        captures, reason = False, "blocks are gathered while a step goes on"
     chooser.choose("cuda_graph", int(captures), reason)
 
 

@@ -29,7 +29,13 @@ def describe_model(
     yield f"model: {settings.load_model}, {described}, {num_weights:,} weights, {trained}"
     memory = guess_memory(settings, model_config, op, num_weights, num_trained)
     yield f"memory: about {memory / 2**30:.1f} GiB (a guess)"
-    if settings.strategy != "auto":
+    if settings.num_ranks > 1:
+        window = settings.accumulate_grad_batches * settings.num_ranks
+        yield (
+            f"devices: {settings.num_ranks} share the work (--strategy {settings.strategy}), "
+            f"{window} micro-batches an optimizer step; memory is that of each"
+        )
+    elif settings.strategy not in ("auto", "single"):
         yield (
             f"strategy: {settings.strategy} has nothing to share on one device, and changes nothing"
         )

@@ -1,23 +1,27 @@
 """A run without its training: all that is chosen, what it takes, and three steps that are lost."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import chain
 
 import torch
 
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.device import free_memory, own_stream, resolve_device
+from rwkv_peft.parallel.strategy import take_part
+from rwkv_peft.parallel.world import find_world, fit_config
 from rwkv_peft.printing import counted, duration
 from rwkv_peft.terminal import keep_going
 from rwkv_peft.training.display import Display
 from rwkv_peft.training.folder import take_folder
 from rwkv_peft.training.inputs import find_inputs
 from rwkv_peft.training.interrupt import Interrupt
-from rwkv_peft.training.loop import Run, run_steps
+from rwkv_peft.training.loop import run_steps
 from rwkv_peft.training.metrics import StepRecord
 from rwkv_peft.training.prepare import prepare_run
 from rwkv_peft.training.reporter import find_loggers
 from rwkv_peft.training.resume import find_start
+from rwkv_peft.training.run_state import Run
 
 STEPS = 3
 # what a process on a GPU takes beside its tensors
@@ -30,20 +34,27 @@ def dry_run(config: TrainConfig, say: Callable[[str], None]) -> Run:
     Raises:
         RwkvPeftError: as `train` does.
     """
+    config = fit_config(config, find_world(config))
     start = find_start(config)
     config = start.config if start else config
     find_loggers(config)
-    device = resolve_device(config.accelerator)
-    free = free_memory(device)
     options = {"overwrite": bool(config.overwrite), "inputs": find_inputs(config)}
     with (
         keep_going(),
-        own_stream(device),
         Interrupt(),
+        take_part(config) as strategy,
+        own_stream(device := resolve_device(config.accelerator)),
         Display() as display,
-        take_folder(config.proj_dir, goes_on=start is not None, **options) as claim,  # type: ignore[arg-type]
+        ExitStack() as stack,
     ):
-        run, lines = prepare_run(config, claim=claim, start=start, tell=display.tell)
+        free = free_memory(device)
+        claim = None
+        if strategy.rank == 0:
+            folder = take_folder(config.proj_dir, goes_on=start is not None, **options)  # type: ignore[arg-type]
+            claim = stack.enter_context(folder)
+        tell = display.tell if strategy.rank == 0 else (lambda _: None)
+        say = say if strategy.rank == 0 else (lambda _: None)
+        run, lines = prepare_run(config, claim=claim, start=start, strategy=strategy, tell=tell)
         for line in chain(lines, start.lines if start else ()):
             say(line)
         records: list[StepRecord] = []
@@ -53,7 +64,7 @@ def dry_run(config: TrainConfig, say: Callable[[str], None]) -> Run:
             # as a signal would, so that no more steps are taken
             run.stopped_by = int(len(records) == STEPS)
 
-        display.tell(f"taking {counted(STEPS, 'trial step')}")
+        tell(f"taking {counted(STEPS, 'trial step')}")
         run_steps(run, (note,))
         say(_describe_memory(device, free, records))
         say(_describe_time(run, records))

@@ -1,7 +1,7 @@
 """The loss of a model on documents, without training."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -51,6 +51,11 @@ class LossTotals:
     def bits_per_byte(self) -> float | None:
         """Cross-entropy in bits for each byte of the text that carries it; None without bytes."""
         return self.cross_entropy / math.log(2) / self.num_bytes if self.num_bytes else None
+
+    def of_all(self, add_up: Callable[[Sequence[float]], list[float]]) -> "LossTotals":
+        """Those of all ranks, by a function that sums numbers over ranks."""
+        values = add_up([self.cross_entropy, self.weight, self.num_tokens, self.num_bytes])
+        return LossTotals(values[0], values[1], int(values[2]), values[3])
 
 
 @contextmanager

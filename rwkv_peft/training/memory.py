@@ -25,9 +25,7 @@ def guess_memory(
     States at borders are not among them.
     """
     positions = positions_at_once(settings.ctx_len, settings.chunk_ctx * settings.is_infctx)
-    table = model_config.vocab_size * model_config.n_embd * settings.dtype.itemsize
-    on_host = table if settings.emb_cpu else 0
-    return -on_host + guess_bytes(
+    guess = guess_bytes(
         model_config,
         settings.dtype,
         op,
@@ -38,6 +36,12 @@ def guess_memory(
         quant=settings.quant,
         has_head=bool(settings.quant_head),
     )
+    if settings.strategy == "fsdp":
+        base = weigh_base(model_config, num_weights, settings.dtype.itemsize, settings.quant)
+        guess -= base * (1 - 1 / settings.num_ranks)
+    if settings.emb_cpu:
+        guess -= model_config.vocab_size * model_config.n_embd * settings.dtype.itemsize
+    return guess
 
 
 def guess_bytes(

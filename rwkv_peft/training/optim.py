@@ -96,6 +96,11 @@ class Optimizer:
         """Whether `step` may be told by a tensor that it is to change nothing."""
         return self._is_fused and not self.uses_loss_scale
 
+    @property
+    def holders(self) -> list[Tensor]:
+        """What has the gradients of a step: flat buffers, and float32 parameters."""
+        return [x for part in self._parts for x in part.tensors]
+
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Gives the tensors of these names values, as fine as float32."""

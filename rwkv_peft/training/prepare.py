@@ -1,11 +1,14 @@
 """From a config to a run that is ready for its first step."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from socket import gethostname
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_peft.checkpoint.adapter import saved_method
+from rwkv_peft.checkpoint.fingerprint import fingerprint
 from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights
 from rwkv_peft.checkpoint.records import require_sums
 from rwkv_peft.checkpoint.stored import noted_storage
@@ -17,14 +20,18 @@ from rwkv_peft.data.prepare import read_documents
 from rwkv_peft.data.sources import find_sources
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.device import free_host_memory, free_memory, leave_on_host, resolve_device
+from rwkv_peft.errors import ConfigError
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.compile import compile_blocks
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.ops.dispatch import Request
 from rwkv_peft.ops.selfcheck import require_right
+from rwkv_peft.parallel.fsdp import Fsdp
+from rwkv_peft.parallel.strategy import Ddp, Strategy
 from rwkv_peft.quant import Storage
 from rwkv_peft.quant.linear import QuantisedLinear
+from rwkv_peft.training.checkpoints import copy_to_host
 from rwkv_peft.training.choose import Plan, choose
 from rwkv_peft.training.chunk_graphs import GraphedChunks
 from rwkv_peft.training.chunks import Chunks
@@ -39,11 +46,11 @@ from rwkv_peft.training.folder import DEFAULT_FOLDER, Claim
 from rwkv_peft.training.graphs import GraphedStep
 from rwkv_peft.training.infctx import InfctxStep
 from rwkv_peft.training.inputs import mark_file, require_kept_inputs
-from rwkv_peft.training.loop import Run
 from rwkv_peft.training.memory import room_for_borders
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.optimizers import require_package
 from rwkv_peft.training.resume import Start
+from rwkv_peft.training.run_state import Run
 from rwkv_peft.training.settings import Facts, Settings
 from rwkv_peft.training.step import Step, full_step
 from rwkv_peft.training.target import TrainTarget, make_target, saved_endings
@@ -56,6 +63,7 @@ def prepare_run(
     step: Step | None = None,
     claim: Claim | None = None,
     start: Start | None = None,
+    strategy: Strategy | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[Run, list[str]]:
     """A run that is ready for its first step, and what a person should read before it.
@@ -64,52 +72,96 @@ def prepare_run(
         step: forward, loss and backward of a micro-batch; None: that of the settings.
         claim: of its folder; None if nothing is to be saved.
         start: where it goes on; None if it begins.
+        strategy: what it shares with other ranks; None: it is alone.
         tell: called with what is being done next.
     Raises:
         RwkvPeftError: a file, a setting or the data cannot be used.
     """
     tell("checking the files, reading the data")
     require_inputs(config)
-    mark = mark_file(config.load_model)
-    base = read_weights(config.load_model)
-    facts = find_facts(config, base, str(claim.path) if claim else DEFAULT_FOLDER)
+    mark, base = mark_file(config.load_model), read_weights(config.load_model)
+    strategy, folder = strategy or Strategy(), str(claim.path) if claim else DEFAULT_FOLDER
+    facts = strategy.in_turn(partial(find_facts, config, base, folder, strategy.local_size))
     if start:
         start.require_same(base, facts.documents)
-    plan = choose(config, facts)
+    plan, strategy = choose_together(config, facts, strategy, fingerprint(base))
     settings, names = plan.settings, facts.documents.names
-    validation = make_validation(plan, facts)
+    validation = make_validation(plan, facts, strategy)
     if claim:
         claim.try_names(settings, saved_endings(settings, names))
     torch.manual_seed(settings.random_seed)
     tell(f"loading the model, to {facts.device}")
     model = load_base(settings, facts, base)
-    checked = require_right(
-        model.op,
-        Request(facts.device, settings.dtype, facts.model_config.head_size),
-        packed=settings.dataload == "pack",
-        heads=settings.micro_bsz * facts.model_config.n_head,
-    )
+    weights = list(model.parameters())
+    checked = _require_right(model, settings, facts)
     tell(f"making what is trained ({settings.peft})")
     target = make_target(settings, model, base, mark, names, plan.steps)
     optimizer = make_optimizer(settings, target)
     optimizer.load(target.initial_values)
     target.begin(optimizer.values)
+    begin_together(strategy, target, optimizer, facts.device, settings.random_seed)
     lines = list(_describe(plan, facts.model_config, model, checked, _count(base), target))
     # what is true of both sets of data is told once
     lines += [x for x in describe_validation(settings, facts.held_out) if x not in lines]
     remarks: list[str] = []
     if settings.compile:
         compile_model(model, remarks)
-    if step is None:
-        step = make_step(settings, facts, optimizer, remarks)
+    step = step or make_step(settings, facts, optimizer, remarks)
     if isinstance(step, InfctxStep):
         lines += describe_chunks(plan, model, step.room)
     if claim:
         lines += describe_space(settings, claim.path, _count(target.parameters))
-    run = Run(plan, model, target, optimizer, step, remarks=remarks, validation=validation)
+    parts = plan, model, target, optimizer, step
+    run = Run(*parts, remarks=remarks, validation=validation, strategy=strategy)
     if start:
         start.restore(run)
+    strategy.shard(model, model.blocks, weights)
     return run, lines
+
+
+def choose_together(
+    config: TrainConfig, facts: Facts, strategy: Strategy, base: str
+) -> tuple[Plan, Strategy]:
+    """A plan with the choices of rank 0, and the strategy that is one of them.
+
+    Args:
+        base: the fingerprint of the model's file.
+    Raises:
+        ConfigError: this rank reads other files than rank 0.
+    """
+    if not isinstance(strategy, Ddp):
+        return choose(config, facts), strategy
+    here = base, len(facts.documents), facts.documents.num_tokens
+    if (there := strategy.from_first(lambda: here)) != here:
+        differs = config.load_model if here[0] != there[0] else config.data_file
+        raise ConfigError(
+            f"{differs} on {gethostname()} is another than that of rank 0: give all machines the "
+            "same files"
+        )
+    plan = choose(strategy.from_first(lambda: choose(config, facts).settings), facts)
+    if plan.settings.strategy == "fsdp":
+        return plan, Fsdp(strategy.world, strategy.interrupt)
+    return plan, strategy
+
+
+def begin_together(
+    strategy: Strategy,
+    target: TrainTarget,
+    optimizer: Optimizer,
+    device: torch.device,
+    seed: int,
+) -> None:
+    """Has ranks begin with what rank 0 begins with, and draw different numbers from now on."""
+    if strategy.size == 1:
+        return
+    # drawn, or made by a decomposition that another device rounds otherwise
+    made = {n: x.clone() for n, x in optimizer.values.items() if n not in target.plain}
+    strategy.spread(made.values())
+    optimizer.load(made)
+    state = strategy.from_first(lambda: copy_to_host(target.state_dict(), device))
+    if strategy.rank:
+        target.load_state_dict(state)
+    torch.manual_seed(seed + strategy.rank)
 
 
 def require_inputs(config: TrainConfig) -> None:
@@ -124,12 +176,16 @@ def require_inputs(config: TrainConfig) -> None:
 
 
 def find_facts(
-    config: TrainConfig, base: Mapping[str, Tensor], free_folder: str = DEFAULT_FOLDER
+    config: TrainConfig,
+    base: Mapping[str, Tensor],
+    free_folder: str = DEFAULT_FOLDER,
+    num_processes: int = 1,
 ) -> Facts:
     """What the choice of settings depends on; reads and tokenises the data.
 
     Args:
         free_folder: the folder of a run for which none was named.
+        num_processes: of the run on this machine, which share the host's memory.
     """
     model_config = infer_model_config(base)
     device = resolve_device(config.accelerator)
@@ -140,6 +196,9 @@ def find_facts(
         documents, held_out = split_documents(documents, config.val_split)
     if config.epoch_unit == "samples":
         documents = first_documents(documents, config.epoch_steps)
+    memory = free_memory(device)
+    if memory is not None and device.type == "cpu":
+        memory //= num_processes
     if config.val_file:
         held_out = read_held_out(config, config.val_file, tokenizer, documents)
     return Facts(
@@ -149,7 +208,7 @@ def find_facts(
         free_folder=free_folder,
         saved_method=method,
         num_weights=_count(base),
-        memory=free_memory(device),
+        memory=memory,
         held_out=held_out,
     )
 
@@ -173,6 +232,15 @@ def load_base(settings: Settings, facts: Facts, base: Mapping[str, Tensor]) -> R
         model.emb.weight = nn.Parameter(leave_on_host(model.emb.weight.data, device), False)
     model.grad_cp = bool(settings.grad_cp)
     return model
+
+
+def _require_right(model: RWKV, settings: Settings, facts: Facts) -> str | None:
+    return require_right(
+        model.op,
+        Request(facts.device, settings.dtype, facts.model_config.head_size),
+        packed=settings.dataload == "pack",
+        heads=settings.micro_bsz * facts.model_config.n_head,
+    )
 
 
 def compile_model(model: RWKV, remarks: list[str]) -> None:

@@ -34,6 +34,14 @@ class Progress:
         """Forgets the losses of the last epoch."""
         self.loss_sum = self.loss_weight = 0.0
 
+    def take(self, micro_batches: int, tokens: int, loss: float, weight: float) -> None:
+        """Moves on by an optimizer step of so many micro-batches, with its mean loss."""
+        self.step += 1
+        self.position += micro_batches
+        self.tokens += tokens
+        self.loss_sum += loss * weight
+        self.loss_weight += weight
+
     def state_dict(self) -> dict[str, Any]:
         """All of it as plain numbers."""
         return asdict(self)

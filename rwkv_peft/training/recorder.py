@@ -14,9 +14,9 @@ from rwkv_peft.training.display import Display
 from rwkv_peft.training.folder import Claim
 from rwkv_peft.training.infctx import InfctxStep
 from rwkv_peft.training.interrupt import Interrupt
-from rwkv_peft.training.loop import Run
 from rwkv_peft.training.metrics import RunFolder, StepRecord
 from rwkv_peft.training.progress import RandomGenerators
+from rwkv_peft.training.run_state import Run
 from rwkv_peft.training.saved import Saved
 from rwkv_peft.training.settings import Settings
 from rwkv_peft.training.validation import Evaluation
@@ -227,12 +227,14 @@ class Recorder:
         self._collect(run, waits=True)
         stem, values = self._folder.path / name, run.optimizer.values
         loss, step = run.progress.loss, run.progress.step
-        if not (run.is_done or run.stopped_by) and (write := run.target.put_aside(stem, values)):
-            self._aside.begin(write, loss, step)
-            return f"saving {stem} while training goes on"
-        generators = RandomGenerators(run.device)
-        state = generators.state_dict()
-        saved = run.target.save(stem, values)
+        with run.strategy.whole(run.model, run.model.blocks):
+            ends = run.is_done or run.stopped_by
+            if not ends and (write := run.target.put_aside(stem, values)):
+                self._aside.begin(write, loss, step)
+                return f"saving {stem} while training goes on"
+            generators = RandomGenerators(run.device)
+            state = generators.state_dict()
+            saved = run.target.save(stem, values)
         # merging attaches an adapter, which draws: a run is the same however often it saves
         generators.load_state_dict(state)
         return self._note(run, Finished(saved, loss, step))

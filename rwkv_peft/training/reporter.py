@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import ConfigError
-from rwkv_peft.training.loop import Run
 from rwkv_peft.training.metrics import StepRecord
+from rwkv_peft.training.run_state import Run
 from rwkv_peft.training.settings import Settings
 
 # project, where none is named

@@ -14,12 +14,13 @@ from rwkv_peft.config import OPEN_AT_ZERO, DataConfig, TrainConfig
 from rwkv_peft.data.documents import Documents
 from rwkv_peft.data.fingerprint import hash_documents
 from rwkv_peft.errors import CheckpointError, ConfigError
+from rwkv_peft.printing import counted
 from rwkv_peft.training.checkpoints import FOLDER, find_versions, list_checkpoints
 from rwkv_peft.training.choose import with_method
 from rwkv_peft.training.folder import read_settings
 from rwkv_peft.training.form import foreign_in_one_line, require_form
-from rwkv_peft.training.loop import Run
 from rwkv_peft.training.metrics import LOGS, LogPlaces
+from rwkv_peft.training.run_state import Run
 from rwkv_peft.training.saved import Saved
 
 AUTO = "auto"
@@ -166,6 +167,8 @@ def find_start(config: TrainConfig) -> Start | None:
     values = read_tree(folder)
     require_form(values, folder)
     config = _fill(config, values["settings"], folder)
+    if "devices" in config.resume_changes or "num_nodes" in config.resume_changes:
+        config = _keep_steps(config, values["settings"], lines)
     changes = _find_changes(config, values["settings"])
     wrong = {n: x for n, x in changes.items() if n not in config.resume_changes}
     if wrong:
@@ -246,6 +249,28 @@ def _fill(config: TrainConfig, settings: Mapping[str, Any], folder: Path) -> Tra
     if "proj_dir" in left_open:
         filled["proj_dir"] = _home(folder)
     return replace(config, **filled)
+
+
+def _keep_steps(config: TrainConfig, settings: Mapping[str, Any], lines: list[str]) -> TrainConfig:
+    """The config of another number of devices with the same rows in each optimizer step."""
+    name = "accumulate_grad_batches"
+    then, now = settings["devices"] * settings["num_nodes"], config.devices * config.num_nodes
+    if then == now or name in config.resume_changes:
+        return config
+    count, rest = divmod(settings[name] * then, now)
+    if rest:
+        raise ConfigError(
+            f"--devices: a step of the run has {settings[name] * then} micro-batches, which {now} "
+            f"devices cannot share evenly: give another number, or --{name} with "
+            f"--resume_changes devices,{name}"
+        )
+    lines.append(
+        f"resume: on {counted(now, 'device')} and not {then}, each with {name} {count}: a step has "
+        "the same rows as before, and the run goes on equal but for rounding and dropout"
+    )
+    return replace(
+        config, accumulate_grad_batches=count, resume_changes=[*config.resume_changes, name]
+    )
 
 
 def _home(folder: Path) -> str:

@@ -2,12 +2,15 @@
 
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.device import own_stream, resolve_device
+from rwkv_peft.parallel.strategy import Ddp, Strategy, take_part
+from rwkv_peft.parallel.world import find_world, fit_config
 from rwkv_peft.terminal import keep_going
 from rwkv_peft.training.answers import Answers
 from rwkv_peft.training.aside import Aside
 from rwkv_peft.training.checkpoints import Checkpoints
 from rwkv_peft.training.display import Display
 from rwkv_peft.training.folder import take_folder
+from rwkv_peft.training.follow import follow, go_on
 from rwkv_peft.training.inputs import find_inputs
 from rwkv_peft.training.interrupt import Interrupt
 from rwkv_peft.training.loop import run_steps
@@ -15,7 +18,7 @@ from rwkv_peft.training.metrics import RunFolder
 from rwkv_peft.training.prepare import prepare_run
 from rwkv_peft.training.recorder import Recorder, Result, make_result
 from rwkv_peft.training.reporter import Reporter, find_loggers
-from rwkv_peft.training.resume import find_start
+from rwkv_peft.training.resume import Start, find_start
 from rwkv_peft.training.step import Step
 from rwkv_peft.training.validator import Validator
 
@@ -38,16 +41,35 @@ def train(
             a number.
         Stopped: a signal came before the first step; it is a KeyboardInterrupt.
     """
+    config = fit_config(config, find_world(config))
     start = find_start(config)
     config = start.config if start else config
     config.require_files()
+    with (
+        keep_going(),
+        Interrupt() as interrupt,
+        take_part(config) as strategy,
+        own_stream(resolve_device(config.accelerator)),
+    ):
+        strategy.interrupt = interrupt
+        if isinstance(strategy, Ddp) and strategy.rank:
+            return follow(config, step, start, strategy, interrupt)
+        return _lead(config, step, answers, start, strategy, interrupt)
+
+
+def _lead(
+    config: TrainConfig,
+    step: Step | None,
+    answers: Answers | None,
+    start: Start | None,
+    strategy: Strategy,
+    interrupt: Interrupt,
+) -> Result:
+    """The run of the one process, or of rank 0, which alone writes and speaks."""
     # its template too, which an earlier run may have left in the folder
     inputs = find_inputs(config)
     loggers = find_loggers(config)
     with (
-        keep_going(),
-        own_stream(resolve_device(config.accelerator)),
-        Interrupt() as interrupt,
         Display() as display,
         take_folder(
             config.proj_dir,
@@ -56,7 +78,9 @@ def train(
             goes_on=start is not None,
         ) as claim,
     ):
-        run, lines = prepare_run(config, step=step, claim=claim, start=start, tell=display.tell)
+        run, lines = prepare_run(
+            config, step=step, claim=claim, start=start, strategy=strategy, tell=display.tell
+        )
         with (
             RunFolder(claim.path, places=start.places if start else None) as folder,
             Checkpoints(run, folder, start.folder if start else None) as checkpoints,
@@ -69,9 +93,10 @@ def train(
             reporter = Reporter(loggers, recorder.say)
             interrupt.defer()
             recorder.meet_end(run)
+            go_on(run)
             actions = recorder.log, recorder.end_epoch, recorder.save_checkpoint, recorder.stop
             # a run that is stopped, or resumed, makes up for its evaluation when it goes on
-            run_steps(run, (*actions, validator.after_step, reporter.after_step))
+            run_steps(run, (*actions, validator.after_step, reporter.after_step, go_on))
             recorder.finish(run)
             # merges, which is not done beside another merge
             validator.end(run)

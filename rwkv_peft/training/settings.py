@@ -38,6 +38,11 @@ class Settings(TrainConfig):
         return self.bptt_chunks != 0
 
     @property
+    def num_ranks(self) -> int:
+        """How many devices share the work, on all machines."""
+        return self.devices * self.num_nodes
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of weights and activations."""
         return dtype_of(self.precision)

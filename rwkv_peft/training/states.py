@@ -1,6 +1,6 @@
 """Training of states: what the loop needs of them, and their files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from rwkv_peft.training.change import NOTHING_LEARNED, digest, is_unchanged
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.saved import Saved
 from rwkv_peft.training.settings import Settings
+
+# numbers of a rank, summed over all
+SumOverRanks = Callable[[Sequence[float]], list[float]]
 
 
 class States:
@@ -59,16 +62,17 @@ class States:
         """An objective beside the loss: there is none."""
         return None
 
-    def before_clipping(self, micro_batches: Sequence[Batch]) -> None:
+    def before_clipping(self, micro_batches: Sequence[Batch], add_up: SumOverRanks) -> None:
         """Divides the gradient of each state by its own tokens, as if it were trained alone."""
         # so far the loss was divided by the tokens of all states
-        tokens: dict[str, float] = {}
+        tokens = dict.fromkeys(self.parameters.names, 0.0)
         for batch in micro_batches:
             weights = (batch.targets != IGNORE) if batch.weights is None else batch.weights
             for name, count in zip(self._names(batch), weights.sum(1).tolist(), strict=True):
-                tokens[name] = tokens.get(name, 0.0) + count
-        total = sum(tokens.values())
-        for name, count in tokens.items():
+                tokens[name] += count
+        counts = add_up(list(tokens.values()))
+        total = sum(counts)
+        for name, count in zip(tokens, counts, strict=True):
             for tensor in self.parameters.tensors(name).values():
                 if tensor.grad is not None and count:
                     tensor.grad *= total / count

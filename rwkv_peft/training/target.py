@@ -32,7 +32,7 @@ from rwkv_peft.training.inputs import FileMark, find_change
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.saved import Saved
 from rwkv_peft.training.settings import Settings
-from rwkv_peft.training.states import States
+from rwkv_peft.training.states import States, SumOverRanks
 
 # bytes of a base below which merging takes less than a second
 ASIDE = 1 << 28
@@ -68,7 +68,7 @@ class TrainTarget(Protocol):
     def penalty(self) -> Tensor | None:
         """An objective beside the loss, once an optimizer step."""
 
-    def before_clipping(self, micro_batches: Sequence[Batch]) -> None:
+    def before_clipping(self, micro_batches: Sequence[Batch], add_up: SumOverRanks) -> None:
         """Called between the gradients of a step and their clipping."""
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -204,7 +204,7 @@ class Weights:
         """The objective of a method beside the loss."""
         return self._adalora.penalty() if self._adalora else penalty(self.parameters)
 
-    def before_clipping(self, micro_batches: Sequence[Batch]) -> None:
+    def before_clipping(self, micro_batches: Sequence[Batch], add_up: SumOverRanks) -> None:
         """Called between the gradients of a step and their clipping."""
 
     def after_step(self, optimizer: Optimizer) -> None:

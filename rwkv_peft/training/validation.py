@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rwkv_peft.data.batching import Batch, Batches
+from rwkv_peft.data.batching import Batch, Batches, load, share
 from rwkv_peft.data.documents import Documents
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.models.base import RWKV
+from rwkv_peft.parallel.strategy import Strategy
 from rwkv_peft.training.choose import Plan
 from rwkv_peft.training.evaluate import evaluate_batches, undisturbed
 from rwkv_peft.training.samples import Prompt, read_prompts, sample
@@ -68,13 +69,16 @@ class Validation:
         prompts: Sequence[Prompt],
         tokenizer: Tokenizer,
         states: Sequence[str] = (),
+        strategy: Strategy | None = None,
     ) -> None:
         """Lays the documents out and cuts them as those of training are.
 
         Args:
             documents: None if there are prompts alone.
             states: names of the states that are trained; () if they have none.
+            strategy: by which ranks share the documents; None: this one has all.
         """
+        self._strategy = strategy or Strategy()
         self._settings, self._prompts, self._states = plan.settings, prompts, states
         self.documents = documents
         self._batches = _lay_out(plan.batches, documents) if documents else None
@@ -139,13 +143,15 @@ class Validation:
     def _measure(self, model: RWKV, target: TrainTarget, step: int, epoch: int) -> Evaluation:
         assert self._batches is not None
         started, batches, best = time.perf_counter(), self._batches, self.best
-        totals = evaluate_batches(
+        turns = share(range(len(batches)), self._strategy.rank, self._strategy.size)
+        own = evaluate_batches(
             model,
-            map(batches.__getitem__, range(len(batches))),
+            load(batches, turns),
             initial_state=target.initial_state,
             window=self._settings.chunk_ctx if self._settings.is_infctx else 0,
             token_sizes=self._token_sizes,
         )
+        totals = own.of_all(self._strategy.sum)
         loss = totals.loss if math.isfinite(totals.loss) else None
         is_better = best is None or best.loss is None or (loss is not None and loss < best.loss)
         return Evaluation(
@@ -180,11 +186,14 @@ def one_row(state: str) -> Batch:
     return Batch(token, token, [], states=[state] if state else None)
 
 
-def make_validation(plan: Plan, facts: Facts) -> Validation | None:
-    """What a run evaluates while it trains, None if that is nothing."""
+def make_validation(plan: Plan, facts: Facts, strategy: Strategy) -> Validation | None:
+    """What a run evaluates while it trains, None if that is nothing.
+
+    Ranks share the documents; rank 0 alone answers prompts.
+    """
     settings, tokenizer = plan.settings, Tokenizer(facts.model_config.vocab_size)
-    prompts = read_prompts(settings, tokenizer)
+    prompts = read_prompts(settings, tokenizer) if strategy.rank == 0 else []
     if facts.held_out is None and not prompts:
         return None
     states = sorted(facts.documents.names) if settings.peft == "state" else []
-    return Validation(plan, facts.held_out, prompts, tokenizer, states)
+    return Validation(plan, facts.held_out, prompts, tokenizer, states, strategy)

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from rwkv_peft.training.evaluate import undisturbed
-from rwkv_peft.training.loop import Run
 from rwkv_peft.training.metrics import RunFolder, StepRecord
+from rwkv_peft.training.run_state import Run
 from rwkv_peft.training.validation import Evaluation, Sample
 
 # stem of the files of the best evaluation
@@ -30,6 +30,7 @@ class Validator:
         if validation is None or not validation.is_due(progress.step, is_epoch_end=is_epoch_end):
             return
         epoch = run.settings.epoch_begin + max(0, progress.position - 1) // micro_batches
+        run.strategy.ask("evaluate", progress.step, epoch)
         found, samples = validation.evaluate(run.model, run.target, progress.step, epoch)
         if progress.step and run.is_done:
             # no step will be the first that writes
@@ -40,7 +41,8 @@ class Validator:
         for sample in samples:
             self._say(_show(sample))
         if found and found.is_best:
-            with undisturbed(run.model):
+            whole = run.strategy.whole(run.model, run.model.blocks)
+            with undisturbed(run.model), whole:
                 # merged once, at the end: a model may be large
                 run.target.save(self._folder.path / BEST, run.optimizer.values, merges=False)
         if validation.is_enough:

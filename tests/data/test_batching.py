@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.data.batching import IGNORE, Batch, Batches, load
+from rwkv_peft.data.batching import IGNORE, Batch, Batches, Turn, load, share
 from rwkv_peft.data.documents import Documents, first_documents
 from rwkv_peft.data.packing import pack, pack_in_order
 from rwkv_peft.errors import DataError
@@ -91,24 +91,28 @@ def test_every_target_is_trained_exactly_once_a_pass_whatever_ranks_workers_and_
         "accumulate": accumulate,
         "seed": seed,
         "is_shuffled": is_shuffled,
-        "world_size": world_size,
     }
     number = data.draw(st.integers(0, 2))
     trained = []
+    counts = set()
     for rank in range(world_size):
-        batches = make_batches(documents, rank=rank, **settings_)
+        batches = make_batches(documents, **settings_)
         start, end = number * len(batches), (number + 1) * len(batches)
-        stop = data.draw(st.integers(start, end))
+        # steps of a few micro-batches for each rank, and a last one of what is left
+        steps = range(start, end, size := 2 * world_size)
+        turns = [t for at in steps for t in share(range(at, min(at + size, end)), rank, world_size)]
+        stop = data.draw(st.integers(0, len(turns)))
         # a run that is stopped anywhere and taken up by another process with other workers
-        first = list(load(batches, range(start, stop), num_workers))
-        again = make_batches(documents, rank=rank, **settings_)
-        rest = list(load(again, range(stop, end), 3 - num_workers))
-        assert len(first) + len(rest) == len(batches)
+        first = list(load(batches, turns[:stop], num_workers))
+        again = make_batches(documents, **settings_)
+        rest = list(load(again, turns[stop:], 3 - num_workers))
+        counts.add(len(first) + len(rest))
         for batch in [*first, *rest]:
             trained += pairs(batch)
             assert batch.tokens.shape[1] <= ctx_len
             if batches.is_static:
                 assert batch.tokens.shape == (batches.micro_bsz, ctx_len)
+    assert len(counts) == 1
     assert sorted(trained) == expected_pairs(documents)
 
 
@@ -171,26 +175,24 @@ def test_neighbours_in_a_packed_row_change_from_pass_to_pass() -> None:
     assert len(rows[0] & rows[1]) < len(batches) / 4
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 5, 8])
-@pytest.mark.parametrize("dataload", ["pack", "pad", "get"])
-def test_ranks_share_the_rows_of_a_position_evenly_and_no_row_is_lost(
-    dataload: str, world_size: int
+@pytest.mark.parametrize("count", [1, 3, 8, 9, 16])
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+def test_ranks_take_as_many_micro_batches_of_a_step_and_count_each_once(
+    count: int, size: int
 ) -> None:
-    documents = make_documents([10] * 37)
-    options = {"dataload": dataload, "micro_bsz": 2, "ctx_len": 10}
-    whole = make_batches(documents, **{**options, "micro_bsz": 2 * world_size})
-    ranks = [
-        make_batches(documents, rank=r, world_size=world_size, **options) for r in range(world_size)
-    ]
-    assert {len(r) for r in ranks} == {len(whole)}
-    for position in range(len(whole)):
-        shares = [r[position] for r in ranks]
-        together = sorted(pair for share in shares for pair in pairs(share))
-        assert together == sorted(pairs(whole[position]))
-        rows = [int((share.targets != IGNORE).any(1).sum()) for share in shares]
-        assert max(rows) - min(rows) <= 1
-        # a rank without a row still has something to run forward
-        assert all(share.tokens.numel() for share in shares)
+    window = range(20, 20 + count)
+    shares = [share(window, rank, size) for rank in range(size)]
+    assert {len(turns) for turns in shares} == {-(-count // size)}
+    counted = [turn.position for turns in shares for turn in turns if turn.is_counted]
+    assert sorted(counted) == list(window)
+    assert all(turn.position in window for turns in shares for turn in turns)
+
+
+def test_a_micro_batch_that_is_not_counted_has_the_shape_of_the_other_and_trains_nothing() -> None:
+    batches = make_batches(make_documents([10] * 7), micro_bsz=2)
+    counted, other = load(batches, [Turn(0), Turn(0, is_counted=False)])
+    assert torch.equal(other.tokens, counted.tokens) and counted.num_trained
+    assert (other.num_trained, other.weight, other.num_tokens, other.lines) == (0, 0, 0, [])
 
 
 def test_rows_of_like_lengths_are_padded_together_and_waste_little() -> None:
@@ -304,8 +306,6 @@ def test_states_are_named_row_by_row() -> None:
     batches = make_batches(documents, dataload="pad", micro_bsz=8)
     batch = batches[0]
     assert batch.states == [names[line - 1] for line in batch.lines]
-    rank = make_batches(documents, dataload="pad", micro_bsz=1, rank=4, world_size=5)
-    assert rank[0].states == ["x"] and rank[0].num_trained == 0
 
 
 def test_windows_are_cut_wherever_they_fall_and_are_full() -> None:

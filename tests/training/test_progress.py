@@ -13,9 +13,10 @@ import torch
 from rwkv_peft.checkpoint.pth import read_weights
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.training.choose import choose
-from rwkv_peft.training.loop import Run, run_steps
+from rwkv_peft.training.loop import run_steps
 from rwkv_peft.training.metrics import LogPlaces, RunFolder, StepRecord
 from rwkv_peft.training.prepare import find_facts, prepare_run
+from rwkv_peft.training.run_state import Run
 
 RUNS: dict[str, dict[str, Any]] = {
     "full": {"peft": "none"},

@@ -1,0 +1,122 @@
+"""The command starts a process for each device, and all of them end together."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from rwkv_peft.checkpoint.tree import find_damage
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+
+SIZES = {"n_layer": 1, "n_embd": 64, "dim_att": 64, "dim_ffn": 64}
+
+
+@pytest.fixture
+def command(
+    make_model_file: Callable[..., Path], make_data_file: Callable[..., Path], tmp_path: Path
+) -> list[str]:
+    model, data = make_model_file(**SIZES), make_data_file(["some words"] * 8)
+    flags = {
+        "proj_dir": tmp_path / "out",
+        "devices": 2,
+        "accelerator": "cpu",
+        "precision": "fp32",
+        "peft": "state",
+        "micro_bsz": 1,
+        "epoch_count": 100_000,
+        "epoch_save": 100_000,
+        "save_every_steps": 5,
+    }
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    return [sys.executable, "-m", "rwkv_peft.cli.main", "train", str(model), str(data), *words]
+
+
+@contextmanager
+def started(command: list[str], folder: Path) -> "Iterator[subprocess.Popen[str]]":
+    """A run that has made a checkpoint."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(command, text=True, stderr=subprocess.PIPE, env=environment)
+    try:
+        until = time.monotonic() + 120
+        while not list(folder.glob("checkpoints/step-*/manifest.json")):
+            assert run.poll() is None and time.monotonic() < until
+            time.sleep(0.1)
+        yield run
+    finally:
+        run.kill()
+        run.communicate()
+
+
+def find_rank(parent: int, rank: int) -> int:
+    """The process of a rank that a command has started."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            is_child = int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+            variables = (path / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if is_child and f"RANK={rank}".encode() in variables:
+            return int(path.name)
+    raise AssertionError("there is no such process")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_rank_that_is_killed_ends_all_with_one_message_and_a_whole_checkpoint(
+    command: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    with started(command, folder) as run:
+        other = find_rank(run.pid, 0)
+        os.kill(find_rank(run.pid, 1), signal.SIGKILL)
+        _, told = run.communicate(timeout=60)
+    assert run.returncode == 2
+    errors = [line for line in told.splitlines() if "error" in line or "Traceback" in line]
+    assert len(errors) == 1 and "rank 1 of 2" in errors[0] and "SIGKILL" in errors[0]
+    assert "--resume auto" in errors[0]
+    assert not Path(f"/proc/{other}").exists()
+    checkpoint = max(folder.glob("checkpoints/step-*"))
+    assert not find_damage(checkpoint)
+    step = int(checkpoint.name.removeprefix("step-"))
+    epochs = str((step + 3) // 4 + 1)
+    again = [*command, "--resume", "auto", "--epoch_count", epochs]
+    again += ["--resume_changes", "epoch_count,warmup_steps"]
+    done = subprocess.run(again, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"goes on after step {step:,}" in done.stderr
+
+
+def test_a_signal_to_the_command_stops_all_with_what_they_have_learned(
+    command: list[str], tmp_path: Path
+) -> None:
+    with started(command, tmp_path / "out") as run:
+        run.terminate()
+        _, told = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM
+    assert "stopped by signal 15" in told and "to go on" in told
+    checkpoint = max((tmp_path / "out").glob("checkpoints/step-*"))
+    assert not find_damage(checkpoint) and (checkpoint / "rwkv.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num_nodes", "2"], "srun"),
+        (["--accelerator", "cpu:1"], "--accelerator cpu:1 is one device"),
+        (["--strategy", "single"], "is for one device"),
+        (["--strategy", "deepspeed_stage_3"], "is not built yet"),
+        (["--devices", "0"], "--devices must be above 0"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_in_one_line(
+    command: list[str], flags: list[str], words: str
+) -> None:
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60)
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    assert done.returncode == 2 and len(errors) == 1 and words in errors[0]
