@@ -21,7 +21,7 @@ OTHERS = {os.strerror(n) for n in (errno.ENOENT, errno.EACCES, errno.ENOSPC, err
 OTHERS |= {os.strerror(n) for n in (errno.ENOTDIR, errno.EROFS)}
 OTHERS |= {"a checkpoint", "a model", "a state", "saved {0} and {1}"}
 # said in the same words by Chinese readers
-SAME = {"a state", "the state '{0}'", "the Modelfile", "Head size."}
+SAME = {"--peft none", "a state", "the state '{0}'", "the Modelfile", "Head size."}
 
 
 @pytest.fixture(autouse=True)

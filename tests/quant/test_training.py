@@ -26,7 +26,7 @@ from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.compile import compile_blocks
 from rwkv_peft.quant import STORAGES, Storage
 from rwkv_peft.quant.linear import QuantisedLinear
-from rwkv_peft.training import choose
+from rwkv_peft.training import choose_device
 from rwkv_peft.training.memory import weigh_base
 from rwkv_peft.training.run import train
 from tests.quant.test_linear import DENSE
@@ -334,6 +334,6 @@ def test_fp8_is_refused_where_it_cannot_be(
     given: dict[str, Any], what: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "cpu" in what:
-        monkeypatch.setattr(choose, "fp8_objection", fp8_objection)
+        monkeypatch.setattr(choose_device, "fp8_objection", fp8_objection)
     with pytest.raises(ConfigError, match=re.escape(what)):
         train(replace(config, quant="fp8", **given))

@@ -1,0 +1,201 @@
+"""Choices that the device decides: sharing, recomputing, chunks, compiling, graphs, the host."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rwkv_peft.device import (
+    dtype_of,
+    fp8_objection,
+    has_graphs,
+    has_host_memory,
+    missing_compiler,
+)
+from rwkv_peft.errors import ConfigError
+from rwkv_peft.parallel.strategy import require_strategy
+from rwkv_peft.training.chooser import Chooser
+from rwkv_peft.training.memory import fits, positions_at_once, weigh_base
+from rwkv_peft.training.settings import Facts
+
+# methods whose captured steps were compared with plain ones on a GPU
+CAPTURED = ("none", "state", "lora", "pissa", "miss")
+# weights times positions from which compiling, which takes some 20 seconds, saves more than that
+LONG_RUN = 1e15
+# of what is free on a device, that a base may take and leave room to train
+SHARE_OF_BASE = 0.6
+# tokens of a chunk whose gradient ends with it, as of old, and of one whose gradient does not,
+# the largest first
+TRUNCATED_CHUNK, EXACT_CHUNKS = 512, (4096, 2048, 1024, 512)
+
+
+def choose_strategy(chooser: Chooser, facts: Facts) -> None:
+    """How devices share the work."""
+    values = chooser.values
+    count = values["devices"] * values["num_nodes"]
+    if count == 1:
+        return
+    chooser.choose("strategy", *_suit_strategy(values, facts))
+    require_strategy(values["strategy"], count)
+    if values["strategy"] != "fsdp":
+        return
+    refused = {
+        "--peft none": values["peft"] == "none",
+        "--train_parts": values["train_parts"],
+        "--train_type infctx and --bptt_chunks": is_infctx(values),
+        "--val_prompts": values["val_prompts"],
+        "--compile 1": values["compile"] == 1,
+        "--cuda_graph 1": values["cuda_graph"] == 1,
+    }
+    if found := [name for name, is_asked in refused.items() if is_asked]:
+        raise ConfigError(
+            f"--strategy fsdp shares the frozen blocks of whole rows, and not with {found[0]} so "
+            "far: use --strategy ddp, or leave that out"
+        )
+
+
+def _suit_strategy(values: dict[str, Any], facts: Facts) -> tuple[str, str]:
+    """The strategy for what fits a device, and why."""
+    weights = weigh_base(
+        facts.model_config,
+        facts.num_weights,
+        dtype_of(values["precision"]).itemsize,
+        values["quant"],
+    )
+    free, says = facts.memory, f"the model takes {weights / 2**30:.1f} GiB of each device"
+    if free is None or weights <= SHARE_OF_BASE * free:
+        return "ddp", says
+    says += f" and leaves too little of {free / 2**30:.1f} GiB"
+    if values["peft"] == "none" or is_infctx(values):
+        return "ddp", f"{says}, but fsdp serves frozen blocks and whole rows alone so far"
+    return "fsdp", says
+
+
+def require_fp8(precision: str, facts: Facts) -> None:
+    """Raises ConfigError if a device has no products of FP8, or they do not give a precision."""
+    if why := fp8_objection(facts.device):
+        raise ConfigError(
+            f"--quant fp8 needs a card that multiplies FP8, and {why}: use int8, which takes half "
+            "the memory, or none"
+        )
+    if precision != "bf16":
+        raise ConfigError(f"--quant fp8 gives bf16, and --precision is {precision}: use bf16")
+
+
+def choose_memory(chooser: Chooser, facts: Facts) -> None:
+    """Chunks, and recomputing."""
+    values = chooser.values
+    if is_infctx(values):
+        _choose_chunks(chooser, facts)
+    is_deep = not _chunk_fits(values, facts, values["chunk_ctx"] if is_infctx(values) else 0)
+    what = "a chunk" if is_infctx(values) else "a micro-batch"
+    reason = f"{what} would not fit otherwise" if is_deep else f"{what} fits without"
+    chooser.choose("grad_cp", int(is_deep), reason)
+    _choose_embedding(chooser, facts)
+
+
+def _choose_embedding(chooser: Chooser, facts: Facts) -> None:
+    """Whether the embedding stays on the host.
+
+    Raises:
+        ConfigError: it cannot, and that was asked for.
+    """
+    values = chooser.values
+    can_be, is_trained = has_host_memory(facts.device), trains_embedding(values)
+    if values["emb_cpu"] and (not can_be or is_trained):
+        why = (
+            "the embedding is trained"
+            if is_trained
+            else f"{facts.device.type} cannot read the host's memory by itself"
+        )
+        raise ConfigError(f"--emb_cpu 1: {why}: give 0")
+    chunk_ctx = values["chunk_ctx"] if is_infctx(values) else 0
+    is_short = can_be and not is_trained and not _chunk_fits(values, facts, chunk_ctx)
+    reason = "memory is short" if is_short else "there is room on the device"
+    chooser.choose("emb_cpu", int(is_short), "there is nothing to leave" if is_trained else reason)
+
+
+def trains_embedding(values: Mapping[str, Any]) -> bool:
+    """Whether the embedding itself is trained, or replaced by what is."""
+    replaced = values["peft_config"].get("modules_to_save") or ()
+    return (
+        values["peft"] == "none"
+        or any(part in "emb.weight" for part in values["train_parts"])
+        or any(str(name).endswith("emb") for name in replaced)
+    )
+
+
+def choose_step(chooser: Chooser, facts: Facts, positions: int) -> None:
+    """Whether blocks are compiled, and steps captured.
+
+    Args:
+        positions: of all rows of the run.
+    Raises:
+        ConfigError: what was asked for cannot be had.
+    """
+    values, missing = chooser.values, missing_compiler(facts.device)
+    if missing and values["compile"] == 1:
+        raise ConfigError(f"--compile 1 needs {missing}: install it, or give --compile 0")
+    if values["cuda_graph"] == 1 and not has_graphs(facts.device):
+        raise ConfigError(f"--cuda_graph 1 is not for {facts.device.type}: give --cuda_graph 0")
+    is_long = facts.num_weights * positions >= LONG_RUN
+    shares = values["strategy"] == "fsdp" and values["devices"] * values["num_nodes"] > 1
+    if facts.device.type == "cpu":
+        compiles, reason = False, "on a CPU it seldom pays"
+    elif shares:
+        compiles, reason = False, "blocks that are gathered were not compiled so far"
+    elif missing:
+        compiles, reason = False, f"the blocks would be faster compiled, which needs {missing}"
+    elif values["dataload"] == "pad" and not is_infctx(values):
+        compiles, reason = False, "rows of each length would have to be compiled"
+    else:
+        compiles, reason = (
+            is_long,
+            "the run is long" if is_long else "the run is short",
+        )
+    chooser.choose("compile", int(compiles), reason)
+    captures = has_graphs(facts.device)
+    reason = "the host would hold up the device" if captures else "there is nothing to capture"
+    if captures and values["peft"] not in CAPTURED:
+        captures, reason = False, f"{values['peft']} was not measured so: 1 asks for it"
+    if captures and shares:
+        captures, reason = False, "blocks are gathered while a step goes on"
+    chooser.choose("cuda_graph", int(captures), reason)
+
+
+def _choose_chunks(chooser: Chooser, facts: Facts) -> None:
+    """How long chunks are, and over how many a gradient goes."""
+    values = chooser.values
+    if not values["bptt_chunks"]:
+        is_state = values["peft"] == "state"
+        reason = "a gradient ends with its chunk, as of old; all is exact"
+        if is_state:
+            reason = "a state learns what a gradient brings to the beginning of the row"
+        chooser.set("bptt_chunks", "all" if is_state else 1, reason)
+    if values["chunk_ctx"]:
+        return
+    if values["bptt_chunks"] != "all":
+        chooser.set("chunk_ctx", TRUNCATED_CHUNK, "as of old")
+        return
+    useful = [n for n in EXACT_CHUNKS if n // 2 < values["ctx_len"]] or [EXACT_CHUNKS[-1]]
+    fitting = [n for n in useful if _chunk_fits(values, facts, n)]
+    reason = "the longest that fits" if fitting else "the shortest, and yet it may not fit"
+    chooser.set("chunk_ctx", (fitting or useful[-1:])[0], reason)
+
+
+def _chunk_fits(values: dict[str, Any], facts: Facts, chunk_ctx: int) -> bool:
+    """Whether chunks of so many tokens fit into the device, recomputed only if that was asked."""
+    is_full = values["peft"] == "none"
+    return fits(
+        facts,
+        dtype_of(values["precision"]),
+        op=values["op"],
+        positions=values["micro_bsz"] * positions_at_once(values["ctx_len"], chunk_ctx),
+        trains_all=is_full,
+        is_recomputed=bool(values["grad_cp"]),
+        quant=values["quant"],
+        has_head=bool(values["quant_head"]),
+    )
+
+
+def is_infctx(values: dict[str, Any]) -> bool:
+    """Whether rows go through the model in chunks."""
+    return bool(values["train_type"] == "infctx" or values["bptt_chunks"])
