@@ -36,7 +36,9 @@ class Fsdp(Ddp):
         frozen = {id(x) for x in weights if not x.requires_grad}
         inner = {id(x) for block in blocks for x in block.parameters()} & frozen
         whole = {x for x in model.parameters() if id(x) not in inner}
-        mesh = init_device_mesh(next(model.parameters()).device.type, (self.size,))
+        # the embedding may be on the host
+        kind = next(blocks[0].parameters()).device.type
+        mesh = init_device_mesh(kind, (self.size,))
         for block in blocks:
             fully_shard(block, mesh=mesh, ignored_params=whole)
         # by which the blocks know of each other, and one is gathered while another works
