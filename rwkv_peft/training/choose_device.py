@@ -11,17 +11,15 @@ from rwkv_peft.device import (
     missing_compiler,
 )
 from rwkv_peft.errors import ConfigError
-from rwkv_peft.parallel.strategy import require_strategy
 from rwkv_peft.training.chooser import Chooser
-from rwkv_peft.training.memory import fits, positions_at_once, weigh_base
+from rwkv_peft.training.memory import fits, positions_at_once
 from rwkv_peft.training.settings import Facts
+from rwkv_peft.training.sharing import require_shareable, suit_strategy
 
 # methods whose captured steps were compared with plain ones on a GPU
 CAPTURED = ("none", "state", "lora", "pissa", "miss")
 # weights times positions from which compiling, which takes some 20 seconds, saves more than that
 LONG_RUN = 1e15
-# of what is free on a device, that a base may take and leave room to train
-SHARE_OF_BASE = 0.6
 # tokens of a chunk whose gradient ends with it, as of old, and of one whose gradient does not,
 # the largest first
 TRUNCATED_CHUNK, EXACT_CHUNKS = 512, (4096, 2048, 1024, 512)
@@ -29,44 +27,11 @@ TRUNCATED_CHUNK, EXACT_CHUNKS = 512, (4096, 2048, 1024, 512)
 
 def choose_strategy(chooser: Chooser, facts: Facts) -> None:
     """How devices share the work."""
-    values = chooser.values
+    values, in_chunks = chooser.values, is_infctx(chooser.values)
     count = values["devices"] * values["num_nodes"]
-    if count == 1:
-        return
-    chooser.choose("strategy", *_suit_strategy(values, facts))
-    require_strategy(values["strategy"], count)
-    if values["strategy"] != "fsdp":
-        return
-    refused = {
-        "--peft none": values["peft"] == "none",
-        "--train_parts": values["train_parts"],
-        "--train_type infctx and --bptt_chunks": is_infctx(values),
-        "--val_prompts": values["val_prompts"],
-        "--compile 1": values["compile"] == 1,
-        "--cuda_graph 1": values["cuda_graph"] == 1,
-    }
-    if found := [name for name, is_asked in refused.items() if is_asked]:
-        raise ConfigError(
-            f"--strategy fsdp shares the frozen blocks of whole rows, and not with {found[0]} so "
-            "far: use --strategy ddp, or leave that out"
-        )
-
-
-def _suit_strategy(values: dict[str, Any], facts: Facts) -> tuple[str, str]:
-    """The strategy for what fits a device, and why."""
-    weights = weigh_base(
-        facts.model_config,
-        facts.num_weights,
-        dtype_of(values["precision"]).itemsize,
-        values["quant"],
-    )
-    free, says = facts.memory, f"the model takes {weights / 2**30:.1f} GiB of each device"
-    if free is None or weights <= SHARE_OF_BASE * free:
-        return "ddp", says
-    says += f" and leaves too little of {free / 2**30:.1f} GiB"
-    if values["peft"] == "none" or is_infctx(values):
-        return "ddp", f"{says}, but fsdp serves frozen blocks and whole rows alone so far"
-    return "fsdp", says
+    if count > 1:
+        chooser.choose("strategy", *suit_strategy(values, facts, is_infctx=in_chunks))
+        require_shareable(values, count, is_infctx=in_chunks)
 
 
 def require_fp8(precision: str, facts: Facts) -> None:
