@@ -10,6 +10,7 @@ from torch import Tensor
 from rwkv_peft.training.flat import Flat
 
 _T = TypeVar("_T")
+OF_TORCH = (torch.optim.Adam, torch.optim.SGD, torch.optim.Muon, torch.optim.Adafactor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +39,19 @@ class Memory:
 
         Raises:
             KeyError: for other tensors of this kind it gave other things.
+            TypeError: it gave no such values.
         """
         state = self.optimizer.state
         kind = self._kind(self.stepped)
         alike = (held for x, held in state.items() if held and self._kind(x) == kind)
-        if values and (first := next(alike, values)).keys() != values.keys():
+        first = next(alike, values)
+        if values and first.keys() != values.keys():
             raise KeyError(f"of a tensor there is {', '.join(values)}, not {', '.join(first)}")
+        for key, x in values.items():
+            # PyTorch's own optimizers remember tensors alone
+            is_tensor = isinstance(first[key], Tensor) or isinstance(self.optimizer, OF_TORCH)
+            if not isinstance(x, Tensor if is_tensor else (int, float)):
+                raise TypeError(f"{key} of a tensor is {str(x)[:40]!r}")
         held = state[self.stepped]
         for key, x in values.items():
             if self.flat is None or x.ndim == 0:
