@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_peft.errors import ConfigError
@@ -62,7 +63,12 @@ class FP8Linear(QuantisedLinear):
         return (packed.float() * self.scale[rows]).to(self._dtype).to(dtype or self._dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x W^T of the last dimension of x."""
+        """x W^T of the last dimension of x, which is rounded if it has the dtype of training alone.
+
+        What compares a merged weight with this layer multiplies in float32, and W is all it meets.
+        """
+        if x.dtype != self._dtype:
+            return F.linear(x, self.dense(x.dtype))
         y: Tensor = _Product.apply(x, self.weight, self.scale, self.turned, self.turned_scale)
         return y
 

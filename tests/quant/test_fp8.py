@@ -76,6 +76,13 @@ def test_only_bytes_are_kept_twice_and_once_more_the_scales() -> None:
     }
 
 
+def test_what_is_not_of_the_dtype_of_training_is_not_rounded() -> None:
+    layer = quantise(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)), BF16)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    exact = x.double() @ layer.dense(torch.float64).T
+    assert (layer(x).double() - exact).norm() < 1e-6 * exact.norm()
+
+
 def test_a_side_that_cards_cannot_multiply_is_named() -> None:
     with pytest.raises(ConfigError, match=re.escape("multiples of 16, and one is (24, 64)")):
         quantise(torch.randn(24, 64), BF16)
