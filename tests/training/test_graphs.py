@@ -18,6 +18,7 @@ from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods.attach import attach
 from rwkv_peft.methods.state import LearnedStates
 from rwkv_peft.training import choose as choosing
+from rwkv_peft.training import choose_device
 from rwkv_peft.training.graphs import HEAD_PARTS, GraphedStep, Inputs
 from rwkv_peft.training.prepare import find_facts
 from rwkv_peft.training.run import train
@@ -116,6 +117,7 @@ def test_few_shapes_come_and_none_is_longer_than_a_row() -> None:
         ({"peft": "adalora"}, 0),
         ({"peft": "vera"}, 0),
         ({"peft": "adalora", "cuda_graph": 1}, 1),
+        ({"peft": "lora", "quant": "nf4"}, 1),
         ({"peft": "lora", "cuda_graph": 0}, 0),
         ({"train_type": "infctx"}, 1),
     ],
@@ -133,7 +135,7 @@ def test_what_was_compared_on_a_gpu_is_captured_where_a_device_can(
     facts = find_facts(config, read_weights(model_file))
     if "cuda_graph" not in settings:
         assert choosing.choose(config, facts).settings.cuda_graph == 0
-    monkeypatch.setattr(choosing, "has_graphs", lambda device: True)
+    monkeypatch.setattr(choose_device, "has_graphs", lambda device: True)
     assert choosing.choose(config, facts).settings.cuda_graph == captures
 
 
@@ -144,7 +146,7 @@ def test_what_this_machine_lacks_is_refused_if_it_is_asked_for(
     facts = find_facts(config, read_weights(model_file))
     with pytest.raises(ConfigError, match="--cuda_graph 1 is not for cpu: give --cuda_graph 0"):
         choosing.choose(replace(config, cuda_graph=1), facts)
-    monkeypatch.setattr(choosing, "missing_compiler", lambda device: "a C compiler")
+    monkeypatch.setattr(choose_device, "missing_compiler", lambda device: "a C compiler")
     with pytest.raises(ConfigError, match="--compile 1 needs a C compiler: install it, or give"):
         choosing.choose(replace(config, compile=1), facts)
 
