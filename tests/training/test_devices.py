@@ -34,6 +34,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     # each rank draws for itself, so that it is compared with itself alone
     "dropout": {"peft": "lora", "peft_config": {"r": 4, "lora_dropout": 0.5}},
     "adalora": {"peft": "adalora", "peft_config": {"init_r": 4, "target_r": 2, "tinit": 1}},
+    # begins with a part of the base, which it draws, and leaves the rest, here stored
+    "pissa": {"peft": "pissa", "peft_config": {"r": 4}},
+    "pissa_nf4": {"peft": "pissa", "peft_config": {"r": 4}, "quant": "nf4"},
     "full": {"peft": "none", "dataload": "pad", "epoch_count": 1},
     "bf16": {"peft": "none", "precision": "bf16", "epoch_count": 1},
     "state": {"peft": "state", "lr_init": 1.0},
