@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from gpu_step import SIZES, device_name
-from report import report
+from report import report_as_found
 
 from rwkv_peft.quant import STORAGES
 
@@ -110,7 +110,7 @@ def main() -> None:
         found = measure(*options.one, is_small=options.small, way=options.way)
         print(json.dumps(found))
         return
-    lines = [
+    head = [
         f"{device_name()}, PyTorch {torch.__version__}, bf16, ctx {CTX}, 1 row, rank 64; GiB",
         "",
         "| size | method | quant | allocated | reserved | process | first loss |",
@@ -118,13 +118,8 @@ def main() -> None:
     ]
     cases = list(itertools.product(options.sizes, options.methods, options.quants))
     with ThreadPoolExecutor(options.jobs) as pool:
-        for line in pool.map(lambda case: run_case(case, options), cases):
-            print(line, flush=True)
-            lines.append(line)
-            # a run that is cut off leaves what it found
-            if options.output:
-                options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    report(lines, options.output)
+        rows = pool.map(lambda case: run_case(case, options), cases)
+        report_as_found(head, rows, options.output)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from gpu_step import SIZES, device_name, make_model, optimizer_over, random_batch
-from report import report
+from report import report_as_found
 from torch import Tensor
 
 from rwkv_peft.device import leave_on_host, own_stream
@@ -232,6 +232,14 @@ def measure(
         case = None  # type: ignore[assignment]
 
 
+def measure_all(options: argparse.Namespace) -> Iterator[str]:
+    """The table rows of all cases that were asked for."""
+    for size, shape in itertools.product(options.sizes, options.shapes):
+        ctx, rows = map(int, shape.split("x"))
+        for case in itertools.product(options.methods, options.quants):
+            yield from measure(size, ctx, rows, *case, options.ways, options.grad_cp)
+
+
 def clean() -> None:
     """Gives back all memory of the case before."""
     gc.collect()
@@ -249,7 +257,7 @@ def main() -> None:
     parser.add_argument("--grad_cp", type=int, default=0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    lines = [
+    head = [
         f"{device_name()}, PyTorch {torch.__version__}; one optimizer step, bf16",
         "",
         "| size | ctx × rows | method | way | ms | kt/s | floor ms | ratio | share | GiB "
@@ -257,16 +265,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     with own_stream(torch.device("cuda")):
-        for size, shape in itertools.product(options.sizes, options.shapes):
-            ctx, rows = map(int, shape.split("x"))
-            for case in itertools.product(options.methods, options.quants):
-                for line in measure(size, ctx, rows, *case, options.ways, options.grad_cp):
-                    print(line, flush=True)
-                    lines.append(line)
-                    # a run that is cut off leaves what it found
-                    if options.output:
-                        options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    report(lines, options.output)
+        report_as_found(head, measure_all(options), options.output)
 
 
 if __name__ == "__main__":

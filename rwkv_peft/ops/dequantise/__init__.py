@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.ops import triton
-from rwkv_peft.ops.dequantise.reference import dequantise_reference
 from rwkv_peft.ops.dispatch import Backend, Request, select
 
 Kernel = Callable[..., Tensor]
@@ -44,13 +43,7 @@ _ANY_HEAD = 64
 
 
 def dequantise(
-    packed: Tensor,
-    scale: Tensor,
-    storage: str,
-    count: int,
-    dtype: torch.dtype,
-    *,
-    kernel: Kernel | None = None,
+    packed: Tensor, scale: Tensor, storage: str, count: int, dtype: torch.dtype
 ) -> Tensor:
     """The first `count` numbers of a stored weight, in their order, (count,).
 
@@ -60,14 +53,11 @@ def dequantise(
         scale: float32, (rows, 1) of int8, (blocks of 64,) of nf4 and fp4.
         storage: 'int8', 'nf4' or 'fp4'.
         dtype: of the result.
-        kernel: of a backend; that of the device if None.
     """
-    return (kernel or kernel_for(packed.device, dtype))(packed, scale, storage, count, dtype)
+    return kernel_for(packed.device, dtype)(packed, scale, storage, count, dtype)
 
 
 @functools.cache
 def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel:
     """The function of the fastest backend on a device."""
-    if device.type == "cpu":
-        return dequantise_reference
     return select("dequantise", TABLE, "auto", Request(device, dtype, _ANY_HEAD)).function
