@@ -130,6 +130,11 @@ def load_kernel(
     return Kernel(name, function.value, device_index, signature, shared_bytes)
 
 
+def index_of(device: torch.device) -> int:
+    """The number of a GPU, the current one if none is named."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def architecture(device_index: int) -> str:
     """What kernels are compiled for on a GPU, such as 'sm_89'.
 

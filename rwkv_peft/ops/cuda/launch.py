@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.ops.cuda import availability
-from rwkv_peft.ops.cuda.driver import Kernel, load_kernel
+from rwkv_peft.ops.cuda.driver import Kernel, index_of, load_kernel
 from rwkv_peft.ops.dispatch import Request
 from rwkv_peft.ops.staged import Memory, make_layout
 
@@ -86,7 +86,7 @@ class Kernels:
         return load_kernel(
             (file,),
             name,
-            device_index=torch.cuda.current_device() if device.index is None else device.index,
+            device_index=index_of(device),
             signature=signature,
             shared_bytes=size,
             options=flags,

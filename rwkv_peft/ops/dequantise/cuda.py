@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.ops.cuda import availability
-from rwkv_peft.ops.cuda.driver import load_kernel
+from rwkv_peft.ops.cuda.driver import index_of, load_kernel
 from rwkv_peft.ops.cuda.launch import IO
 from rwkv_peft.ops.dequantise.reference import code_table
 
@@ -35,7 +35,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> Callable[..., L
     return load_kernel(
         (SOURCE,),
         name,
-        device_index=torch.cuda.current_device() if device.index is None else device.index,
+        device_index=index_of(device),
         signature=signature,
         shared_bytes=shared,
         options=(f"-DIO={IO[dtype]}",),
