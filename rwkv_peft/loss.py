@@ -115,6 +115,8 @@ class _HeadLoss(torch.autograd.Function):
                     grad_rows[chunk] = found.pop(0)
                 for total, grad in zip(grads, found, strict=True):
                     total += grad
+            # the next chunk's take their place
+            del logits, dlogits
         ctx.save_for_backward(grad_rows, *grads)
         ctx.dtypes = [rows.dtype, *(p.dtype for p in parameters)]
         objective, cross_entropy = sums[0].clone(), sums[1].clone()

@@ -182,6 +182,7 @@ class Block(nn.Module):
         x = x + self.ffn(ffn_in, None if state is None else state.ffn_shift, packing)
         last = att_in[:, -1], ffn_in[:, -1]
         if torch.compiler.is_compiling():
-            # as views they would be reasons to keep the whole tensors
-            last = last[0].clone(), last[1].clone()
+            # as views they would keep the whole tensors, which a compiler makes of copies too
+            att_last, ffn_last = torch.stack(last).unbind()
+            last = att_last, ffn_last
         return x, carry, LayerState(*last, wkv)
