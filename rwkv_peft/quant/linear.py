@@ -13,6 +13,9 @@ from rwkv_peft.ops.dequantise.reference import BLOCK, CODES, fill_up
 
 # numbers that are stored at a time, in whole blocks
 PIECE = 1 << 22
+# numbers of a weight that are dense at a time for a product, rows in whole blocks: that of the
+# largest projection of 13.3B is, and a head is not
+MAX_DENSE = 1 << 26
 
 
 class QuantisedLinear(FrozenLinear):
@@ -179,8 +182,15 @@ _library = torch.library.Library("rwkv_peft", "FRAGMENT")
 def _product(
     x: Tensor, packed: Tensor, scale: Tensor, storage: str, rows: int, dtype: torch.dtype
 ) -> Tensor:
-    dense = dequantise(packed, scale, storage, rows * x.shape[-1], dtype).view(rows, -1)
-    return F.linear(x, dense.to(x.dtype))
+    stored = packed, scale, storage, x.shape[-1], dtype
+    first, *others = _split_rows(rows, x.shape[-1])
+    if not others:
+        return F.linear(x, _dense_rows(*stored, first).to(x.dtype))
+    y = x.new_empty((*x.shape[:-1], rows))
+    flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, rows)
+    for piece in (first, *others):
+        torch.mm(flat_x, _dense_rows(*stored, piece).to(x.dtype).t(), out=flat_y[:, piece])
+    return y
 
 
 def _fake_product(x: Tensor, packed: Tensor, scale: Tensor, storage: str, rows: int, _: Any) -> Any:
@@ -190,8 +200,34 @@ def _fake_product(x: Tensor, packed: Tensor, scale: Tensor, storage: str, rows: 
 def _transposed(
     dy: Tensor, packed: Tensor, scale: Tensor, storage: str, width: int, dtype: torch.dtype
 ) -> Tensor:
-    dense = dequantise(packed, scale, storage, dy.shape[-1] * width, dtype).view(-1, width)
-    return torch.matmul(dy, dense.to(dy.dtype))
+    stored = packed, scale, storage, width, dtype
+    first, *others = _split_rows(dy.shape[-1], width)
+    dx = torch.matmul(dy[..., first], _dense_rows(*stored, first).to(dy.dtype))
+    if not others:
+        return dx
+    total = dx.to(torch.promote_types(dx.dtype, torch.float32))
+    for piece in others:
+        total += torch.matmul(dy[..., piece], _dense_rows(*stored, piece).to(dy.dtype))
+    return total.to(dy.dtype)
+
+
+def _split_rows(rows: int, width: int) -> list[slice]:
+    """Rows that are dense at a time, from whole blocks on."""
+    size = max(1, MAX_DENSE // width // BLOCK) * BLOCK
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _dense_rows(
+    packed: Tensor, scale: Tensor, storage: str, width: int, dtype: torch.dtype, rows: slice
+) -> Tensor:
+    """These rows of a stored weight, (rows, width)."""
+    count = (rows.stop - rows.start) * width
+    if storage == "int8":
+        packed, scale = packed[rows], scale[rows]
+    else:
+        first = rows.start * width
+        packed, scale = packed[first // 2 : -(-(first + count) // 2)], scale[first // BLOCK :]
+    return dequantise(packed, scale, storage, count, dtype).view(-1, width)
 
 
 def _fake_transposed(

@@ -5,6 +5,7 @@ import torch
 from rwkv_peft.models import build
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.quant import STORAGES, stored_layers
+from rwkv_peft.quant.linear import MAX_DENSE
 from rwkv_peft.training.borders import Room
 from rwkv_peft.training.settings import Facts, Settings
 
@@ -80,7 +81,7 @@ def weigh_base(
     count_bytes = STORAGES[quant].count_bytes
     stored = sum(count_bytes(layer.out_features, layer.in_features) for layer in layers)
     # one weight at a time is dense for its product
-    dense = 0 if quant == "fp8" else max(numbers) * size
+    dense = 0 if quant == "fp8" else min(max(numbers), MAX_DENSE) * size
     return (num_weights - sum(numbers)) * size + stored + dense
 
 

@@ -66,12 +66,14 @@ def test_rows_are_those_of_the_whole(name: str) -> None:
             torch.testing.assert_close(layer.dense(), whole, rtol=2**-7, atol=0)
 
 
+@pytest.mark.parametrize("at_once", [1 << 26, 64 * 192, 1])
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("name", DENSE)
 def test_products_are_those_of_the_dense_weight_and_only_the_stored_one_is_kept(
-    name: str, is_compiled: bool
+    name: str, is_compiled: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = quantise(weight((128, 192), torch.float32), Storage(name, torch.float32))
+    monkeypatch.setattr(quant_linear, "MAX_DENSE", at_once)
+    layer = quantise(weight((136, 192), torch.float32), Storage(name, torch.float32))
     kept: list[Tensor] = []
 
     def pack(x: Tensor) -> Tensor:
@@ -80,7 +82,7 @@ def test_products_are_those_of_the_dense_weight_and_only_the_stored_one_is_kept(
 
     call = torch.compile(layer, backend="aot_eager", fullgraph=True) if is_compiled else layer
     x = torch.randn(2, 5, 192, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    dy = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(2))
+    dy = torch.randn(2, 5, 136, generator=torch.Generator().manual_seed(2))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         y = call(x)
     y.backward(dy)
