@@ -44,10 +44,13 @@ TOKENS = 1024
 ADAPTERS: dict[str, dict[str, int]] = {"lora": {"r": 32, "lora_alpha": 32}, "miss": {"r": 32}}
 
 
-def make_model(size: str, op: str, device: torch.device, quant: str = "none") -> RWKV:
+def make_model(
+    size: str, op: str, device: torch.device, quant: str = "none", *, has_head: bool = False
+) -> RWKV:
     """A model of a released shape with random weights of a realistic scale; float32 on a CPU.
 
-    Its tensors are drawn one after the other, and the projections stored as `quant` says.
+    Its tensors are drawn one after the other, and the projections stored as `quant` says, with the
+    head if asked for.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     n_layer, n_embd, ranks, vocab_size = SIZES[size]
@@ -64,7 +67,8 @@ def make_model(size: str, op: str, device: torch.device, quant: str = "none") ->
     )
     model = build(model_config, op=op, device=device, dtype=dtype)
     generator = torch.Generator(device=device).manual_seed(0)
-    stored = {name for name, _ in stored_layers(model)} if quant != "none" else set()
+    layers = [] if quant == "none" else stored_layers(model, has_head=has_head)
+    stored = {name for name, _ in layers}
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         drawn = torch.empty(parameter.shape, device=device, dtype=dtype)
@@ -99,7 +103,11 @@ def make_optimizer(
 
 
 def optimizer_over(
-    trained: Mapping[str, nn.Parameter], *, is_full: bool, name: str = "adamw"
+    trained: Mapping[str, nn.Parameter],
+    *,
+    is_full: bool,
+    name: str = "adamw",
+    accumulates: bool = True,
 ) -> Optimizer:
     """AdamW as a run has it, or another, without decay and with one rate for all."""
     return Optimizer(
@@ -111,6 +119,7 @@ def optimizer_over(
         raises_rates=False,
         uses_loss_scale=False,
         optimizer=name,
+        accumulates=accumulates,
     )
 
 

@@ -66,7 +66,8 @@ class Bench:
         self.room = room_for_borders(self.device, free_memory(self.device), free_host_memory())
         self.model: RWKV = make_model(size, op, self.device, quant)
         self.optimizer: Optimizer = make_optimizer(self.model, "lora")
-        self.optimizer.keeps_gradients = is_captured
+        if is_captured:
+            self.optimizer.keep_gradients()
         self.chunks = GraphedChunks(self.device, chunk_ctx) if is_captured else None
         self.found: list[dict[str, Any]] = []
 

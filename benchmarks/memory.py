@@ -6,7 +6,8 @@ Random weights of the released shapes, ctx 1024, one row, rank 64 on the six pro
 recomputed, compiled and captured, six optimizer steps: each case in a process of its own. Allocated
 is the allocator's peak from the first step on, reserved what it holds at the end, the pools of
 graphs too; process is what the driver counts for the whole process, as nvidia-smi shows it, context
-and libraries too. `--small` also leaves the embedding on the host and keeps moments in 8 bits.
+and libraries too. `--small` also leaves the embedding on the host, keeps moments in 8 bits, and
+stores the head as the projections.
 The losses of a case that are not finite refuse it. Several cases run at a time (--jobs); then the
 driver's count is of each process where it tells that, and else left out.
 """
@@ -36,8 +37,9 @@ def measure(size: str, method: str, quant: str, *, is_small: bool, way: str) -> 
     """What one case takes, in GiB, in this process."""
     from step import Case
 
-    from rwkv_peft.device import own_stream
+    from rwkv_peft.device import own_stream, use_expandable_segments
 
+    use_expandable_segments()
     with own_stream(torch.device("cuda")):
         case = Case(size, CTX, 1, method, way, 1, quant, is_small=is_small)
         torch.cuda.empty_cache()

@@ -190,6 +190,31 @@ def own_stream(device: torch.device) -> Iterator[None]:
     before.wait_stream(stream)
 
 
+@contextmanager
+def on_default_stream(device: torch.device) -> Iterator[None]:
+    """Runs on the default stream, for packages whose kernels know no other."""
+    import torch
+
+    if not has_graphs(device):
+        yield
+        return
+    module = torch.get_device_module(device)
+    stream, before = module.default_stream(device), module.current_stream(device)
+    stream.wait_stream(before)
+    with module.stream(stream):
+        yield
+    before.wait_stream(stream)
+
+
+def use_expandable_segments() -> None:
+    """Has PyTorch lay tensors on an NVIDIA card without gaps; to be called before it finds one.
+
+    Else two matrices of 8 MiB, as 1.5B has them, take a segment of 20.
+    """
+    if any(Path(name).exists() for name in NVIDIA_FILES[:2]):
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def has_graphs(device: torch.device) -> bool:
     """Whether a device captures its kernels in graphs, as NVIDIA's and AMD's do."""
     import torch

@@ -12,6 +12,7 @@ from typing import Any
 from rwkv_peft import __version__
 from rwkv_peft.cli.environment import describe_missing
 from rwkv_peft.deferred import defer_transformers
+from rwkv_peft.device import use_expandable_segments
 from rwkv_peft.errors import LostRankError, RwkvPeftError, Stopped
 from rwkv_peft.language import choose_language, translate
 from rwkv_peft.parallel.watch import LOST_CODE
@@ -47,6 +48,7 @@ def main(args: Sequence[str] | None = None) -> int:
     signal's number, as shells do, after it has saved. 141 is that of a closed pipe (`| head -1`).
     """
     prepare_streams()
+    use_expandable_segments()
     arguments = list(sys.argv[1:] if args is None else args)
     with whole_process():
         try:

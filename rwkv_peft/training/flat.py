@@ -6,9 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-# bytes of a buffer's 16-bit numbers: a quarter of all within these bounds, as the gradients of a
-# buffer have their memory from its first one on, and a step copies it; a larger tensor has its own
-MIN_BUFFER, MAX_BUFFER = 4 * 2**20, 64 * 2**20
+# bytes of a buffer's 16-bit numbers: an eighth of all within these bounds, as a step has two
+# float32 copies of a buffer, and costs a dozen launches; a larger tensor has its own
+MIN_BUFFER, MAX_BUFFER = 4 * 2**20, 32 * 2**20
 # bytes of gradients that may wait in the model's type to be moved together; larger ones never wait
 MAX_WAITING = 16 * 2**20
 # numbers that 16 bytes hold, at whose multiples kernels may load many at once
@@ -43,8 +43,8 @@ def split(wide: Tensor, high: Tensor, low: Tensor) -> None:
 
 def pack(parameters: Collection[Tensor]) -> Iterator[list[Tensor]]:
     """Parameters of one type in their order, as many at a time as go into a buffer."""
-    quarter = sum(parameter.nbytes for parameter in parameters) // 4
-    limit = min(max(quarter, MIN_BUFFER), MAX_BUFFER)
+    share = sum(parameter.nbytes for parameter in parameters) // 8
+    limit = min(max(share, MIN_BUFFER), MAX_BUFFER)
     together: list[Tensor] = []
     num_bytes = 0
     for parameter in parameters:
@@ -62,14 +62,17 @@ class Flat:
     Master weights are float32. Of those beside a bf16 buffer only the lower 16 bits are kept, as
     the buffer has the others. float16 has another exponent, so whole float32 values lie beside it.
 
+    Gradients are summed over backwards in float32. Where a step has one backward alone there is
+    nothing to sum, and what that gives in bfloat16 is kept as it is.
+
     Attributes:
-        master: what an optimizer steps, one dimension, float32. Its values have memory within
-            `step` alone; its gradient, the sum over micro-batches, from the first backward until it
-            is cleared.
+        master: what an optimizer steps, one dimension. Its values have memory within `step` alone,
+            in float32; its gradient from the first backward until it is cleared.
+        factor: what a gradient in bfloat16 is multiplied by within `step`, None for 1.
     """
 
     @torch.no_grad()
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], *, accumulates: bool = True) -> None:
         self._places: list[tuple[torch.Size, tuple[int, ...], int]] = []
         end = 0
         for parameter in parameters:
@@ -89,9 +92,16 @@ class Flat:
             else self._param.float()
         )
         # of the shape of the values, and without their memory
-        self._no_memory = self._param.new_zeros(1, dtype=torch.float32).expand(size)
+        dtype = torch.float32 if accumulates or not self._is_bf16 else torch.bfloat16
+        self._no_memory = self._param.new_zeros(1, dtype=dtype).expand(size)
         self.master = nn.Parameter(self._no_memory)
+        self.factor: Tensor | None = None
         self._added: set[int] = set()
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether gradients are kept in bfloat16."""
+        return self.master.dtype == torch.bfloat16
 
     def hold(self, i: int, parameter: Tensor) -> None:
         """Makes tensor `i` a view of the buffer if it is not one.
@@ -115,26 +125,43 @@ class Flat:
         self._write(torch.empty_like(param, dtype=torch.float32).copy_(value), param, bits)
 
     def gradient(self, i: int) -> Tensor | None:
-        """The part of `master.grad` that is tensor `i`'s, None if no backward reached it."""
+        """The gradient of tensor `i` in float32, None if no backward reached it."""
         if self.master.grad is None or i not in self._added:
             return None
-        return self.part(self.master.grad, i)
+        return self._widen(self.part(self.master.grad, i))
+
+    def make_gradients(self) -> None:
+        """Gives gradients memory, if they have none."""
+        if self.master.grad is None:
+            self._added.clear()
+            self.master.grad = torch.zeros_like(self.master, memory_format=torch.contiguous_format)
+
+    def clear(self, *, keeps_memory: bool) -> None:
+        """Ends a step: its gradients become zeros where they lie, or have no memory."""
+        self.factor = None
+        if not keeps_memory:
+            self.master.grad = None
+        elif self.master.grad is not None:
+            self.master.grad.zero_()
+            if self.is_narrow:
+                # the one backward of a step writes; a graph of one among several must add
+                self._added.clear()
 
     @torch.no_grad()
     def add_gradients(self, gradients: Mapping[int, Tensor]) -> None:
         """Adds gradients of tensors by their numbers to `master.grad`, in a few launches."""
-        if self.master.grad is None:
-            self._added.clear()
-            self.master.grad = torch.zeros_like(self.master, memory_format=torch.contiguous_format)
+        self.make_gradients()
+        assert self.master.grad is not None
         sums = {i: self.part(self.master.grad, i) for i in gradients}
         first = gradients.keys() - self._added
         later = [i for i in gradients if i not in first]
         self._added |= first
         if first:
             torch._foreach_copy_([sums[i] for i in first], [gradients[i] for i in first])
-        if len(later) == 1:
+        if len(later) == 1 or self.is_narrow:
             # without a float32 copy, as it may be large
-            sums[later[0]].add_(gradients[later[0]])
+            for i in later:
+                sums[i].add_(gradients[i])
         elif later:
             wide = [torch.empty_like(gradients[i], dtype=torch.float32) for i in later]
             torch._foreach_copy_(wide, [gradients[i] for i in later])
@@ -143,7 +170,8 @@ class Flat:
     def row_norms(self) -> Tensor:
         """A few numbers whose norm is that of `master.grad`."""
         assert self.master.grad is not None
-        norms: Tensor = torch.linalg.vector_norm(self.master.grad.view(-1, _ROW), dim=1)
+        rows = self.master.grad.view(-1, _ROW)
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
         return norms
 
     def singles(self) -> list[nn.Parameter]:
@@ -157,8 +185,10 @@ class Flat:
         Args:
             singles: what it steps in place of `master`, as views of that.
         """
+        kept = self.master.grad
+        assert kept is not None
         self.master.data = join(self._param, self._bits) if self._is_bf16 else self._bits
-        assert self.master.grad is not None
+        self.master.grad = self._widen(kept)
         for i, single in enumerate(singles):
             single.data, single.grad = (
                 self.part(self.master.data, i),
@@ -169,6 +199,12 @@ class Flat:
             single.data, single.grad = self._no_memory[:1].expand(single.shape), None
         self._write(self.master.data, self._param, self._bits)
         self.master.data = self._no_memory
+        self.master.grad = kept
+
+    def _widen(self, gradient: Tensor) -> Tensor:
+        """A gradient in float32, times `factor`."""
+        wide = gradient.float()
+        return wide if self.factor is None else wide.mul_(self.factor)
 
     def _write(self, master: Tensor, param: Tensor, bits: Tensor) -> None:
         if self._is_bf16:

@@ -22,13 +22,13 @@ class Optimizer:
     beside the model's weights is 2 bytes a bf16 number for the lower half of its float32 value, 8
     for AdamW's moments, and 4 for its gradient from the first backward to the step. Gradients of
     micro-batches are added in float32 during backward, so that accumulation does not round, and a
-    small step is not lost in a bf16 weight. Where a buffer has a gradient, zeros are that of a
-    tensor in it that has none. An optimizer that looks at a tensor as a whole steps views of a
-    buffer, one for each tensor.
+    small step is not lost in a bf16 weight; where a step has one backward alone, a gradient has the
+    2 bytes a number that backward gives. Where a buffer has a gradient, zeros are that of a tensor
+    in it that has none. An optimizer that looks at a tensor as a whole steps views of a buffer, one
+    for each tensor.
 
     Attributes:
         uses_loss_scale: gradients are scaled against underflow, for fp16.
-        keeps_gradients: their memory stays where it is between steps, as a CUDA graph needs it.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Optimizer:
         decays_adapter: bool = False,
         clip_groups: Mapping[str, str] | None = None,
         optimizer: str = "adamw",
+        accumulates: bool = True,
     ) -> None:
         """Groups the tensors by their rates and decays.
 
@@ -53,10 +54,11 @@ class Optimizer:
             decays_adapter: let the weight decay act on matrices of the adapter too.
             clip_groups: which tensors are clipped together, by name; all, if None.
             optimizer: one of `OPTIMIZERS`.
+            accumulates: a step may have more than one backward, or add other ranks' gradients.
         """
         self._parameters = dict(trained)
         self._grad_clip, self.uses_loss_scale = grad_clip, uses_loss_scale
-        self.keeps_gradients = False
+        self._keeps_gradients, self._has_stepped = False, False
         kinds: dict[tuple[torch.dtype, str, float, bool, str], dict[Tensor, None]] = {}
         for name, parameter in trained.items():
             is_plain = name in plain
@@ -77,19 +79,26 @@ class Optimizer:
         for (dtype, clip_group, scale, decays, own), parameters in kinds.items():
             is_flat = dtype.itemsize == 2
             for together in pack(parameters) if is_flat else [list(parameters)]:
-                flat = self._flatten(together) if is_flat else None
+                flat = self._flatten(together, accumulates) if is_flat else None
                 part = _make_part(OPTIMIZERS[own], together, flat, betas, eps, scale, decays)
                 self._states |= part.states(together)
                 self._parts.append(part)
                 self._clip_groups.setdefault(clip_group, []).append(part)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=uses_loss_scale)
 
-    def _flatten(self, parameters: list[Tensor]) -> Flat:
-        flat = Flat(parameters)
+    def _flatten(self, parameters: list[Tensor], accumulates: bool) -> Flat:
+        flat = Flat(parameters, accumulates=accumulates)
         for i, parameter in enumerate(parameters):
             self._places[parameter] = flat, i
             self._waiting.send(parameter, flat, i)
         return flat
+
+    def keep_gradients(self) -> None:
+        """Has gradients lie where they are from now on, as a CUDA graph needs it."""
+        self._keeps_gradients = True
+        for part in self._parts:
+            if part.flat:
+                part.flat.make_gradients()
 
     @property
     def can_skip(self) -> bool:
@@ -184,6 +193,10 @@ class Optimizer:
             # what PyTorch's fused kernels read as the sign to leave all as it is
             part.optimizer.found_inf = None if skips is None else skips.float()  # type: ignore[attr-defined]
         if skips is not None or is_finite:
+            if not self._has_stepped and self._device.type != "cpu":
+                # or moments, which stay, would lie about in what backward has left
+                torch.accelerator.empty_cache()
+            self._has_stepped = True
             for parameter, (flat, i) in self._places.items():
                 flat.hold(i, parameter)
             for part in self._parts:
@@ -192,7 +205,10 @@ class Optimizer:
                 after(self)
         self._scaler.update()
         for part in self._parts:
-            part.holder.zero_grad(set_to_none=not self.keeps_gradients)
+            if part.flat:
+                part.flat.clear(keeps_memory=self._keeps_gradients)
+            else:
+                part.holder.zero_grad(set_to_none=not self._keeps_gradients)
 
     def state_dict(self) -> dict[str, Any]:
         """Values and moments in float32 by the names of the tensors, and the loss scale."""
@@ -217,8 +233,12 @@ class Optimizer:
         measured = [x for part in parts for x in part.measured()]
         norm: Tensor = nn.utils.get_total_norm(measured, foreach=True).to(self._device)
         if self._grad_clip:
-            tensors = [x for part in parts for x in part.tensors]
-            nn.utils.clip_grads_with_norm_(tensors, self._grad_clip, norm, foreach=True)
+            narrow = [part.flat for part in parts if part.flat and part.flat.is_narrow]
+            wide = [x for part in parts if part.flat not in narrow for x in part.tensors]
+            nn.utils.clip_grads_with_norm_(wide, self._grad_clip, norm, foreach=True)
+            factor = (self._grad_clip / (norm + 1e-6)).clamp(max=1)
+            for flat in narrow:
+                flat.factor = factor
         return norm
 
 

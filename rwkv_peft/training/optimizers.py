@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_peft.device import PLUGINS
+from rwkv_peft.device import PLUGINS, on_default_stream
 from rwkv_peft.errors import ConfigError
 
 
@@ -86,7 +86,16 @@ def _make_adafactor(
 def _make_adamw8bit(
     tensors: Sequence[Tensor], betas: tuple[float, float], eps: float
 ) -> torch.optim.Optimizer:
-    made: torch.optim.Optimizer = require_package("adamw8bit").optim.AdamW8bit(
+    adamw: Any = require_package("adamw8bit").optim.AdamW8bit
+
+    class OnDefaultStream(adamw):  # type: ignore[misc]
+        """Its kernels are launched there whatever the current stream is, and nobody waits."""
+
+        def step(self, closure: Any = None) -> None:
+            with on_default_stream(tensors[0].device):
+                super().step(closure)
+
+    made: torch.optim.Optimizer = OnDefaultStream(
         tensors, lr=0.0, betas=betas, eps=eps, weight_decay=0.0
     )
     return made

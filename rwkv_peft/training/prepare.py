@@ -96,7 +96,7 @@ def prepare_run(
     checked = _require_right(model, settings, facts)
     tell(f"making what is trained ({settings.peft})")
     target = make_target(settings, model, base, mark, names, plan.steps)
-    optimizer = make_optimizer(settings, target)
+    optimizer = make_optimizer(plan, target, accumulates=step is not None)
     optimizer.load(target.initial_values)
     target.begin(optimizer.values)
     begin_together(strategy, target, optimizer, facts.device, settings.random_seed)
@@ -262,7 +262,8 @@ def make_step(settings: Settings, facts: Facts, optimizer: Optimizer, remarks: l
 
     device, is_captured = facts.device, bool(settings.cuda_graph)
     # the gradients of a state are computed outside of the graph
-    optimizer.keeps_gradients = is_captured and settings.peft != "state"
+    if is_captured and settings.peft != "state":
+        optimizer.keep_gradients()
     is_plain = not (settings.compile or settings.cuda_graph)
     if settings.is_infctx:
         group = None if settings.bptt_chunks == "all" else settings.bptt_chunks
@@ -278,8 +279,14 @@ def make_step(settings: Settings, facts: Facts, optimizer: Optimizer, remarks: l
     return GraphedStep(device, settings.ctx_len, is_captured=is_captured, on_failure=fail)
 
 
-def make_optimizer(settings: Settings, target: TrainTarget) -> Optimizer:
-    """The optimizer of a run over what it trains."""
+def make_optimizer(plan: Plan, target: TrainTarget, *, accumulates: bool = False) -> Optimizer:
+    """The optimizer of a run over what it trains.
+
+    Args:
+        accumulates: a step may have several backwards, whatever the settings say.
+    """
+    settings = plan.settings
+    accumulates |= plan.window > 1 or settings.is_infctx or target.penalty() is not None
     return Optimizer(
         target.parameters,
         betas=(settings.beta1, settings.beta2),
@@ -291,6 +298,7 @@ def make_optimizer(settings: Settings, target: TrainTarget) -> Optimizer:
         uses_loss_scale=settings.dtype == torch.float16,
         clip_groups=target.clip_groups,
         optimizer=settings.optimizer,
+        accumulates=accumulates,
     )
 
 

@@ -9,9 +9,11 @@ import torch
 
 from rwkv_peft.checkpoint.pth import read_weights
 from rwkv_peft.config import TrainConfig
+from rwkv_peft.device import own_stream
 from rwkv_peft.training.run import train
 from rwkv_peft.training.step import StepOutput, full_step
 from tests.training.test_loop import losses
+from tests.training.test_optim import make_optimizer
 from tests.training.test_resume import assert_same, run_in_parts
 
 
@@ -175,3 +177,24 @@ def test_on_a_gpu_too_a_run_stopped_twice_ends_with_the_bits_of_one_that_never_w
     run_in_parts(config, tmp_path, 2, 5)
     assert whole.steps > 6
     assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.gpu
+def test_moments_of_8_bits_wait_for_the_stream_of_training() -> None:
+    found = []
+    for is_late in (False, True):
+        parameter = torch.nn.Parameter(torch.ones(1 << 20, device="cuda", dtype=torch.bfloat16))
+        optimizer = make_optimizer({"x": parameter}, optimizer="adamw8bit", accumulates=False)
+        factors = torch.linspace(-1, 1, 1 << 20, device="cuda", dtype=torch.bfloat16)
+        with own_stream(torch.device("cuda")):
+            for _ in range(3):
+                if is_late:
+                    # some 50 ms, so that who does not wait reads what is not yet there
+                    torch.cuda._sleep(10**8)
+                optimizer.backward((parameter * factors).float().sum())
+                optimizer.clip()
+                optimizer.step(lr=0.01)
+        torch.cuda.synchronize()
+        found.append(optimizer.values["x"])
+    assert torch.equal(*found)
+    assert (found[0] < 1).any()

@@ -116,6 +116,60 @@ def test_between_steps_a_bf16_number_takes_twelve_bytes() -> None:
         assert num * (2 + 2 + 8) <= bytes_beside(known) <= num * (2 + 2 + 8) + 100
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
+def test_one_backward_a_step_gives_the_same_bits_with_its_gradient_in_two_bytes(
+    name: str, keeps: bool
+) -> None:
+    shapes = [(16, 16), (32,), (48, 32), (64,)]
+    found = []
+    for accumulates in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        trained = {
+            f"{i}": nn.Parameter(torch.randn(shape, generator=generator).bfloat16())
+            for i, shape in enumerate(shapes)
+        }
+        # the second is clipped to a hundredth and less
+        optimizer = make_optimizer(
+            trained, grad_clip=0.5, optimizer=name, accumulates=accumulates, decays_adapter=True
+        )
+        if keeps:
+            optimizer.keep_gradients()
+        norms = []
+        for scale in (1e-3, 1.0, 3.0):
+            factors = [scale * torch.randn(shape, generator=generator) for shape in shapes]
+            # the third tensor has a gradient in the first step alone
+            reached = [i for i in range(4) if i != 2 or scale == 1e-3]
+            terms = [(trained[f"{i}"] * factors[i].bfloat16()).sum() for i in reached]
+            optimizer.backward(torch.stack(terms).sum())
+            exact = [factors[i].bfloat16().double().square().sum() for i in reached]
+            norms.append(step(optimizer, lr=0.01, weight_decay=0.1))
+            assert norms[-1] == pytest.approx(math.sqrt(sum(exact)), rel=1e-5)
+        found.append([*norms, *optimizer.values.values()])
+    for wide, narrow in zip(*found, strict=True):
+        assert torch.equal(torch.as_tensor(wide), torch.as_tensor(narrow))
+
+
+@pytest.mark.parametrize(("accumulates", "each"), [(True, 16), (False, 14)])
+def test_gradients_that_stay_take_two_bytes_where_a_step_has_one_backward(
+    accumulates: bool, each: int
+) -> None:
+    gc.collect()
+    known = {
+        x.untyped_storage().data_ptr()
+        for x in gc.get_objects()
+        if type(x) in (torch.Tensor, nn.Parameter)
+    }
+    num = 1 << 16
+    trained = {"x": nn.Parameter(torch.ones(num).bfloat16())}
+    optimizer = make_optimizer(trained, accumulates=accumulates)
+    optimizer.keep_gradients()
+    for _ in range(2):
+        optimizer.backward(trained["x"].float().sum())
+        step(optimizer, lr=0.1)
+        assert num * each <= bytes_beside(known) <= num * each + 100
+
+
 def test_a_tensor_without_a_gradient_counts_as_zero_beside_one_that_has_it() -> None:
     found = []
     for factor in (None, 0.0):
