@@ -1,23 +1,32 @@
-"""A base of which each rank keeps a part, and gathers a block whenever it works with it (FSDP2)."""
+"""A model of which each rank keeps a part, and gathers a block when it works with it (FSDP2)."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from rwkv_peft.parallel.strategy import Ddp
+from rwkv_peft.parallel.shard import Shard
+from rwkv_peft.parallel.strategy import Ddp, Signalled, lost_in_one_line
+from rwkv_peft.parallel.world import World
 
 
 class Fsdp(Ddp):
-    """Frozen blocks are shared out among ranks; what is trained is on each, as in `Ddp`.
+    """Ranks share out frozen blocks, or all blocks with what is trained of the model itself.
 
-    Every rank must go through the model as often as the others: a block is gathered by all of them
-    together, forward and backward.
+    What is trained and not shared out is on each, as in `Ddp`. Every rank must go through the model
+    as often as the others: a block is gathered by all of them together, forward and backward.
     """
 
     shares_model = True
+
+    def __init__(self, world: World, interrupt: Signalled | None = None) -> None:
+        super().__init__(world, interrupt)
+        self.shards: dict[str, Shard] = {}
+        self._shares_trained = False
 
     def shard(
         self, model: nn.Module, blocks: Iterable[nn.Module], weights: Iterable[Tensor]
@@ -27,29 +36,111 @@ class Fsdp(Ddp):
         Args:
             model: its other parts stay whole, and its method `hidden` goes through the blocks.
         """
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-        # a state that a block gives is a view, and nobody adds to one in place
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+        if self._shares_trained:
+            return
         blocks = list(blocks)
         frozen = {id(x) for x in weights if not x.requires_grad}
         inner = {id(x) for block in blocks for x in block.parameters()} & frozen
         whole = {x for x in model.parameters() if id(x) not in inner}
         # the embedding may be on the host
-        kind = next(blocks[0].parameters()).device.type
-        mesh = init_device_mesh(kind, (self.size,))
+        make = _sharding(next(blocks[0].parameters()).device, self.size)
         for block in blocks:
-            fully_shard(block, mesh=mesh, ignored_params=whole)
-        # by which the blocks know of each other, and one is gathered while another works
-        fully_shard(model, mesh=mesh, ignored_params=whole)
-        register_fsdp_forward_method(model, "hidden")
+            make(block, ignored_params=whole)
+        _finish(make, model, whole)
+
+    def shard_trained(
+        self,
+        model: nn.Module,
+        blocks: Iterable[nn.Module],
+        whole: Collection[str],
+        dtype: torch.dtype,
+        place: Callable[[Mapping[str, nn.Parameter]], None],
+    ) -> None:
+        """Keeps this rank's part of what is trained, in float32, and of what is frozen in blocks.
+
+        A block is computed in `dtype`. Its gradients are summed over ranks in float32 whenever a
+        backward has gone through it. `shards` has what is trained from now on.
+
+        Args:
+            model: the other parameters of it stay whole, and its method `hidden` goes through the
+                blocks.
+            whole: names of those that stay whole in blocks, or though they are trained.
+            place: brings parameters to the device in `dtype`, called with one block after another.
+        """
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        names = {x: name for name, x in model.named_parameters()}
+        inner = {x for block in blocks for x in block.parameters()}
+        kept = {
+            x for x, name in names.items() if name in whole or not (x.requires_grad or x in inner)
+        }
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        make: Callable[..., Any] | None = None
+        for module in (*blocks, model):
+            own = {names[x]: x for x in module.parameters() if x in names}
+            place(own)
+            if make is None:
+                make = _sharding(next(iter(own.values())).device, self.size, mp_policy=policy)
+            shared = [x for x in own.values() if x not in kept]
+            for x in shared:
+                if x.requires_grad:
+                    x.data = x.data.float()
+            if module is not model:
+                make(module, ignored_params=kept)
+            else:
+                _finish(make, model, kept)
+            for x in shared:
+                # whoever knows them yet
+                x.data = x.data.new_empty(0)
+        shared_out: list[Any] = [*blocks, model]
+        for found in shared_out:
+            # losses are divided by what all ranks have
+            found.set_gradient_divide_factor(1.0)
+            found.set_force_sum_reduction_for_comms(True)
+        self._shares_trained = True
+        self.shards = {
+            name: Shard(x)
+            for name, x in model.named_parameters()
+            if x.requires_grad and hasattr(x, "full_tensor")
+        }
+
+    @torch.no_grad()
+    def reduce(self, holders: Sequence[Tensor]) -> None:
+        """Sums the gradients over ranks of tensors that each of them has as a whole."""
+        parts = set()
+        for shard in self.shards.values():
+            shard.take_gradient()
+            parts.add(shard.own)
+        if whole := [x for x in holders if x not in parts]:
+            super().reduce(whole)
+
+    def total_norm(self, norm: Tensor) -> Tensor:
+        """The norm () of what ranks have parts of, each with this norm."""
+        squares = norm.square()
+        with lost_in_one_line():
+            self._dist.all_reduce(squares)
+        return squares.sqrt()
+
+    def make_scaler(self, kind: str, enabled: bool) -> torch.amp.GradScaler:
+        """Scales losses, by the same on all ranks."""
+        if not (enabled and self.shards):
+            return super().make_scaler(kind, enabled)
+        from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+        return ShardedGradScaler(kind)
+
+    def settle(self, model: nn.Module) -> None:
+        """Gives up what is still whole after work without a backward."""
+        found: Any = model
+        if self._shares_trained:
+            found.reshard()
 
     @contextmanager
     def whole(self, model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
-        """Has all blocks be whole on this rank, which every rank must ask for; then shares them."""
-        found: list[Any] = list(blocks)
-        self.ask("whole")
+        """Has all frozen blocks be whole on this rank, which every rank must ask for."""
+        found: list[Any] = [] if self._shares_trained else list(blocks)
+        if found:
+            self.ask("whole")
         for block in found:
             block.unshard()
         try:
@@ -57,3 +148,31 @@ class Fsdp(Ddp):
         finally:
             for block in found:
                 block.reshard()
+
+
+def _sharding(device: torch.device, size: int, **options: Any) -> Callable[..., Any]:
+    """What shares out a module over all ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    # a state that a block gives is a view, and nobody adds to one in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+    mesh = init_device_mesh(device.type, (size,))
+    return partial(fully_shard, mesh=mesh, shard_placement_fn=partial(_place, size), **options)
+
+
+def _place(size: int, parameter: nn.Parameter) -> Any:
+    """The dimension along which a tensor is cut: another than the first where that is short."""
+    from torch.distributed.tensor import Shard as Cut
+
+    dims = [d for d, n in enumerate(parameter.shape) if n % size == 0]
+    return Cut(0 if parameter.shape[0] >= size or not dims else dims[0])
+
+
+def _finish(make: Callable[..., Any], model: nn.Module, whole: Collection[nn.Parameter]) -> None:
+    """Shares out what is left of a model whose blocks are."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    # by which the blocks know of each other, and one is gathered while another works
+    make(model, ignored_params=set(whole))
+    register_fsdp_forward_method(model, "hidden")

@@ -1,6 +1,6 @@
 """What ranks share and how; one device alone shares nothing."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.device import resolve_device
 from rwkv_peft.errors import ConfigError, LostRankError
+from rwkv_peft.parallel.shard import Shard
 from rwkv_peft.parallel.watch import Watch
 from rwkv_peft.parallel.world import World, find_world
 
@@ -38,11 +39,13 @@ class Strategy:
         local_rank, local_size: on this machine.
         interrupt: what hears of signals, so that one that any rank gets is known to all.
         shares_model: each rank has a part of the model alone.
+        shards: of what is trained, that of which each rank has a part alone, by name.
     """
 
     rank, size, local_rank, local_size = 0, 1, 0, 1
     interrupt: Signalled | None = None
     shares_model = False
+    shards: Mapping[str, Shard] = {}
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Numbers of the host, summed over ranks."""
@@ -54,6 +57,14 @@ class Strategy:
 
     def reduce(self, holders: Sequence[Tensor]) -> None:
         """Sums the gradients of tensors over ranks; who has none has zeros, if another has one."""
+
+    def total_norm(self, norm: Tensor) -> Tensor:
+        """The norm () of what ranks have parts of, each with this norm."""
+        return norm
+
+    def make_scaler(self, kind: str, enabled: bool) -> torch.amp.GradScaler:
+        """Scales losses against underflow if it is enabled, on devices of a kind."""
+        return torch.amp.GradScaler(kind, enabled=enabled)
 
     def spread(self, tensors: Iterable[Tensor]) -> None:
         """Gives tensors the values that they have on rank 0."""
@@ -78,8 +89,11 @@ class Strategy:
     ) -> None:
         """Keeps this rank's part of those weights alone that are in blocks, if ranks share them."""
 
+    def settle(self, model: nn.Module) -> None:
+        """Gives up what is still whole of a model after work without a backward."""
+
     def whole(self, model: nn.Module, blocks: Iterable[nn.Module]) -> AbstractContextManager[None]:
-        """Has all blocks be whole on this rank, which every rank must ask for."""
+        """Has all frozen blocks be whole on this rank, which every rank must ask for."""
         return nullcontext()
 
 
@@ -100,7 +114,7 @@ class Ddp(Strategy):
         signals = torch.zeros(self.size, dtype=torch.float64)
         signals[self.rank] = own
         together = torch.cat((torch.tensor(values, dtype=torch.float64), signals))
-        with _lost_in_one_line():
+        with lost_in_one_line():
             self._dist.all_reduce(together)
         numbers: list[float] = together.tolist()
         heard = next((int(x) for x in numbers[len(values) :] if x), 0)
@@ -111,7 +125,7 @@ class Ddp(Strategy):
     def gather(self, x: Tensor, count: int) -> Tensor:
         """(count,) the numbers of all micro-batches, in their order, of the (n,) of this rank."""
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        with _lost_in_one_line():
+        with lost_in_one_line():
             self._dist.all_gather(parts, x)
         return torch.stack(parts, 1).flatten()[:count]
 
@@ -119,14 +133,14 @@ class Ddp(Strategy):
     def reduce(self, holders: Sequence[Tensor]) -> None:
         """Sums the gradients of tensors over ranks; who has none has zeros, if another has one."""
         has_none = torch.tensor([x.grad is None for x in holders], dtype=torch.uint8)
-        with _lost_in_one_line():
+        with lost_in_one_line():
             self._dist.all_reduce(has_none, op=self._dist.ReduceOp.MIN)
         found = [x for x, lacks in zip(holders, has_none.tolist(), strict=True) if not lacks]
         for x in found:
             if x.grad is None:
                 # the values of a flat buffer have no memory of their own
                 x.grad = torch.zeros_like(x, memory_format=torch.contiguous_format)
-        with _lost_in_one_line():
+        with lost_in_one_line():
             for together in _fill_buckets([x.grad for x in found if x.grad is not None]):
                 self._add(together)
 
@@ -144,21 +158,21 @@ class Ddp(Strategy):
     @torch.no_grad()
     def spread(self, tensors: Iterable[Tensor]) -> None:
         """Gives tensors the values that they have on rank 0."""
-        with _lost_in_one_line():
+        with lost_in_one_line():
             for x in tensors:
                 self._dist.broadcast(x, 0)
 
     def from_first(self, make: Callable[[], Any]) -> Any:
         """What rank 0 makes, on every rank."""
         box = [make() if self.rank == 0 else None]
-        with _lost_in_one_line():
+        with lost_in_one_line():
             self._dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
     def collect(self, value: Any) -> list[Any]:
         """The values of all ranks on rank 0, nothing elsewhere."""
         found: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        with _lost_in_one_line():
+        with lost_in_one_line():
             self._dist.gather_object(value, found)
         return found or []
 
@@ -267,7 +281,7 @@ def _join(config: TrainConfig, world: World) -> Watch:
 
     kind = resolve_device(config.accelerator).type
     backends = {"cpu": "gloo", kind: dist.get_default_backend_for_device(kind)}
-    with _lost_in_one_line():
+    with lost_in_one_line():
         dist.init_process_group(
             ",".join(f"{device}:{name}" for device, name in backends.items()),
             store=connect(is_first=True),
@@ -290,7 +304,8 @@ def _leave(watch: Watch, world: World) -> None:
 
 
 @contextmanager
-def _lost_in_one_line() -> Iterator[None]:
+def lost_in_one_line() -> Iterator[None]:
+    """Makes a LostRankError of what PyTorch says where another rank is gone."""
     try:
         yield
     except RuntimeError as error:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from rwkv_peft.parallel.shard import Shard
 from rwkv_peft.training.flat import Flat
 
 _T = TypeVar("_T")
@@ -27,14 +28,22 @@ class Memory:
     flat: Flat | None
     index: int
 
-    def read(self) -> dict[str, Any]:
-        """By the optimizer's names: views of tensors, and numbers."""
+    def read(self, shard: Shard | None = None) -> dict[str, Any]:
+        """By the optimizer's names: views of tensors, and numbers.
+
+        Args:
+            shard: of a tensor of which this rank has a part; what is of its shape comes whole.
+        """
         found = {k: x for k, x in self.optimizer.state[self.stepped].items() if x is not None}
+        if shard:
+            return {k: shard.gather(x) if _is_like(x) else x for k, x in found.items()}
         if self.flat is None:
             return found
         return {k: x if x.ndim == 0 else self.flat.part(x, self.index) for k, x in found.items()}
 
-    def write(self, values: Mapping[str, Any], device: torch.device) -> None:
+    def write(
+        self, values: Mapping[str, Any], device: torch.device, shard: Shard | None = None
+    ) -> None:
         """Takes up what `read` gave.
 
         Raises:
@@ -53,6 +62,8 @@ class Memory:
             if not isinstance(x, Tensor if is_tensor else (int, float)):
                 raise TypeError(f"{key} of a tensor is {str(x)[:40]!r}")
         held = state[self.stepped]
+        if shard:
+            values = {k: shard.cut(x) if _is_like(x) else x for k, x in values.items()}
         for key, x in values.items():
             if self.flat is None or x.ndim == 0:
                 held[key] = x.to(device, copy=True) if isinstance(x, Tensor) else x
@@ -68,6 +79,11 @@ class Memory:
         # of small ones bitsandbytes keeps no moments in 8 bits
         small = getattr(getattr(self.optimizer, "args", None), "min_8bit_size", 0)
         return x.ndim, x.numel() < small
+
+
+def _is_like(x: Any) -> bool:
+    """Whether it has a number for each of its tensor's, and is no count of steps."""
+    return isinstance(x, Tensor) and x.ndim > 0
 
 
 class Computed(Mapping[str, _T]):

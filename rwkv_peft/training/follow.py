@@ -2,7 +2,8 @@
 
 Rank 0 alone has a folder, a display and the functions after a step. What they need of all ranks it
 asks for by name: `state`, that of a checkpoint; `evaluate`, with the step and the epoch; `whole`,
-that the model be gathered; `go on`, with the number of a signal that ends the run.
+that the model be gathered; `value`, of a trained tensor by its name; `go on`, with the number of a
+signal that ends the run.
 """
 
 from pathlib import Path
@@ -44,9 +45,11 @@ def serve(run: Run, record: StepRecord | None = None) -> None:
             (run.stopped_by,) = values
             return
         if what == "state":
-            run.state_dict()
+            run.give_parts()
+        elif what == "value":
+            run.optimizer.values[values[0]]
         elif what == "whole":
             with run.strategy.whole(run.model, run.model.blocks):
                 pass
         elif what == "evaluate" and run.validation:
-            run.validation.evaluate(run.model, run.target, *values)
+            run.evaluate(*values)

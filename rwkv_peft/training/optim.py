@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rwkv_peft.device import PLUGINS
 from rwkv_peft.models import lr_factors
+from rwkv_peft.parallel.strategy import Strategy
 from rwkv_peft.training.by_name import Computed, Memory
 from rwkv_peft.training.flat import Flat, Gradients, pack
 from rwkv_peft.training.optimizers import OPTIMIZERS, Maker, optimizer_for
@@ -45,6 +46,7 @@ class Optimizer:
         clip_groups: Mapping[str, str] | None = None,
         optimizer: str = "adamw",
         accumulates: bool = True,
+        strategy: Strategy | None = None,
     ) -> None:
         """Groups the tensors by their rates and decays.
 
@@ -55,11 +57,16 @@ class Optimizer:
             clip_groups: which tensors are clipped together, by name; all, if None.
             optimizer: one of `OPTIMIZERS`.
             accumulates: a step may have more than one backward, or add other ranks' gradients.
+            strategy: by which ranks may each have parts of the tensors alone; they are stepped in
+                float32, and what is asked of them by name is whole, and asked by all ranks.
         """
+        self._strategy = strategy or Strategy()
+        self._shards = {name: x for name, x in self._strategy.shards.items() if name in trained}
+        trained = {n: self._shards[n].own if n in self._shards else x for n, x in trained.items()}
         self._parameters = dict(trained)
         self._grad_clip, self.uses_loss_scale = grad_clip, uses_loss_scale
         self._keeps_gradients, self._has_stepped = False, False
-        kinds: dict[tuple[torch.dtype, str, float, bool, str], dict[Tensor, None]] = {}
+        kinds: dict[tuple[torch.dtype, str, float, bool, str, bool], dict[Tensor, None]] = {}
         for name, parameter in trained.items():
             is_plain = name in plain
             is_matrix = parameter.ndim == 2 and (name.endswith(".weight") or not is_plain)
@@ -67,7 +74,8 @@ class Optimizer:
             rates = [rate for end, rate in lr_factors().items() if name.endswith(end)]
             scale = rates[0] if rates and is_plain and raises_rates else 1.0
             own = optimizer_for(optimizer, name, parameter)
-            kind = (parameter.dtype, (clip_groups or {}).get(name, ""), scale, decays, own)
+            clip_group, is_shared = (clip_groups or {}).get(name, ""), name in self._shards
+            kind = (parameter.dtype, clip_group, scale, decays, own, is_shared)
             kinds.setdefault(kind, {})[parameter] = None
         self._device = next(iter(trained.values())).device
         self._places: dict[Tensor, tuple[Flat, int]] = {}
@@ -76,15 +84,16 @@ class Optimizer:
         self._parts: list[_Part] = []
         self._clip_groups: dict[str, list[_Part]] = {}
         self._is_fused = optimizer == "adamw" and self._device.type not in ("cpu", *PLUGINS)
-        for (dtype, clip_group, scale, decays, own), parameters in kinds.items():
+        for (dtype, clip_group, scale, decays, own, is_shared), parameters in kinds.items():
             is_flat = dtype.itemsize == 2
             for together in pack(parameters) if is_flat else [list(parameters)]:
                 flat = self._flatten(together, accumulates) if is_flat else None
-                part = _make_part(OPTIMIZERS[own], together, flat, betas, eps, scale, decays)
+                options = betas, eps, scale, decays, is_shared
+                part = _make_part(OPTIMIZERS[own], together, flat, *options)
                 self._states |= part.states(together)
                 self._parts.append(part)
                 self._clip_groups.setdefault(clip_group, []).append(part)
-        self._scaler = torch.amp.GradScaler(self._device.type, enabled=uses_loss_scale)
+        self._scaler = self._strategy.make_scaler(self._device.type, uses_loss_scale)
 
     def _flatten(self, parameters: list[Tensor], accumulates: bool) -> Flat:
         flat = Flat(parameters, accumulates=accumulates)
@@ -119,7 +128,7 @@ class Optimizer:
                 flat, i = self._places[parameter]
                 flat.set(i, value)
             else:
-                parameter.copy_(value)
+                parameter.copy_(self._shards[name].cut(value) if name in self._shards else value)
 
     @property
     def values(self) -> Mapping[str, Tensor]:
@@ -132,6 +141,8 @@ class Optimizer:
         return Computed(self._parameters, self._gradient)
 
     def _value(self, name: str) -> Tensor:
+        if name in self._shards:
+            return self._shards[name].gather()
         parameter = self._parameters[name]
         if parameter not in self._places:
             return parameter
@@ -211,10 +222,19 @@ class Optimizer:
                 part.holder.zero_grad(set_to_none=not self._keeps_gradients)
 
     def state_dict(self) -> dict[str, Any]:
-        """Values and moments in float32 by the names of the tensors, and the loss scale."""
-        moments = {n: self._states[x].read() for n, x in self._parameters.items()}
-        values = {name: value.detach() for name, value in self.values.items()}
+        """Values and moments in float32 by the names of the tensors, and the loss scale.
+
+        What ranks have parts of is gathered when a name is asked for, which all of them must do.
+        """
+        moments: Mapping[str, Any] = Computed(self._parameters, self._read)
+        values: Mapping[str, Any] = self.values
+        if not self._shards:
+            moments = dict(moments)
+            values = {name: value.detach() for name, value in values.items()}
         return {"values": values, "moments": moments, "scaler": self._scaler.state_dict()}
+
+    def _read(self, name: str) -> dict[str, Any]:
+        return self._states[self._parameters[name]].read(self._shards.get(name))
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -225,13 +245,21 @@ class Optimizer:
         """
         self.load(state["values"])
         for name, moments in state["moments"].items():
-            self._states[self._parameters[name]].write(moments, self._device)
+            shard, memory = self._shards.get(name), self._states[self._parameters[name]]
+            memory.write(moments, self._device, shard)
         self._scaler.load_state_dict(state["scaler"])
 
     def _clip(self, parts: list["_Part"]) -> Tensor:
         """Clips gradients together and gives their norm before that."""
-        measured = [x for part in parts for x in part.measured()]
-        norm: Tensor = nn.utils.get_total_norm(measured, foreach=True).to(self._device)
+        norm, of_shards = (
+            nn.utils.get_total_norm(
+                [x for part in parts if part.is_shared == is_shared for x in part.measured()],
+                foreach=True,
+            ).to(self._device)
+            for is_shared in (False, True)
+        )
+        if self._shards:
+            norm = torch.hypot(norm, self._strategy.total_norm(of_shards))
         if self._grad_clip:
             narrow = [part.flat for part in parts if part.flat and part.flat.is_narrow]
             wide = [x for part in parts if part.flat not in narrow for x in part.tensors]
@@ -249,6 +277,7 @@ class _Part:
     Attributes:
         holder: an optimizer that has the gradients; another than the one that steps for views.
         singles: views of a buffer that are stepped; () if it is stepped as a whole.
+        is_shared: other ranks have other parts of its tensors.
     """
 
     optimizer: torch.optim.Optimizer
@@ -257,6 +286,7 @@ class _Part:
     singles: list[nn.Parameter]
     lr_scale: float
     decays: bool
+    is_shared: bool
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -297,9 +327,10 @@ def _make_part(
     eps: float,
     lr_scale: float,
     decays: bool,
+    is_shared: bool,
 ) -> _Part:
     singles = flat.singles() if flat and not maker.is_elementwise else []
     whole = [flat.master] if flat else parameters
     optimizer = maker.make(singles or whole, betas, eps)
     holder = torch.optim.SGD(whole, lr=0.0) if singles else optimizer
-    return _Part(optimizer, holder, flat, singles, lr_scale, decays)
+    return _Part(optimizer, holder, flat, singles, lr_scale, decays, is_shared)

@@ -5,23 +5,21 @@ from functools import partial
 from socket import gethostname
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rwkv_peft.checkpoint.adapter import saved_method
 from rwkv_peft.checkpoint.fingerprint import fingerprint
-from rwkv_peft.checkpoint.pth import infer_model_config, load_weights, read_weights
+from rwkv_peft.checkpoint.pth import infer_model_config, read_weights
 from rwkv_peft.checkpoint.records import require_sums
 from rwkv_peft.checkpoint.stored import noted_storage
-from rwkv_peft.checkpoint.stream import require_finite
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.documents import first_documents
 from rwkv_peft.data.held_out import read_held_out, split_documents
 from rwkv_peft.data.prepare import read_documents
 from rwkv_peft.data.sources import find_sources
 from rwkv_peft.data.tokenizer import Tokenizer
-from rwkv_peft.device import free_host_memory, free_memory, leave_on_host, resolve_device
+from rwkv_peft.device import free_host_memory, free_memory, resolve_device
 from rwkv_peft.errors import ConfigError
-from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.compile import compile_blocks
 from rwkv_peft.models.config import ModelConfig
@@ -29,7 +27,6 @@ from rwkv_peft.ops.dispatch import Request
 from rwkv_peft.ops.selfcheck import require_right
 from rwkv_peft.parallel.fsdp import Fsdp
 from rwkv_peft.parallel.strategy import Ddp, Strategy
-from rwkv_peft.quant import Storage
 from rwkv_peft.quant.linear import QuantisedLinear
 from rwkv_peft.training.checkpoints import copy_to_host
 from rwkv_peft.training.choose import Plan, choose
@@ -46,6 +43,7 @@ from rwkv_peft.training.folder import DEFAULT_FOLDER, Claim
 from rwkv_peft.training.graphs import GraphedStep
 from rwkv_peft.training.infctx import InfctxStep
 from rwkv_peft.training.inputs import mark_file, require_kept_inputs
+from rwkv_peft.training.load import load_base, share_trained
 from rwkv_peft.training.memory import room_for_borders
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.optimizers import require_package
@@ -91,13 +89,13 @@ def prepare_run(
         claim.try_names(settings, saved_endings(settings, names))
     torch.manual_seed(settings.random_seed)
     tell(f"loading the model, to {facts.device}")
-    model = load_base(settings, facts, base)
+    model = load_base(settings, facts, base, strategy)
     weights = list(model.parameters())
     checked = _require_right(model, settings, facts)
     tell(f"making what is trained ({settings.peft})")
     target = make_target(settings, model, base, mark, names, plan.steps)
-    optimizer = make_optimizer(plan, target, accumulates=step is not None)
-    optimizer.load(target.initial_values)
+    share_trained(settings, facts, base, strategy, model, target)
+    optimizer = make_optimizer(plan, target, strategy, accumulates=step is not None)
     target.begin(optimizer.values)
     begin_together(strategy, target, optimizer, facts.device, settings.random_seed)
     lines = list(_describe(plan, facts.model_config, model, checked, _count(base), target))
@@ -155,7 +153,7 @@ def begin_together(
     if strategy.size == 1:
         return
     # drawn, or made by a decomposition that another device rounds otherwise
-    made = {n: x.clone() for n, x in optimizer.values.items() if n not in target.plain}
+    made = {n: optimizer.values[n].clone() for n in optimizer.values if n not in target.plain}
     strategy.spread(made.values())
     optimizer.load(made)
     state = strategy.from_first(lambda: copy_to_host(target.state_dict(), device))
@@ -213,27 +211,6 @@ def find_facts(
     )
 
 
-def load_base(settings: Settings, facts: Facts, base: Mapping[str, Tensor]) -> RWKV:
-    """The model of a run, frozen on its device."""
-    torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
-    device, dtype = facts.device, settings.dtype
-    model = build(facts.model_config, op=settings.op, device=device, dtype=dtype)
-    storage = None
-    if settings.quant != "none":
-        storage = Storage(settings.quant, dtype, bool(settings.quant_head))
-    load_weights(model, base, device=device, dtype=dtype, storage=storage)
-    # on the device, where it is one more reading of the weights and one wait
-    looked_at: dict[str, Tensor] = dict(model.named_parameters())
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantisedLinear):
-            looked_at[f"{name}.weight"] = layer.largest
-    require_finite(looked_at, settings.load_model, base)
-    if settings.emb_cpu:
-        model.emb.weight = nn.Parameter(leave_on_host(model.emb.weight.data, device), False)
-    model.grad_cp = bool(settings.grad_cp)
-    return model
-
-
 def _require_right(model: RWKV, settings: Settings, facts: Facts) -> str | None:
     return require_right(
         model.op,
@@ -279,15 +256,17 @@ def make_step(settings: Settings, facts: Facts, optimizer: Optimizer, remarks: l
     return GraphedStep(device, settings.ctx_len, is_captured=is_captured, on_failure=fail)
 
 
-def make_optimizer(plan: Plan, target: TrainTarget, *, accumulates: bool = False) -> Optimizer:
-    """The optimizer of a run over what it trains.
+def make_optimizer(
+    plan: Plan, target: TrainTarget, strategy: Strategy, *, accumulates: bool = False
+) -> Optimizer:
+    """The optimizer of a run over what it trains, with the values that this begins with.
 
     Args:
         accumulates: a step may have several backwards, whatever the settings say.
     """
     settings = plan.settings
     accumulates |= plan.window > 1 or settings.is_infctx or target.penalty() is not None
-    return Optimizer(
+    optimizer = Optimizer(
         target.parameters,
         betas=(settings.beta1, settings.beta2),
         eps=settings.adam_eps,
@@ -299,7 +278,10 @@ def make_optimizer(plan: Plan, target: TrainTarget, *, accumulates: bool = False
         clip_groups=target.clip_groups,
         optimizer=settings.optimizer,
         accumulates=accumulates,
+        strategy=strategy,
     )
+    optimizer.load(target.initial_values)
+    return optimizer
 
 
 def _describe(

@@ -225,7 +225,7 @@ class Recorder:
     def _save(self, run: Run, name: str) -> str:
         """Saves, or begins to, and says which; at the end of a run nothing goes on meanwhile."""
         self._collect(run, waits=True)
-        stem, values = self._folder.path / name, run.optimizer.values
+        stem, values = self._folder.path / name, run.values
         loss, step = run.progress.loss, run.progress.step
         with run.strategy.whole(run.model, run.model.blocks):
             ends = run.is_done or run.stopped_by

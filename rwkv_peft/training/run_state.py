@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.parallel.strategy import Strategy
+from rwkv_peft.training.by_name import Computed
 from rwkv_peft.training.choose import Plan
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.progress import Progress, RandomGenerators
@@ -16,7 +18,7 @@ from rwkv_peft.training.saved import Saved
 from rwkv_peft.training.settings import Settings
 from rwkv_peft.training.step import Step
 from rwkv_peft.training.target import TrainTarget
-from rwkv_peft.training.validation import Validation
+from rwkv_peft.training.validation import Evaluation, Sample, Validation
 
 
 @dataclass(slots=True)
@@ -71,11 +73,29 @@ class Run:
         """Epochs that are complete."""
         return self.progress.position // self.plan.micro_batches
 
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """Of what is trained, in float32, by name, for rank 0, which asks the others for parts."""
+        return Computed(list(self.optimizer.values), self._value)
+
+    def _value(self, name: str) -> Tensor:
+        if name in self.strategy.shards:
+            self.strategy.ask("value", name)
+        return self.optimizer.values[name]
+
+    def evaluate(self, step: int, epoch: int) -> tuple[Evaluation | None, list[Sample]]:
+        """Evaluates the model as it is after so many steps; of several ranks all are asked."""
+        assert self.validation is not None
+        found = self.validation.evaluate(self.model, self.target, step, epoch)
+        self.strategy.settle(self.model)
+        return found
+
     def state_dict(self) -> dict[str, Any]:
         """All that must be kept to go on as if the run had never stopped.
 
         The learning rate follows from the step, and the order of the data from the seed. Of several
-        ranks all are asked for it, and rank 0 has it.
+        ranks all are asked for it, and rank 0 has it; what they have parts of, they give when its
+        names are gone through, see `give_parts`.
         """
         random = self.strategy.collect(RandomGenerators(self.device).state_dict())
         return {
@@ -85,6 +105,14 @@ class Run:
             "random": random[0] if len(random) == 1 else random,
             "validation": self.validation.state_dict() if self.validation else {},
         }
+
+    def give_parts(self) -> None:
+        """Takes part in the `state_dict` of rank 0."""
+        optimizer = self.state_dict()["optimizer"]
+        if self.strategy.shards:
+            for found in (optimizer["values"], optimizer["moments"]):
+                for name in found:
+                    found[name]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up what `state_dict` of a run with the same settings gave."""

@@ -7,6 +7,7 @@ from rwkv_peft.device import dtype_of
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.parallel.strategy import require_strategy
 from rwkv_peft.training.memory import weigh_base
+from rwkv_peft.training.optimizers import OPTIMIZERS
 from rwkv_peft.training.settings import Facts
 
 # of what is free on a device, that a base may take and leave room to train
@@ -37,8 +38,6 @@ def require_shareable(values: Mapping[str, Any], count: int, *, is_infctx: bool)
     if values["strategy"] != "fsdp":
         return
     refused = {
-        "--peft none": values["peft"] == "none",
-        "--train_parts": values["train_parts"],
         "--train_type infctx and --bptt_chunks": is_infctx,
         "--val_prompts": values["val_prompts"],
         "--compile 1": values["compile"] == 1,
@@ -46,6 +45,13 @@ def require_shareable(values: Mapping[str, Any], count: int, *, is_infctx: bool)
     }
     if found := [name for name, is_asked in refused.items() if is_asked]:
         raise ConfigError(
-            f"--strategy fsdp shares the frozen blocks of whole rows, and not with {found[0]} so "
-            "far: use --strategy ddp, or leave that out"
+            f"--strategy fsdp shares blocks in whole rows, and not with {found[0]} so far: use "
+            "--strategy ddp, or leave that out"
+        )
+    alone = [name for name, maker in OPTIMIZERS.items() if maker.is_elementwise]
+    if values["peft"] == "none" and values["optimizer"] not in alone:
+        raise ConfigError(
+            f"--strategy fsdp gives each device a part of every weight, and --optimizer "
+            f"{values['optimizer']} looks at a weight as a whole: use {' or '.join(alone)}, or "
+            "--strategy ddp"
         )

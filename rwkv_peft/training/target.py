@@ -20,6 +20,7 @@ from rwkv_peft.checkpoint.stream import Spec, write_tensors
 from rwkv_peft.checkpoint.trial import try_cycle
 from rwkv_peft.data.batching import Batch
 from rwkv_peft.device import free_host_memory
+from rwkv_peft.errors import CheckpointError
 from rwkv_peft.methods import residual
 from rwkv_peft.methods.adalora import AdaLora
 from rwkv_peft.methods.attach import Attachment, attach
@@ -303,6 +304,11 @@ class Weights:
 
         def tensor(name: str) -> Tensor:
             held = next(x for x in (values, base.states, frozen) if name in x)[name]
+            if hasattr(held, "full_tensor"):
+                raise CheckpointError(
+                    f"{change} while the run went on, and ranks have parts of {name}, which is not "
+                    "trained: put the file back as it was"
+                )
             return held.to(base.specs[name].dtype)
 
         write_tensors(path, base.specs, tensor)

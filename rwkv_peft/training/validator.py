@@ -31,7 +31,7 @@ class Validator:
             return
         epoch = run.settings.epoch_begin + max(0, progress.position - 1) // micro_batches
         run.strategy.ask("evaluate", progress.step, epoch)
-        found, samples = validation.evaluate(run.model, run.target, progress.step, epoch)
+        found, samples = run.evaluate(progress.step, epoch)
         if progress.step and run.is_done:
             # no step will be the first that writes
             self._folder.begin()
@@ -44,7 +44,7 @@ class Validator:
             whole = run.strategy.whole(run.model, run.model.blocks)
             with undisturbed(run.model), whole:
                 # merged once, at the end: a model may be large
-                run.target.save(self._folder.path / BEST, run.optimizer.values, merges=False)
+                run.target.save(self._folder.path / BEST, run.values, merges=False)
         if validation.is_enough:
             patience = run.settings.early_stopping_patience
             self._say(f"stopped early: {patience} evaluations in a row were no better")

@@ -14,6 +14,7 @@ VALUES: dict[str, Any] = {
     "precision": "bf16",
     "quant": "none",
     "train_parts": [],
+    "optimizer": "adamw",
     "val_prompts": "",
     "compile": "auto",
     "cuda_graph": "auto",
@@ -37,10 +38,14 @@ def test_a_base_that_leaves_no_room_on_a_device_is_shared(
 @pytest.mark.parametrize(
     ("changes", "is_infctx", "named"),
     [
-        ({"peft": "none"}, False, "--peft none"),
-        ({"train_parts": ["emb"]}, False, "--train_parts"),
         ({}, True, "infctx"),
         ({"val_prompts": "prompts.txt"}, False, "--val_prompts"),
+        (
+            {"peft": "none", "optimizer": "muon"},
+            False,
+            "--optimizer muon .* use adamw or sgd or lion",
+        ),
+        ({"peft": "none", "optimizer": "adamw8bit"}, False, "--optimizer adamw8bit"),
         ({"compile": 1}, False, "--compile 1"),
         ({"strategy": "deepspeed_stage_2"}, False, "deepspeed_stage_2 is not built yet"),
     ],
@@ -50,4 +55,5 @@ def test_what_a_strategy_cannot_share_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match=named):
         require_shareable({**VALUES, **changes}, 2, is_infctx=is_infctx)
-    require_shareable(VALUES, 2, is_infctx=False)
+    for served in ({}, {"peft": "none"}, {"train_parts": ["emb"]}, {"optimizer": "muon"}):
+        require_shareable({**VALUES, **served}, 2, is_infctx=False)

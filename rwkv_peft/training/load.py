@@ -1,0 +1,82 @@
+"""The model of a run, from its file to its device, or to the devices that share it."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_peft.checkpoint.pth import load_weights
+from rwkv_peft.checkpoint.stream import require_finite
+from rwkv_peft.device import leave_on_host
+from rwkv_peft.models import build
+from rwkv_peft.models.base import RWKV
+from rwkv_peft.parallel.fsdp import Fsdp
+from rwkv_peft.parallel.strategy import Strategy
+from rwkv_peft.quant import Storage
+from rwkv_peft.quant.linear import QuantisedLinear
+from rwkv_peft.state import RWKVState
+from rwkv_peft.training.settings import Facts, Settings
+from rwkv_peft.training.target import TrainTarget, Weights
+
+
+def load_base(
+    settings: Settings, facts: Facts, base: Mapping[str, Tensor], strategy: Strategy
+) -> RWKV:
+    """The model of a run, frozen on its device.
+
+    If ranks are going to have parts of what is trained, its weights are as they are in the file, in
+    no memory yet, and `share_trained` brings them to the devices.
+    """
+    torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
+    device, dtype = facts.device, settings.dtype
+    model = build(facts.model_config, op=settings.op, device=device, dtype=dtype)
+    model.grad_cp = bool(settings.grad_cp)
+    if _shares_trained(settings, strategy):
+        load_weights(model, base, dtype=None)
+        if model.initial_state is not None:
+            model.initial_state = RWKVState(*(x.to(device) for x in model.initial_state))
+    else:
+        storage = None
+        if settings.quant != "none":
+            storage = Storage(settings.quant, dtype, bool(settings.quant_head))
+        load_weights(model, base, device=device, dtype=dtype, storage=storage)
+        # on the device, where it is one more reading of the weights and one wait
+        looked_at: dict[str, Tensor] = dict(model.named_parameters())
+        for name, layer in model.named_modules():
+            if isinstance(layer, QuantisedLinear):
+                looked_at[f"{name}.weight"] = layer.largest
+        require_finite(looked_at, settings.load_model, base)
+    if settings.emb_cpu:
+        value = model.emb.weight.data.to(dtype)
+        model.emb.weight = nn.Parameter(leave_on_host(value, device), False)
+    return model
+
+
+def share_trained(
+    settings: Settings,
+    facts: Facts,
+    base: Mapping[str, Tensor],
+    strategy: Strategy,
+    model: RWKV,
+    target: TrainTarget,
+) -> None:
+    """Gives each rank its part of what is trained, block by block, if its strategy shares that."""
+    if not _shares_trained(settings, strategy):
+        return
+    assert isinstance(strategy, Fsdp) and isinstance(target, Weights)
+
+    def place(parameters: Mapping[str, nn.Parameter]) -> None:
+        for x in parameters.values():
+            x.data = x.data.to(facts.device, settings.dtype).contiguous()
+        require_finite(parameters, settings.load_model, base)
+
+    # a backward in which the head alone has a gradient goes through no block
+    is_head_alone = all(name.startswith("head.") for name in target.parameters)
+    whole = {*model.version.unread, *(target.parameters if is_head_alone else ())}
+    strategy.shard_trained(model, model.blocks, whole, settings.dtype, place)
+    named = dict(model.named_parameters())
+    target.parameters.update({name: named[name] for name in target.parameters})
+
+
+def _shares_trained(settings: Settings, strategy: Strategy) -> bool:
+    return strategy.shares_model and settings.peft == "none"
