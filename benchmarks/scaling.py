@@ -2,11 +2,14 @@
 
     python benchmarks/scaling.py [--sizes 1.5b] [--methods lora full] [--ways ddp fsdp]
         [--devices 2] [--ctx_len 4096] [--quant none nf4]
+    python benchmarks/scaling.py --methods full --ways ddp fsdp
+    python benchmarks/scaling.py --sizes bundled --methods full --ctx_len 64   # without a GPU
 
 Random bf16 weights of the released shapes, random bytes as text, rows packed. Each way trains the
 same steps with the same global batch as one device does. Losses are compared with those of one
 device: where they differ by more than rounding to bf16 explains, no speed is given. Tokens a second
-are the median of the steps after the first four; memory is the most that rank 0 had allocated.
+are the median of the steps after the first four; memory is the most that rank 0 had allocated. What
+a run saved is compared too: how far its tensors are from those of one device, of their norm.
 """
 
 import argparse
@@ -31,6 +34,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"peft": "none"},
     "state": {"peft": "state"},
 }
+
+
+def find_device() -> torch.device:
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def take_rank(rank: int, count: int, port: int, options: dict[str, Any]) -> None:
@@ -66,11 +73,13 @@ def run(count: int, options: dict[str, Any]) -> list[dict[str, Any]] | None:
 def make_files(folder: Path, size: str, rows: int, ctx_len: int) -> dict[str, Any]:
     from rwkv_peft.checkpoint.pth import write_weights
 
-    model = make_model(size, "auto", torch.device("cuda"))
-    weights = {name: x.detach().cpu() for name, x in model.named_parameters()}
+    device = find_device()
+    model = make_model(size, "auto", device)
+    weights = {name: x.detach().cpu().bfloat16() for name, x in model.named_parameters()}
     write_weights(folder / f"{size}.pth", weights)
     del model, weights
-    torch.cuda.empty_cache()
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghij", k=6)) for _ in range(5000)]
     texts = [" ".join(draw.choices(words, k=ctx_len // 4)) for _ in range(rows * 2)]
@@ -87,9 +96,34 @@ def make_files(folder: Path, size: str, rows: int, ctx_len: int) -> dict[str, An
     }
 
 
-def line_of(name: str, records: list[dict[str, Any]] | None, alone: list[dict[str, Any]]) -> str:
+def compare_files(folder: Path, other: Path) -> float:
+    """How far what a run saved is from what another did: the norm of the difference, of its own."""
+    from safetensors.torch import load_file
+
+    from rwkv_peft.checkpoint.pth import read_weights
+
+    def read(folder: Path) -> dict[str, torch.Tensor]:
+        adapter = folder / "rwkv-0-adapter" / "adapter_model.safetensors"
+        return load_file(adapter) if adapter.exists() else dict(read_weights(folder / "rwkv-0.pth"))
+
+    found, wanted = read(folder), read(other)
+    assert found.keys() == wanted.keys()
+    total = off = 0.0
+    for name, x in wanted.items():
+        total += float(x.float().square().sum(dtype=torch.float64))
+        off += float((found[name].float() - x.float()).square().sum(dtype=torch.float64))
+    return float((off / total) ** 0.5)
+
+
+def line_of(
+    name: str,
+    records: list[dict[str, Any]] | None,
+    alone: list[dict[str, Any]],
+    folder: Path,
+    other: Path,
+) -> str:
     if records is None:
-        return f"| {name} | failed | | | |"
+        return f"| {name} | failed | | | | |"
     pairs = zip(records, alone, strict=True)
     off = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in pairs)
     speeds = [
@@ -97,10 +131,11 @@ def line_of(name: str, records: list[dict[str, Any]] | None, alone: list[dict[st
         for found in (records, alone)
     ]
     if off > TOLERANCE:
-        return f"| {name} | losses differ by {off:.1e} | | | |"
+        return f"| {name} | losses differ by {off:.1e} | | | | |"
     memory = records[-1]["peak_memory"] / 2**30
     scale = speeds[0] / speeds[1]
-    return f"| {name} | {off:.1e} | {speeds[0]:,.0f} | {scale:.2f} | {memory:.1f} |"
+    files = compare_files(folder, other)
+    return f"| {name} | {off:.1e} | {files:.1e} | {speeds[0]:,.0f} | {scale:.2f} | {memory:.1f} |"
 
 
 def main() -> None:
@@ -109,7 +144,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["lora"], choices=list(METHODS))
     parser.add_argument("--ways", nargs="+", default=["ddp", "fsdp"])
     parser.add_argument("--quant", nargs="+", default=["none"])
-    parser.add_argument("--devices", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--devices", type=int, default=torch.accelerator.device_count() or 2)
     parser.add_argument("--ctx_len", type=int, default=4096)
     parser.add_argument("--micro_bsz", type=int, default=2)
     parser.add_argument("--output", type=Path)
@@ -118,8 +153,8 @@ def main() -> None:
         f"{device_name()}, torch {torch.__version__}, ctx_len {args.ctx_len}, "
         f"{args.micro_bsz} rows a micro-batch, {args.devices} micro-batches a step",
         "",
-        "| run | losses off by | tokens/s | times one | GiB of rank 0 |",
-        "|---|---|---|---|---|",
+        "| run | losses off by | files off by | tokens/s | times one | GiB of rank 0 |",
+        "|---|---|---|---|---|---|",
     ]
     rows = STEPS * args.devices * args.micro_bsz
     with tempfile.TemporaryDirectory() as name:
@@ -132,15 +167,17 @@ def main() -> None:
                     what = f"{size} {method} {quant}"
                     options = {**base, **METHODS[method], "quant": quant}
                     folder = f"{name}/{size}-{method}-{quant}"
-                    own = {"accumulate_grad_batches": args.devices, "proj_dir": f"{folder}-1"}
+                    first = Path(f"{folder}-1")
+                    own = {"accumulate_grad_batches": args.devices, "proj_dir": str(first)}
                     alone = run(1, options | own)
                     assert alone is not None
-                    lines.append(line_of(f"{what}, one", alone, alone))
+                    lines.append(line_of(f"{what}, one", alone, alone, first, first))
                     print(lines[-1], flush=True)
                     for way in args.ways:
                         shared = {"strategy": way, "proj_dir": f"{folder}-{way}"}
                         found = run(args.devices, options | shared)
-                        lines.append(line_of(f"{what}, {way}", found, alone))
+                        where = Path(shared["proj_dir"])
+                        lines.append(line_of(f"{what}, {way}", found, alone, where, first))
                         print(lines[-1], flush=True)
     report(lines, args.output)
 

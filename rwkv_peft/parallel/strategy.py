@@ -225,7 +225,9 @@ def take_part(config: TrainConfig) -> Iterator[Strategy]:
     watch = _join(config, world)
     is_whole = False
     try:
-        yield Ddp(world)
+        # blocks may be gathered in the middle of a step
+        with lost_in_one_line(works_too=True):
+            yield Ddp(world)
         is_whole = True
     finally:
         with suppress(RuntimeError):
@@ -304,15 +306,28 @@ def _leave(watch: Watch, world: World) -> None:
 
 
 @contextmanager
-def lost_in_one_line() -> Iterator[None]:
-    """Makes a LostRankError of what PyTorch says where another rank is gone."""
+def lost_in_one_line(*, works_too: bool = False) -> Iterator[None]:
+    """Makes a LostRankError of what PyTorch says where another rank is gone.
+
+    Args:
+        works_too: more goes on than what ranks do together, and may fail by itself.
+    """
     try:
         yield
     except RuntimeError as error:
+        if works_too and not _is_of_ranks(error):
+            raise
         raise LostRankError(
             "the run has lost a rank, and ends; --resume auto goes on from its last checkpoint "
             f"({str(error).strip().splitlines()[0][:200]})"
         ) from error
+
+
+def _is_of_ranks(error: RuntimeError) -> bool:
+    import torch.distributed
+
+    dist: Any = torch.distributed
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _fill_buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:

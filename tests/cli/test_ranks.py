@@ -68,15 +68,25 @@ def find_rank(parent: int, rank: int) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        # a rank is lost while others wait for its part of a block
+        pytest.param(
+            ["--strategy", "fsdp", "--peft", "none", "--dataload", "pad"], marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_a_rank_that_is_killed_ends_all_with_one_message_and_a_whole_checkpoint(
-    command: list[str], tmp_path: Path
+    command: list[str], flags: list[str], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "out"
+    folder, command = tmp_path / "out", [*command, *flags]
     with started(command, folder) as run:
         other = find_rank(run.pid, 0)
         os.kill(find_rank(run.pid, 1), signal.SIGKILL)
         _, told = run.communicate(timeout=60)
-    assert run.returncode == 2
+    assert run.returncode == 2, told
     errors = [line for line in told.splitlines() if "error" in line or "Traceback" in line]
     assert len(errors) == 1 and "rank 1 of 2" in errors[0] and "SIGKILL" in errors[0]
     assert "--resume auto" in errors[0]

@@ -18,9 +18,11 @@ from rwkv_peft.checkpoint.tree import read_tree
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.models.initial import initial_weights
 from rwkv_peft.training.run import train
-from tests.conftest import make_model_config
+from tests.conftest import make_model_config, older_weights
 
 SIZES = {"n_layer": 2, "n_embd": 64, "dim_att": 64, "dim_ffn": 128}
+# versions before the seventh, with the ranks of their low-rank maps
+OLDER: dict[str, dict[str, int]] = {"x060": {"maa": 16, "decay": 32}, "x052": {}}
 RANKS = 2
 # micro-batches of each step on one process, which two ranks have as half of them each
 WINDOW = 4
@@ -50,7 +52,28 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "fsdp_state": {"peft": "state", "lr_init": 1.0, "strategy": "fsdp", "epoch_count": 1},
     "fsdp_full": {"peft": "none", "strategy": "fsdp", "val_split": 0.2},
-    "fsdp_bf16": {"peft": "none", "strategy": "fsdp", "precision": "bf16", "epoch_count": 1},
+    "fsdp_bf16": {
+        "peft": "none",
+        "strategy": "fsdp",
+        "precision": "bf16",
+        "grad_cp": 1,
+        "epoch_count": 1,
+    },
+    "fsdp_fp16": {"peft": "none", "strategy": "fsdp", "precision": "fp16", "epoch_count": 1},
+    "fsdp_lion": {"peft": "none", "strategy": "fsdp", "optimizer": "lion", "epoch_count": 1},
+    # some of it frozen, in blocks and outside
+    "fsdp_parts": {"peft": "none", "strategy": "fsdp", "train_parts": ["emb", "time"]},
+    # a backward that goes through no block
+    "fsdp_head": {"peft": "none", "strategy": "fsdp", "train_parts": ["head"], "epoch_count": 1},
+    "fsdp_lora_parts": {
+        "peft": "lora",
+        "peft_config": {"r": 4},
+        "strategy": "fsdp",
+        "train_parts": ["emb", "ln"],
+        "epoch_count": 1,
+    },
+    "fsdp_v6": {"peft": "none", "strategy": "fsdp", "load_model": "x060.pth"},
+    "fsdp_v5": {"peft": "none", "strategy": "fsdp", "load_model": "x052.pth"},
     "infctx": {
         "peft": "lora",
         "peft_config": {"r": 4},
@@ -66,6 +89,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 FAST = ("lora", "dropout", "full", "state", "fsdp", "fsdp_full")
 # those that are taken up again after their third step
 RESUMED = ("lora", "dropout", "fsdp", "fsdp_full")
+# and that on one process too
+ALONE = {"lora", "fsdp_full"}
 
 
 class Runs(NamedTuple):
@@ -93,6 +118,10 @@ def make_files(folder: Path) -> TrainConfig:
         for name, x in initial_weights(model_config, 0).items()
     }
     write_weights(folder / "base.pth", weights)
+    for version, ranks in OLDER.items():
+        older = make_model_config(**SIZES, version=version, ranks=ranks)
+        found = older_weights(older, generator)
+        write_weights(folder / f"{version}.pth", {name: x.bfloat16() for name, x in found.items()})
     rows = [
         {"text": f"row {i}: " + "words and " * (1 + i % 5), "state": "xyz"[i % 3]}
         for i in range(25)
@@ -151,6 +180,8 @@ def take_runs(folder: Path, names: Sequence[str], resumed: Sequence[str] = ()) -
     base = make_files(folder)
     found = Runs(folder / "alone", folder / "together")
     changed = {name: replace(base, **CHANGES[name]) for name in names}
+    for name, config in changed.items():
+        changed[name] = replace(config, load_model=str(folder / config.load_model))
     for name in {"state", "fsdp_state"} & changed.keys():
         changed[name] = replace(changed[name], data_file=str(folder / "data.jsonl"))
     half = {"accumulate_grad_batches": WINDOW // RANKS, "devices": RANKS}
@@ -172,9 +203,9 @@ def take_runs(folder: Path, names: Sequence[str], resumed: Sequence[str] = ()) -
     for name, config in changed.items():
         proj_dir = str(found.alone / name)
         train(replace(config, proj_dir=proj_dir, accumulate_grad_batches=WINDOW))
-    if "lora" in again:
-        alone = {"proj_dir": str(found.resumed_alone / "lora"), "devices": 1}
-        train(replace(again["lora"], **alone, resume_changes=["devices"]))
+    for name in ALONE & again.keys():
+        alone = {"proj_dir": str(found.resumed_alone / name), "devices": 1}
+        train(replace(again[name], **alone, resume_changes=["devices"]))
     torch.set_num_threads(threads)
     return found
 
@@ -255,8 +286,9 @@ def assert_equal(name: str, runs: Runs) -> None:
         assert distance(found[key], x) <= max(tolerance, 2**-8 * (x.dtype == torch.bfloat16)), key
 
 
-def test_ranks_share_the_documents_of_an_evaluation(runs: Runs) -> None:
-    alone, together = (read_lines(x / "lora" / "val_data.jsonl") for x in runs)
+@pytest.mark.parametrize("name", ["lora", "fsdp_full"])
+def test_ranks_share_the_documents_of_an_evaluation(name: str, runs: Runs) -> None:
+    alone, together = (read_lines(x / name / "val_data.jsonl") for x in runs)
     assert len(alone) == len(together) >= 3
     for one, two in zip(alone, together, strict=True):
         assert (one["step"], one["tokens"], one["is_best"]) == (
@@ -276,15 +308,17 @@ def test_a_run_that_is_resumed_on_as_many_ranks_ends_with_the_same_bits(
     assert all(torch.equal(found[key], x) for key, x in wanted.items())
 
 
+@pytest.mark.parametrize("name", sorted(ALONE))
 def test_a_run_goes_on_on_another_number_of_ranks_with_the_same_rows_in_each_step(
+    name: str,
     runs: Runs,
 ) -> None:
     wanted, found = (
-        read_lines(x / "lora" / "loss_data.jsonl") for x in (runs.together, runs.resumed_alone)
+        read_lines(x / name / "loss_data.jsonl") for x in (runs.together, runs.resumed_alone)
     )
     assert [x["tokens"] for x in found] == [x["tokens"] for x in wanted]
-    values = learned(runs.resumed_alone / "lora")
-    for key, x in learned(runs.together / "lora").items():
+    values = learned(runs.resumed_alone / name)
+    for key, x in learned(runs.together / name).items():
         assert distance(values[key], x) <= TOLERANCE, key
 
 
