@@ -69,6 +69,21 @@ class Batch(NamedTuple):
         weights = None if self.weights is None else torch.zeros_like(self.weights)
         return self._replace(targets=targets, weights=weights, lines=[], num_tokens=0)
 
+    def lengthened(self, width: int) -> "Batch":
+        """One with rows of at least so many positions, by padding that trains nothing."""
+        rows, own = self.tokens.shape
+        more = max(0, width - own)
+        weights, ids = self.weights, self.segment_ids
+        return self._replace(
+            tokens=torch.cat((self.tokens, self.tokens.new_zeros(rows, more)), 1),
+            targets=torch.cat((self.targets, self.targets.new_full((rows, more), IGNORE)), 1),
+            weights=None
+            if weights is None
+            else torch.cat((weights, weights.new_zeros(rows, more)), 1),
+            # no further document begins
+            segment_ids=None if ids is None else torch.cat((ids, ids[:, -1:].expand(-1, more)), 1),
+        )
+
 
 class Batches:
     """All micro-batches of a run: `batches[position]` is the one after `position` others.

@@ -8,7 +8,7 @@ from rwkv_peft.data.templates import Headings
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import DataError
 from rwkv_peft.generation.sampling import Sampler, Sampling
-from rwkv_peft.generation.token import TokenStep
+from rwkv_peft.generation.token import TokenStep, is_shared
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.state import RWKVState
 
@@ -29,10 +29,15 @@ class Session:
         self.state: RWKVState | None = None
         self._logits: torch.Tensor | None = None
         self._step = TokenStep(model)
+        # blocks that are gathered keep their memory, and may be trained later
+        self._mode = torch.no_grad if is_shared(model) else torch.inference_mode
 
-    @torch.inference_mode()
     def read(self, tokens: Sequence[int]) -> None:
         """Moves the state over given tokens."""
+        with self._mode():
+            self._read(tokens)
+
+    def _read(self, tokens: Sequence[int]) -> None:
         if len(tokens) == 1 and self.state is not None and self._step.is_used:
             self._logits, self.state = self._step(tokens[0], self.state)
             return

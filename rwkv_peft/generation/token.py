@@ -14,16 +14,21 @@ from rwkv_peft.state import RWKVState
 UNCAPTURED = 2
 
 
+def is_shared(model: RWKV) -> bool:
+    """Whether several processes have parts of a model (FSDP2), and gather blocks to work."""
+    return hasattr(model, "unshard")
+
+
 class TokenStep:
     """Reads tokens one by one: the state, and the logits of the next token, lie in its own memory.
 
     Attributes:
-        is_used: whether to use it at all: where the device has graphs.
+        is_used: whether to use it at all: where the device has graphs, and blocks are not gathered.
     """
 
     def __init__(self, model: RWKV) -> None:
         self._model, self._device = model, model.emb.weight.device
-        self.is_used = has_graphs(self._device)
+        self.is_used = has_graphs(self._device) and not is_shared(model)
         self._seen = 0
         self._graph: Any = None
         self._token = torch.zeros(1, 1, dtype=torch.int64, device=self._device)

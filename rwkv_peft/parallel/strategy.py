@@ -77,6 +77,10 @@ class Strategy:
         """The values of all ranks on rank 0, anything elsewhere."""
         return [value]
 
+    def exchange(self, value: Any) -> list[Any]:
+        """The values of all ranks, on each of them."""
+        return [value]
+
     def in_turn(self, make: Callable[[], Any]) -> Any:
         """What each rank makes, the first of a machine before the others, for which it may help."""
         return make()
@@ -175,6 +179,13 @@ class Ddp(Strategy):
         with lost_in_one_line():
             self._dist.gather_object(value, found)
         return found or []
+
+    def exchange(self, value: Any) -> list[Any]:
+        """The values of all ranks, on each of them."""
+        found: list[Any] = [None] * self.size
+        with lost_in_one_line():
+            self._dist.all_gather_object(found, value)
+        return found
 
     def in_turn(self, make: Callable[[], Any]) -> Any:
         """What each rank makes, the first of a machine before the others, for which it may help."""

@@ -27,11 +27,11 @@ TRUNCATED_CHUNK, EXACT_CHUNKS = 512, (4096, 2048, 1024, 512)
 
 def choose_strategy(chooser: Chooser, facts: Facts) -> None:
     """How devices share the work."""
-    values, in_chunks = chooser.values, is_infctx(chooser.values)
+    values = chooser.values
     count = values["devices"] * values["num_nodes"]
     if count > 1:
-        chooser.choose("strategy", *suit_strategy(values, facts, is_infctx=in_chunks))
-        require_shareable(values, count, is_infctx=in_chunks)
+        chooser.choose("strategy", *suit_strategy(values, facts))
+        require_shareable(values, count)
 
 
 def require_fp8(precision: str, facts: Facts) -> None:
@@ -158,6 +158,7 @@ def _chunk_fits(values: dict[str, Any], facts: Facts, chunk_ctx: int) -> bool:
         is_recomputed=bool(values["grad_cp"]),
         quant=values["quant"],
         has_head=bool(values["quant_head"]),
+        num_ranks=values["devices"] * values["num_nodes"] if values["strategy"] == "fsdp" else 1,
     )
 
 

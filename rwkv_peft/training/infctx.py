@@ -9,13 +9,14 @@ gradient ends where a group begins; if all chunks of a row are one group, it is 
 """
 
 from collections.abc import Callable
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, zip_longest
 
 import torch
 from torch import Tensor
 
 from rwkv_peft.data.batching import IGNORE, Batch
 from rwkv_peft.models.base import RWKV
+from rwkv_peft.parallel.strategy import Strategy
 from rwkv_peft.state import RWKVState
 from rwkv_peft.training.borders import (
     Borders,
@@ -53,8 +54,11 @@ class InfctxStep:
         *,
         room: Room = NO_LIMIT,
         way: Chunks | None = None,
+        strategy: Strategy | None = None,
     ) -> None:
+        """Makes it for one rank; of several that share a model, all take as many chunks."""
         self.chunk_ctx, self.bptt_chunks, self.room = chunk_ctx, bptt_chunks, room
+        self.strategy = strategy or Strategy()
         self.way, self.pinned = way or Chunks(), Pinned()
         self.after_chunk: Callable[[int, int], None] = lambda done, total: None
 
@@ -86,16 +90,24 @@ class _Row:
         self._model, self._way, self._task = model, step.way, task
         device, rows = model.emb.weight.device, len(batch.tokens)
         is_trained = (batch.targets != IGNORE).any(0)
-        # what stands behind the last trained token has no part in the loss
-        width = int(is_trained.nonzero().max()) + 1 if is_trained.any() else 1
-        starts = range(0, width, step.chunk_ctx)
+        has_loss = [bool(part.any()) for part in is_trained.split(step.chunk_ctx)]
+        room = BorderSizes(model.model_config, rows, model.emb.weight.dtype, device).count(
+            step.room
+        )
+        if step.strategy.shares_model:
+            # blocks are gathered by all together
+            found = step.strategy.exchange((has_loss, room))
+            has_loss = [any(x) for x in zip_longest(*(losses for losses, _ in found))]
+            room = min(room for _, room in found)
+            batch = batch.lengthened((len(has_loss) - 1) * step.chunk_ctx + 1)
+        # what stands behind the last chunk with a loss has no part in it
+        count = max((i for i, x in enumerate(has_loss) if x), default=0) + 1
+        starts = range(0, count * step.chunk_ctx, step.chunk_ctx)
         self._chunks = [cut_window(batch, slice(at, at + step.chunk_ctx)) for at in starts]
-        self._has_loss = [bool(part.any()) for part in is_trained.split(step.chunk_ctx)]
+        self._has_loss = has_loss
         self._restarts = [find_restarts(batch.segment_ids, at, device) for at in starts]
-        self._group = step.bptt_chunks or len(starts)
-        sizes = BorderSizes(model.model_config, rows, model.emb.weight.dtype, device)
-        least = least_room(min(self._group, len(starts)))
-        self._room = max(least, sizes.count(step.room))
+        self._group = step.bptt_chunks or count
+        self._room = max(least_room(min(self._group, count)), room)
         self._borders = Borders(step.room.device, step.pinned)
         self._random = RandomGenerators(device)
         self._loss = torch.zeros((), device=device)

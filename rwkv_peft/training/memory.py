@@ -37,9 +37,16 @@ def guess_memory(
         quant=settings.quant,
         has_head=bool(settings.quant_head),
     )
-    if settings.strategy == "fsdp":
-        base = weigh_base(model_config, num_weights, settings.dtype.itemsize, settings.quant)
-        guess -= base * (1 - 1 / settings.num_ranks)
+    if settings.strategy == "fsdp" and settings.num_ranks > 1:
+        guess -= spared_bytes(
+            model_config,
+            settings.dtype,
+            num_weights,
+            num_trained,
+            settings.num_ranks,
+            trains_weights=settings.peft == "none",
+            quant=settings.quant,
+        )
     if settings.emb_cpu:
         guess -= model_config.vocab_size * model_config.n_embd * settings.dtype.itemsize
     return guess
@@ -62,19 +69,59 @@ def guess_bytes(
     vectors = positions * model_config.n_embd
     kept = vectors * (KEPT_VECTORS * size + (KEPT_BY_TORCH * 4 if op == "torch" else 0))
     activations = kept + vectors * size * layers if is_recomputed else kept * layers
-    # gradients and moments in float32, and the bits that float32 values have beside 16-bit weights
-    training = num_trained * (4 + 8 + (0 if size == 4 else 2))
+    training = num_trained * bytes_of_training(size)
     logits = min(positions * model_config.vocab_size, 1 << 24) * 12
     weights = weigh_base(model_config, num_weights, size, quant, has_head)
     return weights + training + activations + logits
+
+
+def bytes_of_training(size: int) -> int:
+    """Bytes beside a trained weight of `size`: its gradient, moments, and the rest of float32."""
+    return 4 + 8 + (0 if size == 4 else 2)
+
+
+def spared_bytes(
+    model_config: ModelConfig,
+    dtype: torch.dtype,
+    num_weights: int,
+    num_trained: int,
+    num_ranks: int,
+    *,
+    trains_weights: bool,
+    quant: str = "none",
+) -> float:
+    """Bytes that fsdp spares a device, as other ranks have them, less what it gathers to work with.
+
+    Args:
+        trains_weights: those of the model are trained, and in parts; an adapter is whole.
+    """
+    size, tables = dtype.itemsize, 2 * model_config.vocab_size * model_config.n_embd
+    others = num_weights - tables
+    if trains_weights:
+        parts = float(num_weights * size + num_trained * bytes_of_training(size))
+        block = others / model_config.n_layer
+        # two blocks and both tables; gradients of those and of a block, on their way in float32
+        gathered = (2 * block + tables) * size + (block + tables) * (size + 4)
+    else:
+        # embedding and head are whole, and so is one weight that is dense for its product
+        parts = _weigh(model_config, others, size, quant, has_head=False)[0]
+        gathered = 2 * parts / model_config.n_layer
+    return parts * (1 - 1 / num_ranks) - gathered
 
 
 def weigh_base(
     model_config: ModelConfig, num_weights: int, size: int, quant: str, has_head: bool = False
 ) -> float:
     """Bytes of a model's weights, of `size` each but for what is stored, and of dequantising."""
+    return sum(_weigh(model_config, num_weights, size, quant, has_head))
+
+
+def _weigh(
+    model_config: ModelConfig, num_weights: int, size: int, quant: str, has_head: bool
+) -> tuple[float, float]:
+    """Bytes of weights, and of the one among those that are stored which is dense at a time."""
     if quant == "none":
-        return num_weights * size
+        return num_weights * size, 0
     plain = build(model_config, op="reference")
     layers = [layer for _, layer in stored_layers(plain, has_head=has_head)]
     numbers = [layer.out_features * layer.in_features for layer in layers]
@@ -82,7 +129,7 @@ def weigh_base(
     stored = sum(count_bytes(layer.out_features, layer.in_features) for layer in layers)
     # one weight at a time is dense for its product
     dense = 0 if quant == "fp8" else min(max(numbers), MAX_DENSE) * size
-    return (num_weights - sum(numbers)) * size + stored + dense
+    return (num_weights - sum(numbers)) * size + stored, dense
 
 
 def fits(
@@ -95,26 +142,39 @@ def fits(
     is_recomputed: bool,
     quant: str = "none",
     has_head: bool = False,
+    num_ranks: int = 1,
 ) -> bool:
     """Whether so many positions leave a fifth of a device's free memory free, as far as is known.
 
     Args:
         op: as it was asked for.
         trains_all: all weights are trained, or else a small part.
+        num_ranks: devices that have parts of the model each.
     """
     if op == "auto" and facts.device.type == "cpu":
         op = "torch"
+    num_trained = facts.num_weights if trains_all else facts.num_weights // 20
     guess = guess_bytes(
         facts.model_config,
         dtype,
         op,
         positions,
         facts.num_weights,
-        facts.num_weights if trains_all else facts.num_weights // 20,
+        num_trained,
         is_recomputed=is_recomputed,
         quant=quant,
         has_head=has_head,
     )
+    if num_ranks > 1:
+        guess -= spared_bytes(
+            facts.model_config,
+            dtype,
+            facts.num_weights,
+            num_trained,
+            num_ranks,
+            trains_weights=trains_all,
+            quant=quant,
+        )
     free = UNKNOWN_MEMORY if facts.memory is None else facts.memory
     return guess <= 0.8 * free
 

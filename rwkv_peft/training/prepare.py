@@ -104,7 +104,7 @@ def prepare_run(
     remarks: list[str] = []
     if settings.compile:
         compile_model(model, remarks)
-    step = step or make_step(settings, facts, optimizer, remarks)
+    step = step or make_step(settings, facts, optimizer, remarks, strategy)
     if isinstance(step, InfctxStep):
         lines += describe_chunks(plan, model, step.room)
     if claim:
@@ -230,7 +230,13 @@ def compile_model(model: RWKV, remarks: list[str]) -> None:
     )
 
 
-def make_step(settings: Settings, facts: Facts, optimizer: Optimizer, remarks: list[str]) -> Step:
+def make_step(
+    settings: Settings,
+    facts: Facts,
+    optimizer: Optimizer,
+    remarks: list[str],
+    strategy: Strategy,
+) -> Step:
     """The step of a run: whole rows or chunks, as they are or in few shapes that are captured."""
 
     def fail(why: str) -> None:
@@ -250,7 +256,7 @@ def make_step(settings: Settings, facts: Facts, optimizer: Optimizer, remarks: l
                 device, settings.chunk_ctx, is_captured=is_captured, on_failure=fail
             )
         room = room_for_borders(device, facts.memory, free_host_memory())
-        return InfctxStep(settings.chunk_ctx, group, room=room, way=way)
+        return InfctxStep(settings.chunk_ctx, group, room=room, way=way, strategy=strategy)
     if is_plain:
         return full_step
     return GraphedStep(device, settings.ctx_len, is_captured=is_captured, on_failure=fail)

@@ -8,6 +8,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor
+
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.records import Turn
 from rwkv_peft.data.templates import Headings, find_template
@@ -16,6 +18,7 @@ from rwkv_peft.errors import ConfigError
 from rwkv_peft.generation.engine import Session, count_known_tokens, cut_at_stop
 from rwkv_peft.generation.sampling import Sampler, Sampling
 from rwkv_peft.models.base import RWKV
+from rwkv_peft.parallel.strategy import Strategy
 from rwkv_peft.state import RWKVState
 
 # tokens of an answer: enough to see how it speaks
@@ -83,6 +86,18 @@ def _read_row(where: str, line: str, template: str, tokenizer: Tokenizer) -> Pro
     return Prompt(text, tokens, found.opening, tuple(found.stops))
 
 
+class _Likeliest(Sampler):
+    """Takes the token that is likeliest to the first rank, so that all go on by the same."""
+
+    def __init__(self, num_tokens: int, strategy: Strategy) -> None:
+        super().__init__(Sampling(temperature=0), num_tokens, seed=0)
+        self._strategy = strategy
+
+    def draw(self, logits_V: Tensor) -> int:
+        draw = super().draw
+        return int(self._strategy.from_first(lambda: draw(logits_V)))
+
+
 def sample(
     model: RWKV,
     prompts: Iterable[Prompt],
@@ -90,19 +105,21 @@ def sample(
     *,
     num_tokens: int | None = None,
     seconds: float = math.inf,
+    strategy: Strategy | None = None,
 ) -> Iterator[str]:
     """The likeliest answer to each prompt, token by token.
 
     Args:
         state: of one row, in which each text begins; the model's own start if None.
         num_tokens, seconds: after which an answer is cut off; NUM_TOKENS if None.
+        strategy: by which ranks that have parts of the model answer together; None: this one can.
     """
     tokenizer = Tokenizer(model.model_config.vocab_size)
     for prompt in prompts:
         session = Session(model, tokenizer)
         session.state = state
         session.read(prompt.tokens)
-        sampler = Sampler(Sampling(temperature=0), count_known_tokens(model, tokenizer), seed=0)
+        sampler = _Likeliest(count_known_tokens(model, tokenizer), strategy or Strategy())
         end = time.monotonic() + seconds
         tokens = session.generate(sampler, NUM_TOKENS if num_tokens is None else num_tokens)
         in_time = takewhile(lambda _, end=end: time.monotonic() < end, tokens)  # type: ignore[misc]

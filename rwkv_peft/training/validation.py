@@ -116,13 +116,19 @@ class Validation:
         if self._batches is not None:
             found = self._measure(model, target, step, epoch)
             self.evaluations.append(found)
+        together = self._strategy if self._strategy.shares_model else None
         with undisturbed(model):
             samples = [
                 Sample(step, epoch, name, prompt.shown, text)
                 for name in self._states or [""]
                 for prompt, text in zip(
                     self._prompts,
-                    sample(model, self._prompts, target.initial_state(one_row(name))),
+                    sample(
+                        model,
+                        self._prompts,
+                        target.initial_state(one_row(name)),
+                        strategy=together,
+                    ),
                     strict=True,
                 )
             ]
@@ -144,9 +150,15 @@ class Validation:
         assert self._batches is not None
         started, batches, best = time.perf_counter(), self._batches, self.best
         turns = share(range(len(batches)), self._strategy.rank, self._strategy.size)
+        own_batches = load(batches, turns)
+        if self._settings.is_infctx and self._strategy.shares_model:
+            # blocks are gathered by all together, as often on each
+            own_batches = (
+                x.lengthened(max(self._strategy.exchange(x.tokens.shape[1]))) for x in own_batches
+            )
         own = evaluate_batches(
             model,
-            load(batches, turns),
+            own_batches,
             initial_state=target.initial_state,
             window=self._settings.chunk_ctx if self._settings.is_infctx else 0,
             token_sizes=self._token_sizes,
@@ -189,10 +201,11 @@ def one_row(state: str) -> Batch:
 def make_validation(plan: Plan, facts: Facts, strategy: Strategy) -> Validation | None:
     """What a run evaluates while it trains, None if that is nothing.
 
-    Ranks share the documents; rank 0 alone answers prompts.
+    Ranks share the documents; rank 0 alone answers prompts, unless it has a part of the model.
     """
     settings, tokenizer = plan.settings, Tokenizer(facts.model_config.vocab_size)
-    prompts = read_prompts(settings, tokenizer) if strategy.rank == 0 else []
+    answers = strategy.rank == 0 or strategy.shares_model
+    prompts = read_prompts(settings, tokenizer) if answers else []
     if facts.held_out is None and not prompts:
         return None
     states = sorted(facts.documents.names) if settings.peft == "state" else []

@@ -29,6 +29,14 @@ WINDOW = 4
 # sums over ranks have another order than those over micro-batches, float32 has 24 bits, and a few
 # steps of Adam add some bits to that; this is far below what any wrong weight of a row would do
 TOLERANCE = 1e-5
+# rows of one to five chunks
+CHUNKS: dict[str, Any] = {
+    "dataload": "pad",
+    "train_type": "infctx",
+    "bptt_chunks": "all",
+    "chunk_ctx": 16,
+    "ctx_len": 80,
+}
 # what changes from the first configuration, by the name of the folder of the run
 CHANGES: dict[str, dict[str, Any]] = {
     # 11 micro-batches an epoch, so that the last step has three, of which a rank has two
@@ -44,6 +52,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "state": {"peft": "state", "lr_init": 1.0},
     "fsdp": {"peft": "lora", "peft_config": {"r": 4}, "strategy": "fsdp", "val_split": 0.2},
     "fsdp_nf4": {
+        # prompts alone, so that the model answers before it is trained or evaluated
+        "val_prompts": "prompts.txt",
         "peft": "lora",
         "peft_config": {"r": 4},
         "strategy": "fsdp",
@@ -62,7 +72,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "fsdp_fp16": {"peft": "none", "strategy": "fsdp", "precision": "fp16", "epoch_count": 1},
     "fsdp_lion": {"peft": "none", "strategy": "fsdp", "optimizer": "lion", "epoch_count": 1},
     # some of it frozen, in blocks and outside
-    "fsdp_parts": {"peft": "none", "strategy": "fsdp", "train_parts": ["emb", "time"]},
+    "fsdp_parts": {
+        "peft": "none",
+        "strategy": "fsdp",
+        "train_parts": ["emb", "time"],
+        "val_split": 0.2,
+        "val_prompts": "prompts.txt",
+    },
     # a backward that goes through no block
     "fsdp_head": {"peft": "none", "strategy": "fsdp", "train_parts": ["head"], "epoch_count": 1},
     "fsdp_lora_parts": {
@@ -74,14 +90,20 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "fsdp_v6": {"peft": "none", "strategy": "fsdp", "load_model": "x060.pth"},
     "fsdp_v5": {"peft": "none", "strategy": "fsdp", "load_model": "x052.pth"},
-    "infctx": {
+    "infctx": {"peft": "lora", "peft_config": {"r": 4}, **CHUNKS},
+    "fsdp_infctx": {"peft": "none", "strategy": "fsdp", "val_split": 0.2, **CHUNKS},
+    "fsdp_infctx_truncated": {
         "peft": "lora",
         "peft_config": {"r": 4},
-        "dataload": "pad",
-        "train_type": "infctx",
-        "bptt_chunks": "all",
-        "chunk_ctx": 16,
-        "ctx_len": 80,
+        "strategy": "fsdp",
+        **CHUNKS,
+        "bptt_chunks": 1,
+    },
+    "fsdp_infctx_state": {
+        "peft": "state",
+        "lr_init": 1.0,
+        "strategy": "fsdp",
+        **CHUNKS,
     },
 }
 
@@ -128,6 +150,7 @@ def make_files(folder: Path) -> TrainConfig:
     ]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     plain = [{"text": row["text"]} for row in rows]
+    (folder / "prompts.txt").write_text("row 1: words\nand")
     (folder / "plain.jsonl").write_text("\n".join(map(json.dumps, plain)))
     return TrainConfig(
         load_model=str(folder / "base.pth"),
@@ -181,8 +204,11 @@ def take_runs(folder: Path, names: Sequence[str], resumed: Sequence[str] = ()) -
     found = Runs(folder / "alone", folder / "together")
     changed = {name: replace(base, **CHANGES[name]) for name in names}
     for name, config in changed.items():
-        changed[name] = replace(config, load_model=str(folder / config.load_model))
-    for name in {"state", "fsdp_state"} & changed.keys():
+        prompts = config.val_prompts and str(folder / config.val_prompts)
+        changed[name] = replace(
+            config, load_model=str(folder / config.load_model), val_prompts=prompts
+        )
+    for name in [x for x in names if CHANGES[x]["peft"] == "state"]:
         changed[name] = replace(changed[name], data_file=str(folder / "data.jsonl"))
     half = {"accumulate_grad_batches": WINDOW // RANKS, "devices": RANKS}
     together = {
@@ -297,6 +323,13 @@ def test_ranks_share_the_documents_of_an_evaluation(name: str, runs: Runs) -> No
             two["is_best"],
         )
         assert_near(two["loss"], one["loss"], TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp_parts", "fsdp_nf4"])
+def test_ranks_that_share_a_model_answer_prompts_together(name: str, more_runs: Runs) -> None:
+    alone, together = (read_lines(x / name / "val_samples.jsonl") for x in more_runs)
+    assert len(alone) >= 4 and alone == together
 
 
 @pytest.mark.parametrize("name", RESUMED)
