@@ -1,6 +1,6 @@
 """Steps of an optimizer over float32 values, with clipping and loss scaling."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -251,14 +251,9 @@ class Optimizer:
 
     def _clip(self, parts: list["_Part"]) -> Tensor:
         """Clips gradients together and gives their norm before that."""
-        norm, of_shards = (
-            nn.utils.get_total_norm(
-                [x for part in parts if part.is_shared == is_shared for x in part.measured()],
-                foreach=True,
-            ).to(self._device)
-            for is_shared in (False, True)
-        )
+        norm = self._norm(part for part in parts if not part.is_shared)
         if self._shards:
+            of_shards = self._norm(part for part in parts if part.is_shared)
             norm = torch.hypot(norm, self._strategy.total_norm(of_shards))
         if self._grad_clip:
             narrow = [part.flat for part in parts if part.flat and part.flat.is_narrow]
@@ -267,6 +262,11 @@ class Optimizer:
             factor = (self._grad_clip / (norm + 1e-6)).clamp(max=1)
             for flat in narrow:
                 flat.factor = factor
+        return norm
+
+    def _norm(self, parts: Iterable["_Part"]) -> Tensor:
+        measured = [x for part in parts for x in part.measured()]
+        norm: Tensor = nn.utils.get_total_norm(measured, foreach=True).to(self._device)
         return norm
 
 

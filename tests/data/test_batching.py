@@ -354,3 +354,16 @@ def test_static_batches_keep_their_width_with_fewer_rows_if_asked_to() -> None:
     assert len(wide) == 1 and wide[0].tokens.shape == (4, 16)
     assert sorted(pairs(wide[0])) == sorted(expected_pairs(documents))
     assert make_batches(documents, micro_bsz=4)[0].tokens.shape == (1, 16)
+
+
+def test_a_batch_is_lengthened_by_what_trains_nothing_and_begins_no_document() -> None:
+    ids = torch.tensor([[0, 0, 1], [0, 1, 1]], dtype=torch.int32)
+    tokens, weights = torch.tensor([[5, 6, 7], [8, 9, 4]]), torch.full((2, 3), 0.5)
+    batch = Batch(tokens, tokens + 1, [1, 2], weights, ids, num_tokens=6)
+    longer = batch.lengthened(5)
+    assert longer.tokens.tolist() == [[5, 6, 7, 0, 0], [8, 9, 4, 0, 0]]
+    assert longer.targets.tolist() == [[6, 7, 8, IGNORE, IGNORE], [9, 10, 5, IGNORE, IGNORE]]
+    assert longer.segment_ids is not None
+    assert longer.segment_ids.tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]]
+    assert (longer.weight, longer.num_trained, longer.num_tokens) == (batch.weight, 6, 6)
+    assert batch.lengthened(2).tokens.shape == (2, 3)
