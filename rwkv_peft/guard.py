@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import fields
@@ -13,7 +14,10 @@ from rwkv_peft.errors import ConfigError
 from rwkv_peft.writing import temporary_name
 
 # options that are words of a user
-_FREE_TEXTS = ("prompt", "user")
+_FREE_TEXTS = ("prompt", "user", "system", "wandb")
+# a path of Windows: whole, and what a shell leaves of one without quotes
+_DRIVE = re.compile(r"([A-Za-z]):([\\/].*|[\w.-]+\.\w+)", re.DOTALL)
+_SHARE = re.compile(r"[\\/]{2}wsl(?:\$|\.localhost)[\\/][^\\/]+(.*)", re.DOTALL)
 # files and folders that are told from others by more than their paths
 _Identity = tuple[int, int]
 
@@ -69,7 +73,8 @@ def require_free(
 def require_paths(options: Any) -> None:
     """Raises ConfigError if a text in a dataclass of options can be no path that was meant.
 
-    None of them holds NUL. A `~` that no shell has read would become a folder of that name.
+    None of them holds NUL. A `~` that no shell has read would become a folder of that name, and so
+    would a path of Windows elsewhere.
     """
     for item in fields(options):
         value = getattr(options, item.name)
@@ -82,6 +87,24 @@ def require_paths(options: Any) -> None:
                     f"--{item.name} {part}: only a shell reads ~, and not behind = or in a file: "
                     f"write {meant}" + " with a user that exists" * (meant == part)
                 )
+            if item.name not in _FREE_TEXTS and (meant := _find_meant(part)):
+                raise ConfigError(
+                    f"--{item.name} {part}: a path of Windows, which is {meant} in WSL: write that"
+                )
+
+
+def _find_meant(path: str) -> str:
+    """What a path of Windows is in WSL; "" if it is none, or may be used as it is."""
+    if sys.platform == "win32" or os.path.lexists(path):
+        return ""
+    if found := _SHARE.fullmatch(path):
+        return found[1].replace("\\", "/") or "/"
+    if not (found := _DRIVE.fullmatch(path)):
+        return ""
+    is_whole = found[2].startswith(("\\", "/"))
+    # without quotes a shell has taken the backslashes, and nobody knows where they were
+    rest = found[2].replace("\\", "/") if is_whole else "/…"
+    return f"/mnt/{found[1].lower()}{rest}"
 
 
 def find_clash(

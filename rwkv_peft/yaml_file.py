@@ -31,6 +31,12 @@ def read_yaml(path: str | Path) -> Any:
     except (OSError, ValueError, LookupError, TypeError, RecursionError, yaml.YAMLError) as error:
         is_deep = isinstance(error, RecursionError)
         said = "it is nested too deeply" if is_deep else " ".join(str(error).split())[:300]
+        if isinstance(error, UnicodeDecodeError):
+            said = "it is not in UTF-8: save it as UTF-8"
+        if isinstance(error, yaml.YAMLError) and "escape" in said:
+            said += (
+                ": between double quotes a backslash is no part of a path: use single ones, or /"
+            )
         raise ConfigError(f"{path} cannot be read as YAML: {said}") from error
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rwkv_peft.cli.arguments import join_arguments, split_arguments
 from rwkv_peft.cli.given import find_kind
 from rwkv_peft.cli.legacy.data import translate_data
 from rwkv_peft.cli.parse import parse
@@ -40,11 +41,11 @@ def run(args: Sequence[str]) -> int:
         from rwkv_peft.cli.prepare import run as prepare
 
         return prepare(args[1:])
-    count = next((i for i, a in enumerate(args) if a.startswith("-")), len(args))
+    loose, flags = split_arguments(args)
     # several files may be given one after the other
-    files = [",".join(args[:count])] if count else []
-    saved = _saved_settings(args[0]) if count == 1 else {}
-    arguments = translate_data([*([] if saved else files), *args[count:]])
+    files = [",".join(loose)] if loose else []
+    saved = _saved_settings(loose[0]) if len(loose) == 1 else {}
+    arguments = translate_data(join_arguments([] if saved else files, flags))
     options = parse(
         DataOptions, arguments, command="data", positional=("data_file",), defaults=saved
     )

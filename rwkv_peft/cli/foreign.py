@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import fields
 from functools import cache
 
 from rwkv_peft.assets import FOREIGN_FLAGS
+from rwkv_peft.cli.legacy.methods import METHOD_FLAGS
+from rwkv_peft.config import TrainConfig
 
 
 def answer_foreign(name: str, known: Collection[str]) -> str:
@@ -17,6 +20,20 @@ def answer_foreign(name: str, known: Collection[str]) -> str:
     has = set(known)
     answers = _table().get(name.lower(), ())
     return next((x for x in answers if has.issuperset(re.findall(r"--(\w+)", x))), "")
+
+
+def answer_training(name: str, known: Collection[str]) -> str:
+    """What to say of a flag of training, of this program or another, where another command has it.
+
+    Args:
+        name: as for `answer_foreign`.
+        known: names of the command's own flags.
+    """
+    flags = {field.name for field in fields(TrainConfig)}
+    if flags <= set(known):
+        return ""
+    is_of_training = name in flags or name in METHOD_FLAGS or answer_foreign(name, flags)
+    return "rwkv-peft train has what it sets: leave it out here" if is_of_training else ""
 
 
 @cache

@@ -7,7 +7,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from rwkv_peft.cli.foreign import answer_foreign
+from rwkv_peft.cli.arguments import SWITCHES, Flags, join_arguments, split_arguments
+from rwkv_peft.cli.foreign import answer_foreign, answer_training
 from rwkv_peft.cli.help import describe_options, describe_type
 from rwkv_peft.config import require_finite
 from rwkv_peft.errors import ConfigError
@@ -31,8 +32,8 @@ def parse(
     """An instance of the dataclass `options` from flags named like its fields.
 
     A flag may be spelled with dashes or underscores, and that of a bool without a value means true;
-    `--config file.yaml` gives values that flags overrule; arguments before the first flag fill the
-    fields named in `positional`.
+    `--config file.yaml` gives values that flags overrule; arguments that belong to no flag,
+    wherever they stand, fill those of the fields named in `positional` that no flag gives.
 
     Args:
         defaults: take the place of the fields' own; names that are no fields are left out.
@@ -56,9 +57,9 @@ def parse(
     names = {f.name for f in fields(options)}  # type: ignore[arg-type]
     parser.set_defaults({n: x for n, x in (defaults or {}).items() if n in names})
     _check_files(args)
-    named = _name_positionals([_underscored(a) for a in args], positional, command)
+    flags = _name_loose(args, options, positional, command) + split_arguments(args)[1]
     try:
-        values = parser.parse_args(_complete_switches(named, options))
+        values = parser.parse_args(join_arguments((), _complete_switches(flags, options)))
     except (jsonargparse.ArgumentError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(_one_line(str(error), options)) from error
     given = options(**{f.name: values[f.name] for f in fields(options)})  # type: ignore[arg-type]
@@ -77,37 +78,42 @@ def _check_files(args: Sequence[str]) -> None:
             read_yaml(path)
 
 
-def _underscored(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value
+def _complete_switches(flags: Flags, options: type[Any]) -> Flags:
+    """The flags with `true` for each of a bool that has no value."""
+    switches = {name for name, hint in get_type_hints(options).items() if hint is bool}
+    return [(n, words or ["true"] * (n in switches)) for n, words in flags]
 
 
-def _complete_switches(arguments: list[str], options: type[Any]) -> list[str]:
-    """The arguments with `=true` behind each flag of a bool that has no value."""
-    switches = {f"--{name}" for name, hint in get_type_hints(options).items() if hint is bool}
-    following = [*arguments[1:], "--"]
-    return [
-        f"{argument}=true" if argument in switches and word.startswith("--") else argument
-        for argument, word in zip(arguments, following, strict=False)
-    ]
+def _name_loose(
+    args: Sequence[str], options: type[Any], names: Sequence[str], command: str
+) -> Flags:
+    """The arguments that belong to no flag as flags, in the order of the fields that lack one.
 
-
-def _name_positionals(arguments: list[str], names: Sequence[str], command: str) -> list[str]:
-    count = next((i for i, a in enumerate(arguments) if a.startswith("-")), len(arguments))
-    if count > len(names):
+    Raises:
+        ConfigError: there are more of them than fields.
+    """
+    loose, flags = split_arguments(args)
+    for word in loose:
+        if re.match(r"[‐-―−]+-*\w", word):
+            raise ConfigError(
+                f"'{_cut(word)}' begins with a dash of print: write --{word.lstrip('‐‑‒–—―−-')}"
+            )
+    free = [name for name in names if name not in dict(flags)]
+    if len(loose) > len(free):
+        word = loose[len(free)]
+        flag = args[args.index(word) - 1].lstrip("-").replace("-", "_")
+        if flag in SWITCHES and flag in get_type_hints(options):
+            raise ConfigError(_refuse_value(flag, word, options))
         raise ConfigError(
-            f"'{arguments[len(names)]}' is one argument too many: rwkv-peft {command} takes "
-            + (" ".join(names) or "flags alone")
-            + " before its flags"
+            f"'{_cut(word)}' is one argument too many: rwkv-peft {command} takes "
+            + (
+                f"{' '.join(names)}, and all else as --name value, with quotes around a text of "
+                "several words"
+                if names
+                else "flags alone: --name value"
+            )
         )
-    named = [
-        x
-        for name, value in zip(names, arguments[:count], strict=False)
-        for x in (f"--{name}", value)
-    ]
-    return named + arguments[count:]
+    return [(name, [word]) for name, word in zip(free, loose, strict=False)]
 
 
 def _one_line(message: str, options: type[Any]) -> str:
@@ -115,27 +121,31 @@ def _one_line(message: str, options: type[Any]) -> str:
     names = [f.name for f in fields(options)]
     if found := re.search(r"unrecognized arguments: (.+)", message, re.DOTALL):
         words = found[1].split()
-        if not words[0].startswith("-"):
-            return f"'{_cut(words[0])}' belongs to no flag: write --name value"
         flags = [word.partition("=")[0] for word in words if re.match("--?[a-zA-Z]", word)]
         return "; ".join(_answer("flag", flag, names) for flag in (flags or words)[:NAMED])
     if found := re.search(r"Option '(\S+?)' is not accepted", message):
         return _answer("key", found[1], names)
+    if found := re.search(r"argument --(\S+): expected one argument", message):
+        return _refuse_value(found[1], "nothing", options)
     key = re.search(r'key "(\w+)"', message)
     if key and key[1] in names:
         value = re.search(r"(?:Got|Given) value: ?(.*)", message)
-        allowed = describe_type(get_type_hints(options)[key[1]])
-        return f"--{key[1]}: got {_cut(value[1] if value else 'nothing')}, allowed is {allowed}"
+        return _refuse_value(key[1], value[1] if value else "nothing", options)
     if key and key[1] == "config":
         return "--config: " + message.partition(": ")[2].splitlines()[0].strip()
     return _cut(" ".join(message.split()), 1000)
 
 
+def _refuse_value(name: str, value: str, options: type[Any]) -> str:
+    allowed = "a file" if name == "config" else describe_type(get_type_hints(options)[name])
+    return f"--{name}: got {_cut(value)}, allowed is {allowed}"
+
+
 def _answer(what: str, given: str, names: Sequence[str]) -> str:
     """What to say of a flag or key that the command lacks."""
-    bare, known = given.lstrip("-"), [*names, "config", "debug"]
-    if not (hint := answer_foreign(bare, known)):
-        near = get_close_matches(bare, known, 1, cutoff=0.5)
+    bare, known = given.lstrip("-").replace("-", "_"), [*names, "config", "debug", "lang"]
+    if not (hint := answer_foreign(bare, known)) and not (hint := answer_training(bare, known)):
+        near = get_close_matches(bare.lower(), known, 1)
         dashes = "--" if what == "flag" else ""
         hint = f"did you mean {dashes}{near[0]}?" if near else "see --help"
     return f"unknown {what} {_cut(given)}: {hint}"

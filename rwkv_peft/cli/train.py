@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from rwkv_peft.cli.arguments import split_arguments
 from rwkv_peft.cli.data import rows_of, show_rows
 from rwkv_peft.cli.generate import template_of
 from rwkv_peft.cli.given import find_kind, find_parts, find_run
-from rwkv_peft.cli.legacy.arguments import split_arguments
 from rwkv_peft.cli.legacy.train import require_agreement, translate_train
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.cli.ranks import is_first_rank, must_start, start_ranks

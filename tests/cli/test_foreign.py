@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 
 from rwkv_peft.cli.foreign import answer_foreign, read_table
+from rwkv_peft.cli.main import COMMANDS
+from rwkv_peft.cli.parse import parse
+from rwkv_peft.errors import ConfigError
 
 Cli = Callable[..., SimpleNamespace]
 OPTIONS = {
-    **{
-        name: getattr(import_module(f"rwkv_peft.cli.{name}"), f"{name.capitalize()}Options")
-        for name in ("chat", "convert", "data", "eval", "generate", "merge", "train")
-    },
+    name: getattr(import_module(f"rwkv_peft.cli.{name}"), f"{name.capitalize()}Options")
+    for name in COMMANDS
 }
 FLAGS = {command: {f.name for f in fields(options)} for command, options in OPTIONS.items()}
 
@@ -74,6 +75,11 @@ ANSWERS = {
         "input": "--user",
     },
     "chat": {"temp": "--temperature", "max_length": "--max_tokens", "lora_path": "--adapter"},
+    "export": {"model": "the first argument", "batch_size": "rwkv-peft train has"},
+    "inspect": {"model": "the first argument", "max_steps": "rwkv-peft train has"},
+    "init": {"lr_init": "rwkv-peft train has", "lora_r": "rwkv-peft train has"},
+    "doctor": {"dataset": "rwkv-peft train has"},
+    "demo": {"epochs": "--epoch_count", "report_to": "rwkv-peft train has"},
     "merge": {"model": "--base_model", "lora_path": "--adapter", "out": "--output"},
     "data": {"dataset": "--data_file", "max_length": "--ctx_len", "prompt_style": "--template"},
     "eval": {"model": "--load_model", "eval_data": "--data_file", "dtype": "--precision"},
@@ -97,6 +103,37 @@ def test_several_are_answered_at_once_and_keys_of_a_file_too(cli: Cli, tmp_path:
     (tmp_path / "c.yaml").write_text("learning_rate: 1e-4\n")
     done = cli("train", "--config", tmp_path / "c.yaml")
     assert done.err.startswith("error: unknown key learning_rate: ") and "--lr_init" in done.err
+
+
+# named in a plan of what users of other programs type
+USUAL = "epochs batch_size lora_rank lora_r output learning_rate lr max_steps eval_file report_to"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", [*USUAL.split(), "model", "dataset"])
+def test_every_command_answers_the_usual_flags_by_meaning(
+    command: str, name: str, cli: Cli
+) -> None:
+    if name in FLAGS[command] or (command, name) == ("train", "lora_r"):
+        return
+    for words in ([f"--{name}", "3"], [f"--{name}=3"]):
+        done = cli(command, *words)
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert done.err.startswith(f"error: unknown flag --{name}: ")
+        # neither a guess by its letters nor nothing
+        assert "did you mean" not in done.err and "see --help" not in done.err, done.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_misspelt_flag_is_answered_with_the_one_that_was_meant(command: str) -> None:
+    for name in FLAGS[command]:
+        if len(name) < 6:
+            continue
+        for wrong in (name[1:], name[:3] + name[4:], name[:2] + "zz" + name[2:], name.upper()):
+            if wrong in FLAGS[command] or answer_foreign(wrong, FLAGS[command]):
+                continue
+            with pytest.raises(ConfigError, match=f"did you mean --{name}\\?"):
+                parse(OPTIONS[command], [f"--{wrong}", "1"], command=command)
 
 
 def test_a_flag_is_not_taken_for_the_beginning_of_another(cli: Cli) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rwkv_peft.cli.legacy.arguments import join_arguments, split_arguments
+from rwkv_peft.cli.arguments import join_arguments, split_arguments
 from rwkv_peft.cli.legacy.train import DEAD
 from rwkv_peft.errors import ConfigError
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rwkv_peft.cli.legacy.arguments import Translation, join_arguments, split_arguments
+from rwkv_peft.cli.arguments import Translation, join_arguments, split_arguments
 from rwkv_peft.errors import ConfigError
 
 RENAMED = {

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rwkv_peft.cli.legacy.arguments import Flags
+from rwkv_peft.cli.arguments import Flags
 from rwkv_peft.config import UNSAVED
 from rwkv_peft.errors import ConfigError
 

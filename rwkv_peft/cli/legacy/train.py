@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rwkv_peft.cli.legacy.arguments import Flags, Translation, join_arguments, split_arguments
+from rwkv_peft.cli.arguments import Flags, Translation, join_arguments, split_arguments
 from rwkv_peft.cli.legacy.methods import METHOD_FLAGS, SWITCHES, translate_method
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.yaml_file import read_yaml
