@@ -323,6 +323,15 @@ def free_host_memory() -> int | None:
     return min(free, max(0, limit - used + int(cache)))
 
 
+def process_memory() -> int:
+    """Most bytes of memory that this process has held, with files that it maps; 0 if unknown."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Has products of float32 be exact to float32 inside, where a run may use TF32 otherwise."""

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from typing import TextIO
+from unicodedata import east_asian_width
 
 from rwkv_peft.language import translate
 
@@ -31,6 +32,11 @@ def escape(text: str, *, keeps: str = "") -> str:
 def counted(number: int, noun: str, plural: str = "") -> str:
     """A number and what it counts: 1 epoch, 2 epochs; 1 batch, 2 batches."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def count_columns(text: str) -> int:
+    """Columns of a text on a terminal, where a Chinese letter takes two."""
+    return sum(1 + (east_asian_width(x) in "WF") for x in text)
 
 
 def duration(seconds: float) -> str:

@@ -76,8 +76,8 @@ def test_a_text_is_translated_with_what_stands_in_it() -> None:
         "chosen: ctx_len = 512 (the longest document has 1 token)": (
             "选定：ctx_len = 512（最长的文档有 1 个 token）"
         ),
-        "epoch 0: loss 0.5, saved out/rwkv-0.pth; rounding took 3% of the learned change": (
-            "第 0 轮：损失 0.5，已保存 out/rwkv-0.pth；舍入去掉了学到的变化的 3%"
+        "epoch 0: loss 0.5, saved out/rwkv-0.pth; saved out/x": (
+            "第 0 轮：损失 0.5，已保存 out/rwkv-0.pth；已保存 out/x"
         ),
         # of a user: words of the program in it are no message
         "  before: the device, and 3 tokens": "  训练前：the device, and 3 tokens",

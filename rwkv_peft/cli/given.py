@@ -161,10 +161,10 @@ def find_result(path: Path, kind: Kind, command: str, *, wants_adapter: bool = F
     """
     stem = _newest(path) if kind == "run" else path / "rwkv"
     weights, adapter = Path(f"{stem}.pth"), Path(f"{stem}-adapter")
-    states = sorted(stem.parent.glob(f"{stem.name}-*.pth")) if stem else []
     found = [adapter] if adapter.is_dir() else []
     if not found or not wants_adapter:
-        found = [p for p in (weights, *states) if p.is_file()] or found
+        states = sorted(stem.parent.glob(f"{stem.name}-*.pth")) if stem else []
+        found = [weights] if weights.is_file() else [p for p in states if p.is_file()] or found
     if not found:
         folder = path if kind == "run" else path.parent.parent
         what = "the folder of a run" if kind == "run" else "a checkpoint, to go on from"

@@ -9,9 +9,9 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any, Literal, get_args, get_origin, get_type_hints
-from unicodedata import east_asian_width
 
 from rwkv_peft.language import translate
+from rwkv_peft.printing import count_columns
 
 WIDEST = 100
 # of choices that stand behind the flag itself
@@ -42,7 +42,7 @@ def wrap(text: str, width: int) -> Iterator[str]:
     # no line begins with a mark that ends something, nor ends with one that begins something
     form = r"[（“]*(?:[⺀-鿿]|[^\s⺀-鿿，。；：！？）、”（“]+)[，。；：！？）、”]*|\s+|."
     for piece in re.findall(form, text):
-        size = sum(1 + (east_asian_width(x) in "WF") for x in piece)
+        size = count_columns(piece)
         if used + size > width and line:
             yield line.rstrip()
             line, used = "", 0

@@ -3,10 +3,11 @@
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from rwkv_peft.language import translate
-from rwkv_peft.printing import duration, escape, print_text
+from rwkv_peft.printing import count_columns, duration, escape, print_text
 from rwkv_peft.terminal import Unbreakable
 from rwkv_peft.training.metrics import StepRecord
 
@@ -16,6 +17,8 @@ PLAIN_INTERVAL = 10.0
 KEPT = 0.95
 # seconds after which it is said what is being done
 PATIENCE = 2.0
+# columns of the bar, and what a narrow terminal shows no more, the first first
+BAR, DROPPED = 16, ("lr", "memory", "speed", "chunk", "loss")
 
 
 class Mean:
@@ -44,7 +47,7 @@ class Display:
 
     def __init__(self) -> None:
         self._total = self._done = 0
-        self._summary = ""
+        self._parts: dict[str, str] = {}
         self._start = time.monotonic()
         self._last_line = self._last_chunk = 0.0
         self._loss, self._rate = Mean(), Mean()
@@ -52,6 +55,7 @@ class Display:
         self._first: tuple[float, int] | None = None
         self._stream = Unbreakable(sys.stderr)
         self._bar: Any = None
+        self._columns: tuple[Any, ...] = ()
         self._timer: threading.Timer | None = None
 
     def tell(self, what: str) -> None:
@@ -71,13 +75,15 @@ class Display:
         self._total, self._done = total, done
         if self._stream.isatty():
             self._bar = _rich_bar(total, done, self._stream)
+            self._columns = self._bar.columns
             self._bar.start()
 
     def line(self, text: str) -> None:
         """Prints a line above the progress."""
         if self._bar is not None:
             shown = escape(translate(text), keeps="\n\t")
-            self._bar.console.print(shown, markup=False, highlight=False)
+            # a path or a command that is broken in two cannot be copied
+            self._bar.console.print(shown, markup=False, highlight=False, soft_wrap=True)
         else:
             print_text(text, file=self._stream)
 
@@ -87,19 +93,19 @@ class Display:
         self._done, now = record.step, time.monotonic()
         self._loss.add(record.loss * record.trained_tokens, record.trained_tokens)
         self._rate.add(record.tokens, record.t_cost)
-        self._summary = self._summarise(record, self._seconds_left(record, now))
+        self._parts = self._summarise(record, self._seconds_left(record, now))
         if self._bar is not None:
-            self._bar.update(0, completed=record.step, text=translate(self._summary))
+            self._show(record.step)
         elif now - self._last_line >= PLAIN_INTERVAL or record.step == self._total:
             self._last_line = now
-            self.line(self._summary)
+            self.line("  ".join(map(translate, self._parts.values())))
 
     def show_chunk(self, done: int, total: int) -> None:
         """Shows how many of its chunks a micro-batch in work has been through."""
         if total == 1:
             return
         if self._bar is not None:
-            self._bar.update(0, text=translate(f"chunk {done}/{total}  {self._summary}"))
+            self._show(self._done, f"chunk {done}/{total}")
             return
         now = time.monotonic()
         # in lines of their own, so that none of a step is left out for them
@@ -114,12 +120,29 @@ class Display:
         seconds = (now - since) / (record.step - step) if record.step > step else record.t_cost
         return seconds * (self._total - record.step)
 
-    def _summarise(self, record: StepRecord, seconds_left: float) -> str:
-        memory = f"  {record.peak_memory / 2**30:.1f} GiB" if record.peak_memory else ""
-        return (
-            f"step {record.step}/{self._total}  loss {self._loss.value:.4f}  lr {record.lr:.2e}  "
-            f"{self._rate.value:,.0f} tokens/s{memory}  {duration(seconds_left)} left"
-        )
+    def _summarise(self, record: StepRecord, seconds_left: float) -> dict[str, str]:
+        parts = {
+            "step": f"step {record.step}/{self._total}",
+            "loss": f"loss {self._loss.value:.4f}",
+            "lr": f"lr {record.lr:.2e}",
+            "speed": f"{self._rate.value:,.0f} tokens/s",
+        }
+        if record.peak_memory:
+            parts["memory"] = f"{record.peak_memory / 2**30:.1f} GiB"
+        return {**parts, "left": f"{duration(seconds_left)} left"}
+
+    def _show(self, step: int, chunk: str = "") -> None:
+        """Shows what there is room for in the bar's line."""
+        parts = {**({"chunk": chunk} if chunk else {}), **self._parts}
+        said = {name: translate(text) for name, text in parts.items()}
+        columns = self._bar.console.width
+        for name in DROPPED:
+            if _width(said.values()) <= columns:
+                break
+            said.pop(name, None)
+        is_wide = _width(said.values()) + BAR + 1 <= columns
+        self._bar.columns = self._columns if is_wide else self._columns[1:]
+        self._bar.update(0, completed=step, text="  ".join(said.values()))
 
     def _stop_waiting(self) -> None:
         if self._timer is not None:
@@ -135,12 +158,17 @@ class Display:
             self._bar.stop()
 
 
+def _width(parts: Iterable[str]) -> int:
+    """Columns that they take on a terminal, where a Chinese letter has two."""
+    return count_columns("  ".join(parts))
+
+
 def _rich_bar(total: int, done: int, stream: Unbreakable) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
     bar = Progress(
-        BarColumn(bar_width=16),
+        BarColumn(bar_width=BAR),
         TextColumn("{task.fields[text]}", markup=False),
         console=Console(file=stream),  # type: ignore[arg-type]
     )

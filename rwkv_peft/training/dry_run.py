@@ -77,8 +77,10 @@ def _describe_memory(device: torch.device, free: int | None, records: list[StepR
     peak = records[-1].peak_memory if records else 0
     if not peak:
         return f"memory: see the guess above{there}"
-    line = f"memory: the trial steps took {(peak + BESIDE) / 2**30:.1f} GiB{there}"
-    if free is not None and peak + BESIDE > 0.9 * free:
+    if device.type != "cpu":
+        peak += BESIDE
+    line = f"memory: the trial steps took {peak / 2**30:.1f} GiB{there}"
+    if free is not None and peak > 0.9 * free:
         line += ": little is left for longer rows: --grad_cp 1 or a smaller --micro_bsz takes less"
     return line
 

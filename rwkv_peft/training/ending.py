@@ -75,18 +75,23 @@ def _describe_rounding(result: Result) -> Iterator[str]:
     """What rounding took from a merged model, what that means and what to do, where it matters."""
     try:
         report = json.loads((result.proj_dir / REPORT).read_text(encoding="utf-8"))
-        lost, dtype, advice = (report[n] for n in ("relative_error", "dtype", "recommendation"))
+        dtype, lost, finer = (report[n] for n in ("dtype", "relative_error", "relative_error_fp16"))
     except (OSError, ValueError, LookupError):
         return
-    if result.adapter and result.weights and lost > TOLERABLE:
-        yield (
-            f"rounding: {dtype} has so few digits that {lost:.0%} of what was learned is missing "
-            f"in {result.weights}, which may answer otherwise than the adapter: {advice}"
-        )
+    if not (result.adapter and result.weights and lost > TOLERABLE):
+        return
+    yield (
+        f"rounding: {dtype} has so few digits that {lost:.0%} of what was learned is missing in "
+        f"{result.weights}, which may answer otherwise than the adapter, where nothing is missing"
+    )
+    better, kept = ("fp16", f"{1 - finer:.0%}") if finer < lost / 2 else ("fp32", "all")
+    file = result.proj_dir / f"merged-{better}.pth"
+    options = ["--output", str(file), "--dtype", better]
+    yield f"  a file with {kept} of it: {_command('merge', result.adapter, *options)}"
 
 
-def _command(name: str, path: Path) -> str:
-    return shlex.join(["rwkv-peft", name, str(path)])
+def _command(name: str, path: Path, *options: str) -> str:
+    return shlex.join(["rwkv-peft", name, str(path), *options])
 
 
 def _shorten(text: str) -> str:

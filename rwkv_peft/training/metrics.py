@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from rwkv_peft.config import TEMPLATE_FILE
+from rwkv_peft.device import process_memory
 from rwkv_peft.training.settings import Settings
 from rwkv_peft.training.validation import Evaluation, Sample
 from rwkv_peft.writing import atomic_file, flush
@@ -32,7 +33,7 @@ class StepRecord:
         trained_tokens: those with a loss.
         t_cost: seconds.
         kt_s: thousands of `tokens` a second.
-        peak_memory: most bytes allocated on the device so far; 0 on a CPU.
+        peak_memory: most bytes allocated on the device so far; on a CPU, held by the process.
     """
 
     step: int
@@ -214,9 +215,12 @@ def free_name(path: Path) -> Path:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that tensors have held on an accelerator; 0 where nobody counts, as on a CPU."""
+    """Most bytes that tensors have held on an accelerator, or the process on a CPU.
+
+    0 where nobody counts.
+    """
     if device.type == "cpu":
-        return 0
+        return process_memory()
     try:
         return torch.accelerator.max_memory_allocated(device)
     except RuntimeError:

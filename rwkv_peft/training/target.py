@@ -294,8 +294,6 @@ class Weights:
         report = merge(base, adapter, weights, compare=0, **options)
         if not report.changed and not remarks:
             remarks = ("the merged file equals the base: --lr_init is too small to change it",)
-        if report.is_lossy:
-            remarks += (f"rounding took {report.relative_error:.0%} of the learned change",)
         return Saved(weights, adapter, remarks)
 
     def _save_alone(self, path: Path, values: Mapping[str, Tensor], change: str) -> Saved:

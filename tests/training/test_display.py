@@ -7,10 +7,13 @@ import time
 
 import pytest
 
-from rwkv_peft.printing import duration
+from rwkv_peft.language import choose_language
+from rwkv_peft.printing import count_columns, duration
 from rwkv_peft.training import display as display_module
 from rwkv_peft.training.display import Display
 from rwkv_peft.training.metrics import StepRecord
+
+CHINESE = ("步", "损失", "学习率", "token/秒", "还需")
 
 
 class Terminal(io.StringIO):
@@ -45,6 +48,49 @@ def test_each_step_is_one_line_of_the_same_words(
     # a step's loss is 2 or 4, and a person sees where it goes
     assert 2.9 < float(loss) < 3.1
     assert "left" in shown and "kt/s" not in shown and shown.count("0:00:") == 0
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize(
+    ("columns", "shown", "gone"),
+    [
+        (120, "━ step loss lr tokens/s GiB left", ""),
+        (80, "step loss tokens/s GiB left", "lr"),
+        (60, "step loss tokens/s left", "lr GiB"),
+        (48, "step loss left", "lr GiB tokens/s"),
+        (40, "step left", "loss GiB"),
+    ],
+)
+def test_a_narrow_terminal_has_what_matters_most_whole(
+    columns: int, shown: str, gone: str, language: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    choose_language(language)
+    try:
+        with Display() as display:
+            display.begin(12345)
+            display.update(record(1234, 2.0, seconds=1.0, memory=21 << 30))
+    finally:
+        choose_language("en")
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", sys.stderr.getvalue())  # type: ignore[attr-defined]
+    line = text.strip().splitlines()[-1].rpartition("\r")[2]
+    assert count_columns(line) <= columns and "…" not in line
+    words = dict(zip(["step", "loss", "lr", "tokens/s", "left"], CHINESE, strict=True))
+    for part in shown.split():
+        assert (words.get(part, part) if language == "zh" else part) in line, part
+    for part in gone.split() if language == "en" else ():
+        assert f"{part} " not in line, part
+
+
+def test_a_line_above_the_bar_is_not_broken_by_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "40")
+    with Display() as display:
+        display.begin(3)
+        display.line("epoch 0: loss 2.0, saved a/very/long/path/" + "x" * 50)
+    assert f"saved a/very/long/path/{'x' * 50}\n" in sys.stderr.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_mean_is_that_of_trained_tokens_and_forgets_the_beginning() -> None:

@@ -1,6 +1,7 @@
 """What is said at the end of a run."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,7 +61,30 @@ def test_the_end_tells_of_loss_answers_and_files(
     report = json.loads((out / "merge_report.json").read_text())
     said = [x for x in end if x.startswith("rounding: ")]
     assert bool(said) == (report["relative_error"] > 0.05)
-    assert not said or report["recommendation"] in said[0]
+    if said:
+        (line,) = (x for x in end if "a file with " in x)
+        command = shlex.split(line.partition(" of it: ")[2])
+        assert command[:3] == ["rwkv-peft", "merge", str(out / "rwkv-5-adapter")]
+        assert cli(*command[1:], "--compare", 0).code == 0
+        assert cli("generate", out, "--prompt", "a", "--max_tokens", 1).code == 0
+
+
+def test_rounding_is_told_at_the_end_alone_with_a_command_that_avoids_it(
+    cli: Cli, make_model_file: Callable[..., Path], dialogues: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "o u"
+    line = ["train", make_model_file(), dialogues, "--proj_dir", out, "--accelerator", "cpu"]
+    done = cli(*line, "--epoch_count", 2, "--lr_init", 1e-5)
+    assert done.code == 0 and done.err.count("rounding: ") == 1, done.err
+    assert "rounding took" not in done.err
+    report = json.loads((out / "merge_report.json").read_text())
+    assert report["relative_error"] > 0.05
+    assert f"{report['relative_error']:.0%} of what was learned is missing" in done.err
+    command = shlex.split(done.err.splitlines()[-1].partition(" of it: ")[2])
+    assert command[-1] == ("fp16" if "fp16.pth" in command[-3] else "fp32")
+    assert cli(*command[1:], "--compare", 0).code == 0
+    # the new file is no result of the run, whose own is still found
+    assert "rwkv-1.pth" in cli("generate", out, "--prompt", "a", "--max_tokens", 1).err
 
 
 @pytest.mark.parametrize("train_type", ["state", "fullstate"])
