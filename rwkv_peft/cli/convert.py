@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rwkv_peft.cli.given import find_kind, find_parts, refuse_model
+from rwkv_peft.cli.given import find_kind, find_parts, find_whole, refuse_model
 from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import Switch
@@ -38,6 +38,7 @@ class ConvertOptions(AdapterOptions):
 def run(args: Sequence[str]) -> int:
     """Writes an adapter or a state in another form."""
     options = parse(ConvertOptions, args, command="convert", positional=("source",))
+    options = replace(options, source=find_whole(options.source))
     if options.source and not (options.base_model and find_kind(options.source) != "run"):
         parts = find_parts(options.source, "convert", wants_adapter=True)
         base, source = options.base_model or parts.model, parts.adapter or parts.state

@@ -84,7 +84,11 @@ def _saved_settings(path: str) -> dict[str, Any]:
     if kind == "run":
         from rwkv_peft.training.folder import read_settings
 
-        saved = read_settings(Path(path)) or {}
+        if (saved := read_settings(Path(path))) is None:
+            raise ConfigError(
+                f"{path} is the folder of a run that has not taken its first step: its data is "
+                "not noted there yet"
+            )
         print_line(f"note: the data of the run {path}: {saved.get('data_file')}", file=sys.stderr)
         return saved
     if kind in ("model", "adapter", "state", "checkpoint"):

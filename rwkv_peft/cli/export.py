@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from rwkv_peft.cli.generate import choose_template
-from rwkv_peft.cli.given import describe_result, find_kind, find_parts, find_result
+from rwkv_peft.cli.given import (
+    describe_result,
+    find_kind,
+    find_parts,
+    find_result,
+    find_whole,
+    require_no_log,
+)
 from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import Switch
@@ -73,7 +80,9 @@ def run(args: Sequence[str]) -> int:
 
 def _complete(options: ExportOptions) -> ExportOptions:
     """The options with a run's newest result in its place, and with the base of an adapter."""
+    options = replace(options, source=find_whole(options.source))
     kind = find_kind(options.source)
+    require_no_log(options.source, "export")
     if kind in ("run", "checkpoint"):
         run = Path(options.source)
         result = find_result(run, kind, "export", wants_adapter=not options.merge)

@@ -6,14 +6,14 @@ takes a model; what else is needed is found beside it.
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.printing import print_line
-from rwkv_peft.recognise import OLD_TORCH, SAFETENSORS, TORCH, recognise
+from rwkv_peft.recognise import JSON, OLD_TORCH, SAFETENSORS, TEXT, TORCH, recognise
 
 T = TypeVar("T")
 Kind = Literal["model", "adapter", "state", "run", "checkpoint", "other"]
@@ -21,6 +21,8 @@ Kind = Literal["model", "adapter", "state", "run", "checkpoint", "other"]
 LOOKED_AT = 1 << 28
 _RESULT = re.compile(r"rwkv-(\d+)(-adapter|\.pth|-.+\.pth)", re.DOTALL)
 _ADAPTER, _BASE = "adapter_config.json", "base_model_name_or_path"
+_FILES = (_ADAPTER, "adapter_model.safetensors", "rwkv_peft.json")
+_LOGS = ("config.yaml", "train_log.txt", "loss_data.jsonl", "val_data.jsonl", "merge_report.json")
 _STEP = re.compile(r"step-(\d+)")
 # how a command takes an adapter or a state whose base is not known
 _BASES = {
@@ -48,8 +50,11 @@ class Parts(NamedTuple):
 
 
 def find_kind(path: str | Path) -> Kind:
-    """What a file or folder is; 'other' for what is none of them, cannot be read or is missing."""
-    path = Path(path)
+    """What a file or folder is; 'other' for what is none of them, cannot be read or is missing.
+
+    A file of an adapter's folder stands for the adapter, see `find_whole`.
+    """
+    path = Path(find_whole(str(path)))
     if path.is_dir():
         return _kind_of_folder(path)
     if not path.is_file():
@@ -75,6 +80,13 @@ def find_kind(path: str | Path) -> Kind:
     return "state" if is_state else "model"
 
 
+def find_whole(path: str) -> str:
+    """The folder of an adapter in peft's format for each of its files, all else as it is."""
+    given = Path(path)
+    is_part = given.name in _FILES and given.is_file() and (given.parent / _ADAPTER).is_file()
+    return str(given.parent) if is_part else path
+
+
 def find_parts(path: str, command: str, *, wants_adapter: bool = False) -> Parts:
     """What to load where a path stands in the place of a model.
 
@@ -84,7 +96,10 @@ def find_parts(path: str, command: str, *, wants_adapter: bool = False) -> Parts
     Raises:
         ConfigError: it is an adapter or a state whose base is not known, or a run without a result.
     """
+    path = find_whole(path)
     kind = find_kind(path)
+    if kind == "other":
+        require_no_log(path, command)
     if kind in ("model", "other"):
         return Parts(model=path)
     if kind in ("run", "checkpoint"):
@@ -103,6 +118,13 @@ def complete(options: T, command: str) -> T:
     given: Any = options
     if not given.load_model:
         return options
+    for flag in ("adapter", "state"):
+        if value := getattr(given, flag):
+            line = f"rwkv-peft {command} {given.load_model}"
+            found, note = find_added(value, flag, line, kinds=(flag,))
+            given = options = replace(options, **{flag: found})  # type: ignore[type-var]
+            if note:
+                print_line(f"note: {note}", file=sys.stderr)
     parts = find_parts(given.load_model, command)
     for name in ("adapter", "state"):
         if getattr(parts, name) and getattr(given, name):
@@ -115,6 +137,49 @@ def complete(options: T, command: str) -> T:
         print_line(f"note: {parts.note}", file=sys.stderr)
     completed: T = replace(given, load_model=parts.model, **changes)
     return completed
+
+
+def find_added(
+    path: str, flag: str, line: str, *, kinds: Sequence[str] = ("adapter", "state")
+) -> tuple[str, str]:
+    """What to load for a path behind a flag of adapters or states, and what is to be said of it.
+
+    Args:
+        line: the command line without the flag, for messages.
+        kinds: what the flag takes.
+    Raises:
+        ConfigError: it is something else.
+    """
+    path, kind, note = find_whole(path), find_kind(path), ""
+    if kind in ("run", "checkpoint"):
+        result = find_result(Path(path), kind, line, wants_adapter=True)
+        note, path = describe_result(Path(path), result), str(result)
+        kind = find_kind(path)
+    if kind == "model":
+        raise ConfigError(
+            f"--{flag} {path} is a whole model: it is given alone, as the first argument"
+        )
+    if kind == "adapter" and kind not in kinds:
+        raise ConfigError(f"--{flag} {path} is an adapter: {line} --adapter {path}")
+    if kind == "state" and kind not in kinds:
+        raise ConfigError(f"--{flag} {path} is a learned state: {line} --state {path}")
+    return path, note
+
+
+def require_model(path: str, command: str) -> None:
+    """Raises ConfigError if data stands alone, where a model is to stand before it."""
+    if path and Path(path).is_file() and recognise(path) in (JSON, TEXT):
+        raise ConfigError(f"no model given: rwkv-peft {command} model.pth {path}")
+
+
+def require_no_log(path: str, command: str) -> None:
+    """Raises ConfigError if a file is one that a run writes beside its results."""
+    folder = Path(path).parent
+    if Path(path).name in _LOGS and _kind_of_folder(folder) == "run":
+        raise ConfigError(
+            f"{path} is a file of the run {folder}, whose results are used by its folder: "
+            f"rwkv-peft {command} {folder}"
+        )
 
 
 def refuse_model(path: str, advice: str) -> NoReturn:
@@ -139,15 +204,16 @@ def find_run(path: str | Path) -> Path | None:
 
 
 def _kind_of_folder(path: Path) -> Kind:
-    if not any((path / name).is_file() for name in ("config.yaml", "manifest.json", _ADAPTER)):
+    known = ("config.yaml", "manifest.json", _ADAPTER, ".run.lock")
+    if not any((path / name).is_file() for name in known):
         return "other"
-    from rwkv_peft.training.folder import read_settings
+    from rwkv_peft.training.folder import find_holder, read_settings
 
     if (path / _ADAPTER).is_file():
         return "adapter"
     if (path / "manifest.json").is_file():
         return "checkpoint"
-    return "run" if read_settings(path) is not None else "other"
+    return "run" if read_settings(path) is not None or find_holder(path) else "other"
 
 
 def find_result(path: Path, kind: Kind, command: str, *, wants_adapter: bool = False) -> Path:
@@ -166,7 +232,14 @@ def find_result(path: Path, kind: Kind, command: str, *, wants_adapter: bool = F
         states = sorted(stem.parent.glob(f"{stem.name}-*.pth")) if stem else []
         found = [weights] if weights.is_file() else [p for p in states if p.is_file()] or found
     if not found:
+        from rwkv_peft.training.folder import find_holder
+
         folder = path if kind == "run" else path.parent.parent
+        if holder := find_holder(folder):
+            raise ConfigError(
+                f"{folder} is the folder of a run that goes on ({holder}) and has saved nothing "
+                "yet: wait for its first result"
+            )
         what = "the folder of a run" if kind == "run" else "a checkpoint, to go on from"
         raise ConfigError(
             f"{path} is {what}, and holds no result yet: go on with rwkv-peft train --resume auto "

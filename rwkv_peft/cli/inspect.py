@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rwkv_peft.cli.given import find_kind, find_parts, find_run
+from rwkv_peft.cli.given import find_kind, find_parts, find_run, find_whole, require_no_log
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.errors import ConfigError, RwkvPeftError
 from rwkv_peft.language import translate
@@ -60,10 +60,18 @@ def describe(path: str | Path) -> dict[str, Any]:
     from rwkv_peft.checkpoint.state import holds_state_alone
     from rwkv_peft.exports.opened import is_model_folder
 
+    path = find_whole(str(path))
     if (kind := find_kind(path)) in ("run", "checkpoint"):
         return _describe_run(str(path), kind)
-    if Path(path).is_dir() and not is_model_folder(Path(path)):
+    if kind == "other":
+        require_no_log(path, "inspect")
+    if kind == "adapter" and Path(path).is_dir():
         return _describe_folder(path)
+    if Path(path).is_dir() and not is_model_folder(Path(path)):
+        raise ConfigError(
+            f"{path} is a folder, of no run, adapter or model: give a file of weights in it, "
+            "or the folder of a run or an adapter"
+        )
     require_sums(path)
     if method := old_method(path) or ("state" if holds_state_alone(path) else ""):
         facts = {"file": str(path), "method": method, **_totals(path)}

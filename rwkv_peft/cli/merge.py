@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rwkv_peft.cli.given import find_kind, find_parts, refuse_model
+from rwkv_peft.cli.given import (
+    find_added,
+    find_kind,
+    find_parts,
+    find_whole,
+    refuse_model,
+    require_no_log,
+)
 from rwkv_peft.cli.legacy.merge import translate_merge
 from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
@@ -47,8 +54,8 @@ def run(args: Sequence[str]) -> int:
     """Merges an adapter into a copy of its base."""
     arguments, notes, _ = translate_merge(args)
     positional = ("base_model", "adapter")
-    options, note = _sort(parse(MergeOptions, arguments, command="merge", positional=positional))
-    for line in (*notes, *filter(None, [note])):
+    options, found = _sort(parse(MergeOptions, arguments, command="merge", positional=positional))
+    for line in (*notes, *found):
         print_line(f"note: {line}", file=sys.stderr)
     for name in ("base_model", "adapter", "output"):
         if not getattr(options, name):
@@ -81,25 +88,33 @@ def run(args: Sequence[str]) -> int:
     return 0
 
 
-def _sort(options: MergeOptions) -> tuple[MergeOptions, str]:
+def _sort(options: MergeOptions) -> tuple[MergeOptions, list[str]]:
     """The options with base and adapter in their places, and what is to be said of them.
 
     An adapter, a state or a run may stand where the base does; its base is known, or stands second.
     """
     first, second = options.base_model, options.adapter
+    notes: list[str] = []
     kind = find_kind(first) if first else "other"
+    if second and (kind == "model" or find_kind(second) != "model"):
+        line = f"rwkv-peft merge {first or 'BASE'}"
+        found = [find_added(part, "adapter", line) for part in second.split(",")]
+        second = ",".join(path for path, _ in found)
+        notes = [note for _, note in found if note]
+        options = replace(options, adapter=second)
     if kind in ("model", "other"):
+        require_no_log(first, "merge")
         if first and not second:
             refuse_model(first, f"rwkv-peft merge {first} ADAPTER --output O adds an adapter to it")
-        return options, ""
+        return options, notes
     if kind in ("adapter", "state") and second and find_kind(second) == "model":
-        return replace(options, base_model=second, adapter=first), ""
+        return replace(options, base_model=second, adapter=find_whole(first)), notes
     parts = find_parts(first, "merge", wants_adapter=True)
     adapter = parts.adapter or parts.state
     if not adapter:
         raise ConfigError(f"{first} has no adapter: {parts.model} is a whole model already")
     if second and find_kind(second) == "model":
-        return replace(options, base_model=second, adapter=adapter), parts.note
+        return replace(options, base_model=second, adapter=adapter), [parts.note]
     if second:
         raise ConfigError(f"{first} is no model: rwkv-peft merge BASE {second} --output O")
-    return replace(options, base_model=parts.model, adapter=adapter), parts.note
+    return replace(options, base_model=parts.model, adapter=adapter), [parts.note]

@@ -10,7 +10,14 @@ from pathlib import Path
 from rwkv_peft.cli.arguments import split_arguments
 from rwkv_peft.cli.data import rows_of, show_rows
 from rwkv_peft.cli.generate import template_of
-from rwkv_peft.cli.given import find_kind, find_parts, find_run
+from rwkv_peft.cli.given import (
+    find_added,
+    find_kind,
+    find_parts,
+    find_run,
+    require_model,
+    require_no_log,
+)
 from rwkv_peft.cli.legacy.train import require_agreement, translate_train
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.cli.ranks import is_first_rank, must_start, start_ranks
@@ -55,6 +62,10 @@ def run(args: Sequence[str]) -> int:
     else:
         config, found = _take_given(config)
         notes += found
+    if config.resume == "auto" and config.proj_dir and not config.load_model:
+        from rwkv_peft.training.resume import describe_no_checkpoint
+
+        raise ConfigError(describe_no_checkpoint(config.proj_dir))
     config.require_files()
 
     from rwkv_peft.training.inputs import require_kept_config, require_kept_inputs
@@ -112,9 +123,17 @@ def _take_given(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
 
     An adapter, a state or the result of a run is trained further, in the run's template.
     """
-    first = config.load_model
+    first, notes = config.load_model, []
+    if config.load_adapter:
+        line = f"rwkv-peft train {first or 'BASE'} {config.data_file or 'data.jsonl'}"
+        added, note = find_added(config.load_adapter, "load_adapter", line)
+        notes += [note] if note else []
+        config = replace(config, load_adapter=added)
     if not first or (kind := find_kind(first)) in ("model", "other"):
-        return config, []
+        if not config.data_file:
+            require_model(first, "train")
+        require_no_log(first, "train")
+        return config, notes
     if kind in ("run", "checkpoint") and not config.data_file:
         run = first if kind == "run" else str(find_run(Path(first, "rwkv")) or first)
         raise ConfigError(
@@ -126,7 +145,7 @@ def _take_given(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     further = parts.adapter or parts.state
     if further and config.load_adapter:
         raise ConfigError(f"{first} and --load_adapter {config.load_adapter}: give one of the two")
-    notes = [parts.note]
+    notes.append(parts.note)
     template = config.template
     if parts.run and template == "auto" and config.data_type != "sft":
         template = template_of(parts.run)

@@ -271,6 +271,21 @@ def _lock(folder: Path) -> Iterator[None]:
                 path.unlink()
 
 
+def find_holder(folder: Path) -> str:
+    """The process of the run that has a folder, as it has written itself there; "" if none has."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR)
+    except OSError:
+        return ""
+    try:
+        _lock_descriptor(descriptor)
+    except OSError as error:
+        return _read_holder(descriptor) if error.errno in _HELD else ""
+    finally:
+        os.close(descriptor)
+    return ""
+
+
 def _read_holder(descriptor: int) -> str:
     """Who holds a lock: its process writes that just after it got the lock."""
     for _ in range(20):

@@ -17,7 +17,7 @@ from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.printing import counted
 from rwkv_peft.training.checkpoints import FOLDER, find_versions, list_checkpoints
 from rwkv_peft.training.choose import with_method
-from rwkv_peft.training.folder import read_settings
+from rwkv_peft.training.folder import find_holder, read_settings
 from rwkv_peft.training.form import foreign_in_one_line, require_form
 from rwkv_peft.training.metrics import LOGS, LogPlaces
 from rwkv_peft.training.run_state import Run
@@ -196,6 +196,16 @@ def find_settings(resume: str, proj_dir: str) -> dict[str, Any]:
         settings = values["settings"]
         return {**settings, "resume": resume, "proj_dir": proj_dir or _home(folder)}
     return {}
+
+
+def describe_no_checkpoint(proj_dir: str) -> str:
+    """What to do where `--resume auto` is all that a line says, and no checkpoint says the rest."""
+    if holder := find_holder(Path(proj_dir)):
+        return f"--proj_dir {proj_dir} is in use by {holder}: wait for its end"
+    return (
+        f"--resume auto: {proj_dir} has no checkpoint to go on from: give the whole line of the "
+        "run again, with --resume auto"
+    )
 
 
 def _find_checkpoint(config: TrainConfig) -> tuple[Path | None, list[str]]:

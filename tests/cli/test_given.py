@@ -64,6 +64,9 @@ KINDS = {
     "full": "run",
     "data.jsonl": "other",
     "missing.pth": "other",
+    "adapter/rwkv-1-adapter/adapter_model.safetensors": "adapter",
+    "adapter/rwkv-1-adapter/adapter_config.json": "adapter",
+    "adapter/config.yaml": "other",
 }
 
 
@@ -221,12 +224,18 @@ REFUSED = {
     "merged/rwkv-1-adapter": {"data": "is an adapter and no data"},
     "adapter/rwkv-1-adapter": {"data": "is an adapter and no data"},
     "state/rwkv-1.pth": {"data": "is a state and no data"},
+    "adapter/rwkv-1-adapter/adapter_model.safetensors": {"data": "is an adapter and no data"},
+    "adapter/rwkv-1-adapter/adapter_config.json": {"data": "is an adapter and no data"},
+    "adapter/config.yaml": {
+        **dict.fromkeys(REST, "adapter/config.yaml is a file of the run adapter, whose results"),
+        "data": "adapter/config.yaml:1: not JSON",
+    },
     "data.jsonl": {
         **dict.fromkeys(REST, "data.jsonl is a text file of JSON: give it as the data"),
         "data": "",
     },
     "missing.pth": dict.fromkeys(REST, "there is no file missing.pth"),
-    "empty": {**dict.fromkeys(REST, "empty"), "inspect": "empty is no adapter"},
+    "empty": {**dict.fromkeys(REST, "empty"), "inspect": "empty is a folder, of no run"},
 }
 
 
@@ -250,6 +259,97 @@ def test_every_command_uses_each_kind_or_says_what_to_do(
         assert re.match("错误：.*[一-鿿]{4}", cli(command, first, *rest, "--lang", "zh").err)
     else:
         assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("generate model.pth --adapter adapter", "adapter/rwkv-1-adapter"),
+        ("generate model.pth --adapter merged", "merged/rwkv-1-adapter"),
+        ("generate model.pth --state state", "state/rwkv-1.pth"),
+        ("generate model.pth --adapter adapter/rwkv-0-adapter/adapter_model.safetensors", ""),
+        ("chat model.pth --adapter adapter", "adapter/rwkv-1-adapter"),
+        ("eval model.pth data.jsonl --state state", "state/rwkv-1.pth"),
+        ("merge model.pth adapter --output {o}.pth", "adapter/rwkv-1-adapter"),
+        ("merge model.pth --adapter state --output {o}.pth", "state/rwkv-1.pth"),
+        ("merge adapter/rwkv-0-adapter/adapter_config.json --output {o}.pth", "model.pth"),
+        ("train model.pth data.jsonl --load_adapter adapter --proj_dir {o}", "/rwkv-1-adapter"),
+        ("train model.pth data.jsonl --load_adapter state --proj_dir {o}", "state/rwkv-1.pth"),
+    ],
+)
+def test_a_flag_of_adapters_or_states_takes_the_folder_of_a_run(
+    line: str, wanted: str, work: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"3?\n")))
+    words = line.format(o=tmp_path / "o").split()
+    more = {"train": REST["train"].split()[1:-1], "merge": ["--compare", "0"], "eval": []}
+    more |= {"generate": ["--max_tokens", "1"], "chat": ["--max_tokens", "1"]}
+    words += [*more[words[0]], *["--prompt", "a"] * (words[0] == "generate")]
+    done = cli(*words)
+    assert done.code == 0, done.err
+    assert wanted in next((x for x in done.err.splitlines() if x.startswith("note: ")), "")
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        (
+            "generate model.pth --adapter state/rwkv-1.pth",
+            "--adapter state/rwkv-1.pth is a learned state: rwkv-peft generate model.pth --state s",
+        ),
+        ("chat model.pth --adapter state", "rwkv-peft chat model.pth --state state/rwkv-1.pth"),
+        (
+            "generate model.pth --state adapter/rwkv-0-adapter",
+            "is an adapter: rwkv-peft generate model.pth --adapter adapter/rwkv-0-adapter",
+        ),
+        ("generate model.pth --adapter full", "full/rwkv-1.pth is a whole model: it is given alo"),
+        ("generate model.pth --state model.pth", "model.pth is a whole model: it is given alone"),
+        ("train model.pth data.jsonl --load_adapter full", "is a whole model: it is given alone"),
+        ("merge model.pth model.pth --output x.pth", "is a whole model: it is given alone"),
+        ("train data.jsonl", "no model given: rwkv-peft train model.pth data.jsonl"),
+        ("eval data.jsonl", "no model given: rwkv-peft eval model.pth data.jsonl"),
+        ("train --proj_dir full --resume auto", "full has no checkpoint to go on from: give the w"),
+    ],
+)
+def test_a_wrong_kind_behind_a_flag_is_named_with_the_right_line(
+    line: str, wanted: str, work: Path, cli: Cli
+) -> None:
+    words = line.split()
+    done = cli(*words, *["--prompt", "a"] * (words[0] == "generate"))
+    assert done.code == 2 and wanted in done.err and done.err.count("\n") == 1, done.err
+    said = cli(*words, *["--prompt", "a"] * (words[0] == "generate"), "--lang", "zh").err
+    assert re.match("错误：.*[一-鿿]{4}", said), said
+
+
+def test_a_run_that_goes_on_is_told_from_one_that_ended(
+    work: Path, cli: Cli, tmp_path: Path
+) -> None:
+    from rwkv_peft.training.folder import take_folder
+
+    folder = tmp_path / "new"
+    with take_folder(str(folder)):
+        # before the first step there is nothing, and after it the settings alone
+        for _ in range(2):
+            for line in (
+                ["chat", folder],
+                ["generate", folder, "--prompt", "a"],
+                ["merge", folder, "--output", "x.pth"],
+                ["train", folder, "data.jsonl"],
+                ["export", folder, "--to", "gguf"],
+            ):
+                done = cli(*line)
+                assert done.code == 2 and done.err.count("\n") == 1, done.err
+                assert f"of a run that goes on (process {os.getpid()} on " in done.err
+            done = cli("train", "--proj_dir", folder, "--resume", "auto")
+            assert f"is in use by process {os.getpid()}" in done.err
+            assert cli("inspect", folder).code == 0
+            shutil.copy("adapter/config.yaml", folder)
+        shutil.copytree("adapter/rwkv-1-adapter", folder / "rwkv-0-adapter")
+        assert cli("generate", folder, "--prompt", "a", "--max_tokens", 1).code == 0
+    shutil.rmtree(folder / "rwkv-0-adapter")
+    assert "holds no result yet" in cli("chat", folder).err
 
 
 def test_the_newest_result_is_that_of_the_last_epoch_or_of_a_later_stop(
