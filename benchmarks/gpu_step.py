@@ -44,17 +44,10 @@ TOKENS = 1024
 ADAPTERS: dict[str, dict[str, int]] = {"lora": {"r": 32, "lora_alpha": 32}, "miss": {"r": 32}}
 
 
-def make_model(
-    size: str, op: str, device: torch.device, quant: str = "none", *, has_head: bool = False
-) -> RWKV:
-    """A model of a released shape with random weights of a realistic scale; float32 on a CPU.
-
-    Its tensors are drawn one after the other, and the projections stored as `quant` says, with the
-    head if asked for.
-    """
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+def config_of(size: str) -> ModelConfig:
+    """The shape of a released model."""
     n_layer, n_embd, ranks, vocab_size = SIZES[size]
-    model_config = ModelConfig(
+    return ModelConfig(
         "x070",
         n_layer,
         n_embd,
@@ -65,7 +58,18 @@ def make_model(
         dict(zip("wavg", ranks, strict=True)),
         False,
     )
-    model = build(model_config, op=op, device=device, dtype=dtype)
+
+
+def make_model(
+    size: str, op: str, device: torch.device, quant: str = "none", *, has_head: bool = False
+) -> RWKV:
+    """A model of a released shape with random weights of a realistic scale; float32 on a CPU.
+
+    Its tensors are drawn one after the other, and the projections stored as `quant` says, with the
+    head if asked for.
+    """
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model = build(config_of(size), op=op, device=device, dtype=dtype)
     generator = torch.Generator(device=device).manual_seed(0)
     layers = [] if quant == "none" else stored_layers(model, has_head=has_head)
     stored = {name for name, _ in layers}

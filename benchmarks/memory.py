@@ -7,9 +7,9 @@ recomputed, compiled and captured, six optimizer steps: each case in a process o
 is the allocator's peak from the first step on, reserved what it holds at the end, the pools of
 graphs too; process is what the driver counts for the whole process, as nvidia-smi shows it, context
 and libraries too. `--small` also leaves the embedding on the host, keeps moments in 8 bits, and
-stores the head as the projections.
-The losses of a case that are not finite refuse it. Several cases run at a time (--jobs); then the
-driver's count is of each process where it tells that, and else left out.
+stores the head as the projections. Predicted is what a run says before it begins. The losses of a
+case that are not finite refuse it. Several cases run at a time (--jobs); then the driver's count is
+of each process where it tells that, and else left out.
 """
 
 import argparse
@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_step import SIZES, device_name
+from gpu_step import SIZES, config_of, device_name
 from report import report_as_found
 
-from rwkv_peft.quant import STORAGES
+from rwkv_peft.models import build
+from rwkv_peft.quant import STORAGES, stored_layers
+from rwkv_peft.training.memory import bytes_of_training, guess_bytes
 
 GIB = 2**30
 METHODS = ("state", "lora", "miss", "pissa")
@@ -60,6 +62,34 @@ def measure(size: str, method: str, quant: str, *, is_small: bool, way: str) -> 
     }
 
 
+def predict(size: str, method: str, quant: str, *, is_small: bool) -> float:
+    """GiB that a run would say it takes, by the shapes alone."""
+    from step import RANK
+
+    model_config = config_of(size)
+    shapes = build(model_config, op="reference")
+    layers = [x for name, x in stored_layers(shapes) if name.startswith("blocks.")]
+    sides = [x.in_features * (method != "miss") + x.out_features for x in layers]
+    # a state is in float32
+    states = model_config.n_layer * model_config.n_embd * model_config.head_size
+    trained, width = (states, 4) if method == "state" else (RANK * sum(sides), 2)
+    optimizer = "adamw8bit" if is_small and method != "state" else "adamw"
+    each = width + bytes_of_training(width, optimizer, has_one_backward=True)
+    guess = guess_bytes(
+        model_config,
+        torch.bfloat16,
+        "cuda",
+        CTX,
+        sum(x.numel() for x in shapes.parameters()),
+        trained * each,
+        is_recomputed=True,
+        quant=quant,
+        has_head=is_small,
+    )
+    table = model_config.vocab_size * model_config.n_embd * 2
+    return (guess - table * is_small) / GIB
+
+
 def of_process() -> float | None:
     """GiB that the driver counts for this process; None if it does not tell."""
     query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
@@ -86,12 +116,12 @@ def run_case(case: tuple[str, str, str], options: argparse.Namespace) -> str:
     start = f"| {' | '.join(case)}{', small' * options.small} | "
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        return start + f"failed: {(done.stderr.strip().splitlines() or ['?'])[-1][:160]} | | | |"
+        return start + f"failed: {(done.stderr.strip().splitlines() or ['?'])[-1][:160]} | | | | |"
     found = json.loads(lines[-1])
     process = "–" if found["process"] is None else f"{found['process']:.2f}"
     return (
         start + f"{found['allocated']:.2f} | {found['reserved']:.2f} | {process} | "
-        f"{found['loss']:.3f} |"
+        f"{predict(*case, is_small=options.small):.2f} | {found['loss']:.3f} |"
     )
 
 
@@ -115,8 +145,8 @@ def main() -> None:
     head = [
         f"{device_name()}, PyTorch {torch.__version__}, bf16, ctx {CTX}, 1 row, rank 64; GiB",
         "",
-        "| size | method | quant | allocated | reserved | process | first loss |",
-        "|---|---|---|---|---|---|---|",
+        "| size | method | quant | allocated | reserved | process | predicted | first loss |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     cases = list(itertools.product(options.sizes, options.methods, options.quants))
     with ThreadPoolExecutor(options.jobs) as pool:

@@ -200,3 +200,18 @@ def measured(script: str, *arguments: str) -> list[dict[str, Any]]:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return rows
+
+
+def test_memory_that_was_measured_is_that_which_a_run_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    memory = importlib.import_module("memory")
+    table = (BENCHMARKS / "results" / "memory_h200_2026-11-29.md").read_text(encoding="utf-8")
+    rows = [[x.strip() for x in line.strip("|").split("|")] for line in table.splitlines()]
+    rows = [row for row in rows if row[0] in ("1.5b", "2.9b", "7.2b", "13.3b")]
+    assert len(rows) > 30
+    for size, method, kind, _, reserved, _, said, _ in rows:
+        guess = memory.predict(size, method, kind.split(",")[0], is_small="small" in kind)
+        assert guess == pytest.approx(float(reserved), rel=0.05), (size, method, kind)
+        assert f"{guess:.2f}" == said

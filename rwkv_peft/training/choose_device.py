@@ -158,6 +158,7 @@ def _chunk_fits(values: dict[str, Any], facts: Facts, chunk_ctx: int) -> bool:
         is_recomputed=bool(values["grad_cp"]),
         quant=values["quant"],
         has_head=bool(values["quant_head"]),
+        optimizer=values["optimizer"],
         num_ranks=values["devices"] * values["num_nodes"] if values["strategy"] == "fsdp" else 1,
     )
 

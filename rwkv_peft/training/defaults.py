@@ -82,6 +82,7 @@ def longest_chosen(values: Mapping[str, Any], facts: Facts) -> int:
             is_recomputed=values["grad_cp"] != 0,
             quant=values["quant"],
             has_head=bool(values["quant_head"]),
+            optimizer=values["optimizer"],
         ):
             return length
     return CHOSEN_CTX[-1]

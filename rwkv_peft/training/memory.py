@@ -7,11 +7,12 @@ from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.quant import STORAGES, stored_layers
 from rwkv_peft.quant.linear import MAX_DENSE
 from rwkv_peft.training.borders import Room
+from rwkv_peft.training.optimizers import OPTIMIZERS
 from rwkv_peft.training.settings import Facts, Settings
 
-# vectors (B*T, D) that a block keeps for backward, measured in the compute dtype, and those in
-# float32 that the chunked operator keeps
-KEPT_VECTORS, KEPT_BY_TORCH = 47, 13
+# vectors (B*T, D) that a block keeps for backward, measured in the compute dtype, those that pass
+# by in a block's backward, and those in float32 that the chunked operator keeps
+KEPT_VECTORS, PASSING_VECTORS, KEPT_BY_TORCH = 37, 10, 13
 # what states at borders may have on a device, and their share of the host's free memory
 BORDERS_ON_DEVICE, BORDERS_SHARE = 1 << 30, 0.5
 # where nobody can say what is free
@@ -26,13 +27,18 @@ def guess_memory(
     States at borders are not among them.
     """
     positions = positions_at_once(settings.ctx_len, settings.chunk_ctx * settings.is_infctx)
+    size, is_full = settings.dtype.itemsize, settings.peft == "none"
+    has_one_backward = not settings.is_infctx and (
+        settings.accumulate_grad_batches * settings.num_ranks == 1
+    )
+    each = bytes_of_training(size, settings.optimizer, has_one_backward=has_one_backward)
     guess = guess_bytes(
         model_config,
         settings.dtype,
         op,
         settings.micro_bsz * positions,
         num_weights,
-        num_trained,
+        num_trained * (each if is_full else each + size),
         is_recomputed=bool(settings.grad_cp),
         quant=settings.quant,
         has_head=bool(settings.quant_head),
@@ -44,7 +50,7 @@ def guess_memory(
             num_weights,
             num_trained,
             settings.num_ranks,
-            trains_weights=settings.peft == "none",
+            trains_weights=is_full,
             quant=settings.quant,
         )
     if settings.emb_cpu:
@@ -58,26 +64,37 @@ def guess_bytes(
     op: str,
     positions: int,
     num_weights: int,
-    num_trained: int,
+    training: float,
     *,
     is_recomputed: bool,
     quant: str = "none",
     has_head: bool = False,
 ) -> float:
-    """`guess_memory` for so many positions, those of all rows, that have activations at once."""
+    """`guess_memory` for so many positions, those of all rows, that have activations at once.
+
+    Args:
+        training: bytes of what is trained beside the model's weights, and of what trains it.
+    """
     size, layers = dtype.itemsize, model_config.n_layer
     vectors = positions * model_config.n_embd
     kept = vectors * (KEPT_VECTORS * size + (KEPT_BY_TORCH * 4 if op == "torch" else 0))
     activations = kept + vectors * size * layers if is_recomputed else kept * layers
-    training = num_trained * bytes_of_training(size)
+    activations += vectors * PASSING_VECTORS * size
     logits = min(positions * model_config.vocab_size, 1 << 24) * 12
     weights = weigh_base(model_config, num_weights, size, quant, has_head)
     return weights + training + activations + logits
 
 
-def bytes_of_training(size: int) -> int:
-    """Bytes beside a trained weight of `size`: its gradient, moments, and the rest of float32."""
-    return 4 + 8 + (0 if size == 4 else 2)
+def bytes_of_training(
+    size: int, optimizer: str = "adamw", *, has_one_backward: bool = False
+) -> int:
+    """Bytes beside a trained weight of `size`: its gradient, moments, and the rest of float32.
+
+    Args:
+        has_one_backward: of a step, whose gradients stay as they come.
+    """
+    gradient = size if has_one_backward else 4
+    return gradient + OPTIMIZERS[optimizer].moments + (0 if size == 4 else 2)
 
 
 def spared_bytes(
@@ -143,6 +160,7 @@ def fits(
     quant: str = "none",
     has_head: bool = False,
     num_ranks: int = 1,
+    optimizer: str = "adamw",
 ) -> bool:
     """Whether so many positions leave a fifth of a device's free memory free, as far as is known.
 
@@ -160,7 +178,7 @@ def fits(
         op,
         positions,
         facts.num_weights,
-        num_trained,
+        num_trained * bytes_of_training(dtype.itemsize, optimizer),
         is_recomputed=is_recomputed,
         quant=quant,
         has_head=has_head,

@@ -44,10 +44,12 @@ class Maker(NamedTuple):
     Attributes:
         make: of tensors, betas and epsilon; rate and decay are set before each step.
         is_elementwise: whether each number moves by itself, so that many tensors may be one.
+        moments: bytes that it remembers of each number.
     """
 
     make: Callable[[Sequence[Tensor], tuple[float, float], float], torch.optim.Optimizer]
     is_elementwise: bool = True
+    moments: int = 4
 
 
 def _make_adamw(
@@ -120,13 +122,13 @@ def require_package(optimizer: str) -> Any:
 
 
 OPTIMIZERS = {
-    "adamw": Maker(_make_adamw),
+    "adamw": Maker(_make_adamw, moments=8),
     # its moments have a scale for each 256 numbers of a tensor
-    "adamw8bit": Maker(_make_adamw8bit, is_elementwise=False),
+    "adamw8bit": Maker(_make_adamw8bit, is_elementwise=False, moments=2),
     "sgd": Maker(_make_sgd),
     "lion": Maker(_make_lion),
     "muon": Maker(_make_muon, is_elementwise=False),
-    "adafactor": Maker(_make_adafactor, is_elementwise=False),
+    "adafactor": Maker(_make_adafactor, is_elementwise=False, moments=0),
 }
 # tables of a row a token, which Muon leaves to AdamW, as it does whatever is no matrix
 _TABLES = ("emb.weight", "head.weight")

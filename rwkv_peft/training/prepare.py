@@ -22,12 +22,12 @@ from rwkv_peft.device import free_host_memory, free_memory, resolve_device
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.compile import compile_blocks
-from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.ops.dispatch import Request
 from rwkv_peft.ops.selfcheck import require_right
 from rwkv_peft.parallel.fsdp import Fsdp
 from rwkv_peft.parallel.strategy import Ddp, Strategy
 from rwkv_peft.quant.linear import QuantisedLinear
+from rwkv_peft.training.advice import advise_memory
 from rwkv_peft.training.checkpoints import copy_to_host
 from rwkv_peft.training.choose import Plan, choose
 from rwkv_peft.training.chunk_graphs import GraphedChunks
@@ -98,7 +98,7 @@ def prepare_run(
     optimizer = make_optimizer(plan, target, strategy, accumulates=step is not None)
     target.begin(optimizer.values)
     begin_together(strategy, target, optimizer, facts.device, settings.random_seed)
-    lines = list(_describe(plan, facts.model_config, model, checked, _count(base), target))
+    lines = list(_describe(plan, facts, model, checked, target))
     # what is true of both sets of data is told once
     lines += [x for x in describe_validation(settings, facts.held_out) if x not in lines]
     remarks: list[str] = []
@@ -291,15 +291,13 @@ def make_optimizer(
 
 
 def _describe(
-    plan: Plan,
-    model_config: ModelConfig,
-    model: RWKV,
-    checked: str | None,
-    num_weights: int,
-    target: TrainTarget,
+    plan: Plan, facts: Facts, model: RWKV, checked: str | None, target: TrainTarget
 ) -> Iterator[str]:
-    num_trained, op = _count(target.parameters), model.op
-    yield from describe_model(plan.settings, model_config, op.name, num_weights, num_trained)
+    op = model.op
+    counts = facts.num_weights, _count(target.parameters)
+    yield from describe_model(plan.settings, facts.model_config, op.name, *counts)
+    if advice := advise_memory(plan.settings, facts, op.name, *counts):
+        yield advice
     layers = [x for x in model.modules() if isinstance(x, QuantisedLinear)]
     if layers:
         stored, dense = (

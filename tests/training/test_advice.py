@@ -1,0 +1,95 @@
+"""What is said where memory is short."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rwkv_peft.checkpoint.pth import read_weights
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.training.advice import advise_memory
+from rwkv_peft.training.choose import choose
+from rwkv_peft.training.prepare import find_facts
+from rwkv_peft.training.settings import Facts, Settings
+
+
+@pytest.fixture
+def found(model_file: Path, data_file: Path) -> tuple[Settings, Facts]:
+    config = TrainConfig(
+        load_model=str(model_file),
+        data_file=str(data_file),
+        accelerator="cpu",
+        precision="bf16",
+        ctx_len=64,
+        micro_bsz=4,
+        grad_cp=0,
+        optimizer="adamw",
+    )
+    facts = find_facts(config, read_weights(config.load_model))
+    settings = replace(choose(config, facts).settings, emb_cpu=0)
+    return settings, replace(facts, device=torch.device("cuda"))
+
+
+# a model of 7.2B in bf16, its LoRA of rank 64, and what training it takes by hand: weights 14.4e9
+# bytes, an adapter of 151e6 numbers at 14 + 2 bytes and less
+SHAPE = {"n_layer": 32, "n_embd": 4096, "dim_att": 4096, "dim_ffn": 16384, "vocab_size": 65536}
+NUM_WEIGHTS, NUM_TRAINED = 7_199_000_000, 150_994_944
+
+
+def advise(found: tuple[Settings, Facts], gib: float, **changes: Any) -> str | None:
+    settings, facts = found
+    ranks = {"w": 128, "a": 128, "v": 96, "g": 480}
+    config = replace(facts.model_config, **SHAPE, ranks=ranks)
+    facts = replace(facts, memory=int(gib * 2**30), model_config=config)
+    settings = replace(settings, ctx_len=1024, micro_bsz=1, **changes)
+    return advise_memory(settings, facts, "cuda", NUM_WEIGHTS, NUM_TRAINED)
+
+
+def test_where_memory_is_enough_nothing_is_said(found: tuple[Settings, Facts]) -> None:
+    assert advise(found, 80.0) is None
+    assert advise((found[0], found[1]), 16.5, grad_cp=1) is None
+
+
+@pytest.mark.parametrize(
+    ("gib", "flags"),
+    [
+        (24, "--grad_cp 1 "),
+        (16.0, "--grad_cp 1 --emb_cpu 1 "),
+        (15, "--grad_cp 1 --emb_cpu 1 --optimizer adamw8bit "),
+        (10, "--grad_cp 1 --emb_cpu 1 --optimizer adamw8bit --quant int8 --quant_head 1 "),
+        (7, "--grad_cp 1 --emb_cpu 1 --optimizer adamw8bit --quant nf4 --quant_head 1 "),
+    ],
+)
+def test_as_little_is_changed_as_makes_it_fit(
+    gib: float, flags: str, found: tuple[Settings, Facts]
+) -> None:
+    line = advise(found, gib)
+    assert line is not None
+    said, _, about = line.partition("it takes about ")
+    assert said == f"memory: {gib:.1f} GiB are free, and the run may not fit; with {flags}"
+    assert float(about) <= gib + 0.05
+
+
+def test_what_cannot_be_is_not_advised(found: tuple[Settings, Facts]) -> None:
+    line = advise(found, 4.0, train_parts=["emb"])
+    assert line is not None and "--quant" not in line and "--emb_cpu" not in line
+    line = advise(found, 4.0, optimizer="lion")
+    assert line is not None and "--optimizer" not in line and "--quant nf4 --quant_head 1" in line
+    settings, facts = found
+    line = advise((settings, replace(facts, device=torch.device("cpu"))), 4.0)
+    assert line is not None and "--emb_cpu" not in line
+    # nothing is left to change
+    smallest = {"grad_cp": 1, "emb_cpu": 1, "optimizer": "adamw8bit", "quant": "nf4"}
+    line = advise(found, 2.0, **smallest, quant_head=1)
+    assert line == "memory: 2.0 GiB are free, and the run may not fit"
+    # and nobody can say
+    assert advise_memory(settings, replace(facts, memory=None), "cuda", 1, 1) is None
+
+
+def test_rows_of_a_micro_batch_become_micro_batches(found: tuple[Settings, Facts]) -> None:
+    settings, facts = found
+    tiny = replace(facts, memory=1000)
+    line = advise_memory(settings, tiny, "cuda", facts.num_weights, 1000)
+    assert line is not None and "--micro_bsz 1 --accumulate_grad_batches 4 " in line
