@@ -1,12 +1,14 @@
 """Blocks compiled by torch.compile, one code for all that are alike."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.layers import Block
+from rwkv_peft.models.recompute import recompute
 
 # codes that are kept of a function, each for one shape
 MAX_SHAPES = 64
@@ -38,7 +40,8 @@ def compile_blocks(
 ) -> None:
     """Has the blocks of a model compiled when they are next trained.
 
-    With `grad_cp` the compiled backward recomputes all that a block's inputs give.
+    With `grad_cp` the compiled backward recomputes all that a block's inputs give. Blocks of which
+    several processes have parts are gathered around what is compiled.
 
     Args:
         backend: of `torch.compile`.
@@ -55,7 +58,7 @@ def compile_blocks(
         options={"fallback_random": True} if backend == "inductor" else None,
     )
 
-    def run(*args: Any) -> Any:
+    def run(block: Any, *args: Any) -> Any:
         # both are read when a block is compiled. Backward is compiled with forward, so that nothing
         # was added to a gradient when it fails
         with torch._functorch.config.patch(
@@ -63,7 +66,7 @@ def compile_blocks(
             force_non_lazy_backward_lowering=True,
         ):
             try:
-                return compiled(*args)
+                return compiled(block, *args)
             except (TorchDynamoException, InductorError) as error:
                 if on_failure is None:
                     raise
@@ -71,6 +74,17 @@ def compile_blocks(
                 first, *others = str(error).strip().splitlines()
                 on_failure(others[0] if first.endswith(":") and others else first)
         model.compiled = None
-        return model.run_block(*args)
+        forward = partial(Block.forward, block)
+        return recompute(forward, *args) if model.grad_cp else forward(*args)
 
-    model.compiled = run
+    def call(block: Any, *args: Any) -> Any:
+        if not hasattr(block, "unshard"):
+            return run(block, *args)
+        # its weights are gathered around its call
+        block.forward = partial(run, block)
+        try:
+            return block(*args)
+        finally:
+            del block.forward
+
+    model.compiled = call

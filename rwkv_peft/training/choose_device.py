@@ -106,7 +106,10 @@ def choose_step(chooser: Chooser, facts: Facts, positions: int) -> None:
     if facts.device.type == "cpu":
         compiles, reason = False, "on a CPU it seldom pays"
     elif shares:
-        compiles, reason = False, "blocks that are gathered were not compiled so far"
+        compiles, reason = (
+            False,
+            "blocks that are gathered were not measured compiled: 1 asks for it",
+        )
     elif missing:
         compiles, reason = False, f"the blocks would be faster compiled, which needs {missing}"
     elif values["dataload"] == "pad" and not is_infctx(values):

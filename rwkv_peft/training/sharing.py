@@ -39,7 +39,6 @@ def require_shareable(values: Mapping[str, Any], count: int) -> None:
     if values["strategy"] != "fsdp":
         return
     refused = {
-        "--compile 1": values["compile"] == 1,
         "--cuda_graph 1": values["cuda_graph"] == 1,
     }
     if found := [name for name, is_asked in refused.items() if is_asked]:

@@ -69,6 +69,13 @@ CHANGES: dict[str, dict[str, Any]] = {
         "grad_cp": 1,
         "epoch_count": 1,
     },
+    "fsdp_compiled": {
+        "peft": "none",
+        "strategy": "fsdp",
+        "compile": 1,
+        "grad_cp": 1,
+        "epoch_count": 1,
+    },
     "fsdp_fp16": {"peft": "none", "strategy": "fsdp", "precision": "fp16", "epoch_count": 1},
     "fsdp_lion": {"peft": "none", "strategy": "fsdp", "optimizer": "lion", "epoch_count": 1},
     # some of it frozen, in blocks and outside
@@ -192,7 +199,7 @@ def run_together(configs: Sequence[TrainConfig]) -> None:
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(240)
+        rank.join(400)
         if rank.is_alive():
             rank.kill()
     assert [rank.exitcode for rank in ranks] == [0] * RANKS

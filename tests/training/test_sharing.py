@@ -74,7 +74,7 @@ def test_other_devices_spare_one_its_blocks_and_where_weights_are_trained_the_re
             "--optimizer muon .* use adamw or sgd or lion",
         ),
         ({"peft": "none", "optimizer": "adamw8bit"}, "--optimizer adamw8bit"),
-        ({"compile": 1}, "--compile 1"),
+        ({"cuda_graph": 1}, "--cuda_graph 1"),
         ({"strategy": "deepspeed_stage_2"}, "deepspeed_stage_2 is not built yet"),
     ],
 )
@@ -83,5 +83,11 @@ def test_what_a_strategy_cannot_share_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match=named):
         require_shareable({**VALUES, **changes}, 2)
-    for served in ({}, {"peft": "none"}, {"train_parts": ["emb"]}, {"optimizer": "muon"}):
+    for served in (
+        {},
+        {"peft": "none"},
+        {"train_parts": ["emb"]},
+        {"compile": 1},
+        {"optimizer": "muon"},
+    ):
         require_shareable({**VALUES, **served}, 2)
