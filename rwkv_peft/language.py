@@ -62,6 +62,10 @@ def find_language(environment: Mapping[str, str]) -> str:
     named = next((environment[n] for n in VARIABLES if environment.get(n)), "")
     if not named and sys.platform == "win32":
         named = locale.getlocale()[0] or ""
+    if named not in ("", "C", "POSIX"):
+        # goes before the others, and may name several
+        known = (x for x in environment.get("LANGUAGE", "").split(":") if x[:2] in LANGUAGES)
+        named = next(known, named)
     code = "zh" if named.lower().startswith(("zh", "chinese")) else "en"
     try:
         "中".encode(getattr(sys.stderr, "encoding", None) or "ascii")

@@ -70,6 +70,8 @@ def print_answer(text: str, *, is_dim: bool = False) -> None:
         print(text, end="", flush=True)
         return
     shown = escape(text, keeps="\n\t")
+    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    is_dim = is_dim and not is_plain
     print(f"\x1b[2m{shown}\x1b[0m" if is_dim and shown else shown, end="", flush=True)
 
 

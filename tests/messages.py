@@ -44,6 +44,7 @@ NOT_SAID = {
     "cut zip",
     "data prepare",
     "not dim",
+    "not dim green",
     "old torch",
     "optimizer step",
     "the state is of {0} (layers, rows), the model and tokens of {1}",

@@ -101,6 +101,13 @@ def test_the_language_comes_from_a_flag_or_the_environment(
     assert find_language({"LANG": "zh_CN.UTF-8"}) == find_language({"LC_ALL": "zh_TW"}) == "zh"
     assert find_language({"LANG": "de_DE.UTF-8"}) == find_language({}) == "en"
     assert find_language({"LC_ALL": "C", "LANG": "zh_CN"}) == "en"
+    # a list, in which the first that is known counts, unless the locale is none
+    for language, wanted in {"zh_CN:en": "zh", "fr:zh": "zh", "en_GB:zh": "en", "fr": "en"}.items():
+        assert find_language({"LANG": "en_US.UTF-8", "LANGUAGE": language}) == wanted
+    assert find_language({"LANG": "zh_CN.UTF-8", "LANGUAGE": "en"}) == "en"
+    assert (
+        find_language({"LANG": "C", "LANGUAGE": "zh"}) == find_language({"LANGUAGE": "zh"}) == "en"
+    )
     monkeypatch.setattr("sys.stderr", SimpleNamespace(encoding="latin-1"))
     assert find_language({"LANG": "zh_CN"}) == "en"
     monkeypatch.undo()

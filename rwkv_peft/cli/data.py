@@ -186,9 +186,9 @@ def show_rows(rows: Sequence[dict[str, Any]], tokenizer: "Tokenizer") -> None:
         text = Text(f"\n--- {escape(row['where'])}\n", style="dim")
         for is_trained, part in _stretches(row, tokenizer):
             part = escape(part, keeps="\n\t")
-            if is_trained and not console.is_terminal:
+            if is_trained and (console.no_color or not console.color_system):
                 part = f"«{part}»"
-            text.append(part, style="green" if is_trained else "not dim")
+            text.append(part, style="not dim green" if is_trained else "not dim")
         console.print(text)
 
 

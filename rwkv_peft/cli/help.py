@@ -26,7 +26,8 @@ def describe_options(options: type[Any], command: str, positional: Sequence[str]
     lines = [translate(f"usage: {words}"), "", about, ""]
     lines += ["  --config FILE", translate("      YAML file of the names below.")]
     hints, texts = get_type_hints(options), field_texts(options)
-    for item in fields(options):
+    # what may stand without its flag is what a person needs first
+    for item in sorted(fields(options), key=lambda x: x.name not in positional):
         shown = _placeholder(hints[item.name])
         lines.append(f"  --{item.name} {shown}".rstrip())
         text = translate(" ".join(texts.get(item.name, "").split()))

@@ -20,6 +20,9 @@ _REAL = re.compile(r"alpha|lambda")
 # of an initialisation, such as pissa_niter_4
 MOST_ITERATIONS = 1000
 
+# of options in other programs
+OTHER_NAMES = {"rank": "r", "lora_rank": "r", "lora_r": "r", "dim": "r", "scale": "lora_alpha"}
+
 # what peft and PyTorch raise under options that they do not foresee
 _OF_PEFT = (
     ArithmeticError,
@@ -74,12 +77,13 @@ def _build(
     found = {}
     for key, value in options.items():
         if key not in allowed:
-            near = get_close_matches(key, allowed, 1)
-            raise ConfigError(
-                f"peft_config{' of ' * bool(outer)}{outer} has no option {_show(key)}"
-                + (f", did you mean '{near[0]}'?" if near else "")
-                + f" Allowed: {', '.join(allowed)}"
-            )
+            near = _find_near(key, allowed)
+            where, names = f"peft_config{' of ' * bool(outer)}{outer}", ", ".join(allowed)
+            if near:
+                raise ConfigError(
+                    f"{where} has no option {_show(key)}: did you mean '{near}'? Allowed: {names}"
+                )
+            raise ConfigError(f"{where} has no option {_show(key)}. Allowed: {names}")
         name = f"{outer}.{key}".lstrip(".")
         hint = hints.get(key, Any)
         if _REAL.search(key):
@@ -95,6 +99,13 @@ def _build(
         if "dropout" in key and isinstance(value, (int, float)) and not 0 <= value < 1:
             raise ConfigError(f"peft_config: {name} must lie in [0, 1), got {value!r}")
     return found
+
+
+def _find_near(key: str, allowed: list[str]) -> str:
+    """The option that was meant, by its name in other programs or by its letters; "" if none."""
+    # alpha and dropout are those of the method
+    named = [x for x in allowed if x == OTHER_NAMES.get(key) or x.endswith(f"_{key}")]
+    return next(iter(named or get_close_matches(key, allowed, 1)), "")
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:

@@ -261,6 +261,8 @@ def test_thoughts_are_told_apart_however_the_text_is_cut(size: int) -> None:
 def test_a_thought_is_dim_on_a_terminal_alone(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     print_answer("a\x1b", is_dim=True)
     assert capsys.readouterr().out == "a\x1b"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

@@ -304,7 +304,7 @@ def test_a_flag_of_adapters_or_states_takes_the_folder_of_a_run(
             "generate model.pth --state adapter/rwkv-0-adapter",
             "is an adapter: rwkv-peft generate model.pth --adapter adapter/rwkv-0-adapter",
         ),
-        ("generate model.pth --adapter full", "full/rwkv-1.pth is a whole model: it is given alo"),
+        ("generate model.pth --adapter full", "full/rwkv-1.pth is a whole model: it is given"),
         ("generate model.pth --state model.pth", "model.pth is a whole model: it is given alone"),
         ("train model.pth data.jsonl --load_adapter full", "is a whole model: it is given alone"),
         ("merge model.pth model.pth --output x.pth", "is a whole model: it is given alone"),

@@ -17,7 +17,7 @@ import pytest
 
 from rwkv_peft.cli import main as main_module
 from rwkv_peft.cli.main import COMMANDS, main
-from rwkv_peft.printing import escape, print_json
+from rwkv_peft.printing import escape, print_answer, print_json
 
 Cli = Callable[..., SimpleNamespace]
 ENCODINGS = ["gbk", "cp1252", "ascii", "latin-1", "utf-8"]
@@ -174,6 +174,36 @@ def test_input_that_is_not_in_its_encoding_is_told(
     assert talk.err.count("\n") == 1 and "this line was not read" in talk.err
     talk = on_terminal("chat", "m", stdin="好\n".encode("gbk"), encoding="gbk")
     assert "好:" in talk.out
+
+
+@pytest.mark.parametrize(
+    ("variables", "has_colour"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
+)
+def test_what_is_trained_is_marked_where_there_is_no_colour(
+    variables: dict[str, str],
+    has_colour: bool,
+    on_terminal: Callable[..., SimpleNamespace],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"prompt": "who?", "completion": "me"}\n')
+    for name, value in {"TERM": "xterm", **variables}.items():
+        monkeypatch.setenv(name, value)
+    shown = on_terminal("data", path, is_terminal=True).out
+    assert ("«me" in shown) != has_colour and ("\x1b[32mme" in shown) == has_colour
+
+
+@pytest.mark.parametrize("name", ["NO_COLOR", "TERM"])
+def test_a_thought_has_no_escapes_where_they_are_not_wanted(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Terminal("utf-8", True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv(name, "dumb")
+    print_answer("<think>hm</think>", is_dim=True)
+    assert stream.text == "<think>hm</think>"
 
 
 def test_escapes_name_the_character_and_leave_the_rest() -> None:

@@ -102,8 +102,11 @@ def test_full_tuning_trains_every_tensor_that_the_forward_reads(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 4}, r"no option 'rank'.*Allowed: .*lora_alpha"),
-        ({"lora_alfa": 4}, "did you mean 'lora_alpha'"),
+        ({"zz": 4}, r"no option 'zz'. Allowed: .*lora_alpha"),
+        ({"lora_alfa": 4}, "has no option 'lora_alfa': did you mean 'lora_alpha'\\? Allowed: "),
+        ({"rank": 4}, "has no option 'rank': did you mean 'r'\\? Allowed: "),
+        ({"alpha": 4}, "did you mean 'lora_alpha'"),
+        ({"dropout": 0.1}, "did you mean 'lora_dropout'"),
         ({"target_modules": ["receptanse"]}, "'receptanse' is not a module.*receptance"),
         ({"init_lora_weights": "eva"}, "'eva' needs a pass over data"),
         ({"r": 0}, "peft_config: .*positive"),
