@@ -129,6 +129,11 @@ def run(command: str, args: Sequence[str]) -> int:
 
         from rwkv_peft.errors import ConfigError
 
+        if command.startswith("-") or os.path.exists(command) or os.path.splitext(command)[1]:
+            raise ConfigError(
+                f"'{command}' is no command, which comes first: "
+                "rwkv-peft train model.pth data.jsonl"
+            )
         near = get_close_matches(command, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         raise ConfigError(f"unknown command '{command}': {hint}")

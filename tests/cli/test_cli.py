@@ -359,6 +359,16 @@ def test_an_unknown_command_is_met_with_the_nearest(cli: Cli) -> None:
     assert cli("trai").code == 2
 
 
+@pytest.mark.parametrize("first", ["{model}", "data.jsonl", "--model", "-m"])
+def test_a_line_without_a_command_is_told_what_comes_first(
+    first: str, cli: Cli, model_file: Path
+) -> None:
+    first = first.format(model=model_file)
+    assert cli(first, "data.jsonl").err == (
+        f"error: '{first}' is no command, which comes first: rwkv-peft train model.pth data.jsonl\n"
+    )
+
+
 @pytest.mark.parametrize("command", ["train", "chat", "data", "merge", "eval"])
 def test_help_speaks_no_python(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
