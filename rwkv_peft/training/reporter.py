@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.training.flops import count_flops, measure_rate
 from rwkv_peft.training.metrics import StepRecord
 from rwkv_peft.training.run_state import Run
 from rwkv_peft.training.settings import Settings
@@ -134,14 +135,19 @@ class Reporter:
         self._names, self._say = list(names), say
         self._loggers: dict[str, Logger] = {}
         self._evaluated = -1
+        self._tokens_at_most: float | None = None
 
     def after_step(self, run: Run, record: StepRecord) -> None:
         """Reports a step, and the evaluations since the last."""
+        if self._names and not self._loggers:
+            rate = measure_rate(run.device, run.settings.dtype)
+            self._tokens_at_most = rate and run.settings.num_ranks * rate / count_flops(run)
         for name in list(self._names):
             if name not in self._loggers:
                 with self._harmless(name):
                     self._loggers[name] = LOGGERS[name](run.settings)
-        for step, values in (*self._find_evaluations(run), (record.step, describe_step(record))):
+        described = describe_step(record, self._tokens_at_most)
+        for step, values in (*self._find_evaluations(run), (record.step, described)):
             for name in list(self._names):
                 with self._harmless(name):
                     self._loggers[name].log(values, step)
@@ -178,15 +184,22 @@ class Reporter:
             self._say(f"warning: {name} fails and is left out from here on: {error!r}")
 
 
-def describe_step(record: StepRecord) -> dict[str, float]:
-    """The figures of a step by the names that loggers show."""
+def describe_step(record: StepRecord, tokens_at_most: float | None = None) -> dict[str, float]:
+    """The figures of a step by the names that loggers show.
+
+    Args:
+        tokens_at_most: a second, if the devices did nothing but the products of a step; None if
+            nobody knows.
+    """
     seconds = record.t_cost or 1.0
-    return {
+    speed = record.tokens / seconds
+    share = {"speed/mfu": speed / tokens_at_most} if tokens_at_most else {}
+    return share | {
         "train/loss": record.loss,
         "train/lr": record.lr,
         "train/grad_norm": record.grad_norm,
         "train/epoch": record.epoch,
-        "speed/tokens_per_second": record.tokens / seconds,
+        "speed/tokens_per_second": speed,
         "speed/trained_tokens_per_second": record.trained_tokens / seconds,
         "speed/seconds": record.t_cost,
         "memory/peak_bytes": record.peak_memory,
