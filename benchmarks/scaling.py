@@ -3,6 +3,8 @@
     python benchmarks/scaling.py [--sizes 1.5b] [--methods lora full] [--ways ddp fsdp]
         [--devices 2] [--ctx_len 4096] [--quant none nf4]
     python benchmarks/scaling.py --methods full --ways ddp fsdp
+    python benchmarks/scaling.py --methods lora full --ways deepspeed_stage_1 deepspeed_stage_2
+        deepspeed_stage_3 deepspeed_stage_2_offload
     python benchmarks/scaling.py --sizes bundled --methods full --ctx_len 64   # without a GPU
 
 Random bf16 weights of the released shapes, random bytes as text, rows packed. Each way trains the

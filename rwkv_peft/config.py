@@ -301,7 +301,7 @@ class TrainConfig(DataConfig):
         "deepspeed_stage_3_offload",
     ] = "auto"
     """How devices share the work: ddp has each hold the model, and adds up gradients; fsdp has each
-    hold a part of frozen blocks, or of all; with one device there is nothing to share."""
+    hold a part of frozen blocks, or of all; deepspeed_stage_1 to 3 of what trains the model."""
     quant: Literal["none", "int8", "nf4", "fp4", "fp8"] = "none"
     """How frozen projections are stored, for all methods but none, osf and frod: none as precision
     says; int8 with a scale for each row; nf4 and fp4 in 4 bits with a scale for 64 numbers, as

@@ -1,8 +1,10 @@
 """What ranks share and how; one device alone shares nothing."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +48,11 @@ class Strategy:
     interrupt: Signalled | None = None
     shares_model = False
     shards: Mapping[str, Shard] = {}
+
+    @property
+    def in_parts(self) -> Collection[str]:
+        """Names of what is trained of which each rank has a part alone."""
+        return self.shards.keys()
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Numbers of the host, summed over ranks."""
@@ -109,6 +116,8 @@ class Ddp(Strategy):
 
         self._dist: Any = torch.distributed
         self.world, self.interrupt = world, interrupt
+        # what must be done before the ranks part
+        self.endings: list[Callable[[], None]] = []
         self.rank, self.size = world.rank, world.size
         self.local_rank, self.local_size = world.local_rank, world.local_size
 
@@ -204,17 +213,39 @@ class Ddp(Strategy):
         return asked
 
 
-# those that share work
-STRATEGIES = ("ddp", "fsdp")
+# those that share work; before the number of a stage stands `DEEPSPEED`
+STRATEGIES, DEEPSPEED = ("ddp", "fsdp", "deepspeed_stage_1"), "deepspeed_stage_"
+# earlier ones have computed wrong gradients in stage 2
+DEEPSPEED_VERSION = (0, 19, 8)
+
+
+def stage_of(name: str) -> int:
+    """The stage of DeepSpeed that a strategy is, 0 for others."""
+    return int(name[len(DEEPSPEED)]) if name.startswith(DEEPSPEED) else 0
 
 
 def require_strategy(name: str, count: int) -> None:
     """Raises ConfigError if so many devices cannot share work by the strategy of this name."""
-    if count > 1 and name != "auto" and name not in STRATEGIES:
-        why = "is for one device" if name == "single" else "is not built yet"
+    if count == 1:
+        return
+    if name == "single":
         raise ConfigError(
-            f"--strategy {name} {why}, and there are {count} devices: use one of "
+            f"--strategy single is for one device, and there are {count} devices: use one of "
             f"{', '.join(STRATEGIES)}, or --devices 1"
+        )
+    if name.startswith(DEEPSPEED):
+        _require_deepspeed(name)
+
+
+def _require_deepspeed(name: str) -> None:
+    found = ""
+    with suppress(PackageNotFoundError):
+        found = version("deepspeed")
+    if tuple(map(int, re.findall(r"\d+", found)[:3])) < DEEPSPEED_VERSION:
+        raise ConfigError(
+            f"--strategy {name} needs DeepSpeed {'.'.join(map(str, DEEPSPEED_VERSION))} or later, "
+            f"and {found or 'none'} is installed: pip install 'rwkv-peft[deepspeed]' (on Linux), "
+            "or use --strategy ddp or fsdp"
         )
 
 
@@ -234,16 +265,16 @@ def take_part(config: TrainConfig) -> Iterator[Strategy]:
         return
     _take_device(config, world)
     watch = _join(config, world)
-    is_whole = False
+    strategy, is_whole = Ddp(world), False
     try:
         # blocks may be gathered in the middle of a step
         with lost_in_one_line(works_too=True):
-            yield Ddp(world)
+            yield strategy
         is_whole = True
     finally:
         with suppress(RuntimeError):
             if is_whole:
-                _leave(watch, world)
+                _leave(watch, world, strategy.endings)
             else:
                 # the groups stay: one in which others are missing does not end
                 watch.fail("it ended with an error")
@@ -307,11 +338,14 @@ def _join(config: TrainConfig, world: World) -> Watch:
         return Watch(connect, world.rank, world.size, is_quiet=world.is_own)
 
 
-def _leave(watch: Watch, world: World) -> None:
+def _leave(watch: Watch, world: World, endings: Iterable[Callable[[], None]]) -> None:
     import torch.distributed as dist
 
     watch.close()
-    dist.destroy_process_group()
+    for end in endings:
+        end()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if world.rank == 0 and not world.is_held:
         watch.wait_for(range(1, world.size))
 
@@ -326,7 +360,7 @@ def lost_in_one_line(*, works_too: bool = False) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if works_too and not _is_of_ranks(error):
+        if isinstance(error, LostRankError) or (works_too and not _is_of_ranks(error)):
             raise
         raise LostRankError(
             "the run has lost a rank, and ends; --resume auto goes on from its last checkpoint "

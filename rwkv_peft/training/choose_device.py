@@ -11,6 +11,7 @@ from rwkv_peft.device import (
     missing_compiler,
 )
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.parallel.strategy import stage_of
 from rwkv_peft.training.chooser import Chooser
 from rwkv_peft.training.memory import fits, positions_at_once
 from rwkv_peft.training.settings import Facts
@@ -31,7 +32,7 @@ def choose_strategy(chooser: Chooser, facts: Facts) -> None:
     count = values["devices"] * values["num_nodes"]
     if count > 1:
         chooser.choose("strategy", *suit_strategy(values, facts))
-        require_shareable(values, count)
+        require_shareable(values, count, len(facts.documents.names))
 
 
 def require_fp8(precision: str, facts: Facts) -> None:
@@ -102,7 +103,8 @@ def choose_step(chooser: Chooser, facts: Facts, positions: int) -> None:
     if values["cuda_graph"] == 1 and not has_graphs(facts.device):
         raise ConfigError(f"--cuda_graph 1 is not for {facts.device.type}: give --cuda_graph 0")
     is_long = facts.num_weights * positions >= LONG_RUN
-    shares = values["strategy"] == "fsdp" and values["devices"] * values["num_nodes"] > 1
+    is_shared, stage = values["devices"] * values["num_nodes"] > 1, stage_of(values["strategy"])
+    shares = is_shared and (values["strategy"] == "fsdp" or stage == 3)
     if facts.device.type == "cpu":
         compiles, reason = False, "on a CPU it seldom pays"
     elif shares:
@@ -126,6 +128,8 @@ def choose_step(chooser: Chooser, facts: Facts, positions: int) -> None:
         captures, reason = False, f"{values['peft']} was not measured so: 1 asks for it"
     if captures and shares:
         captures, reason = False, "blocks are gathered while a step goes on"
+    elif captures and is_shared and stage:
+        captures, reason = False, "DeepSpeed takes gradients while a step goes on"
     chooser.choose("cuda_graph", int(captures), reason)
 
 

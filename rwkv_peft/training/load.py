@@ -79,4 +79,4 @@ def share_trained(
 
 
 def _shares_trained(settings: Settings, strategy: Strategy) -> bool:
-    return strategy.shares_model and settings.peft == "none"
+    return isinstance(strategy, Fsdp) and settings.peft == "none"

@@ -66,7 +66,9 @@ def take_step(run: Run, batches: Iterator[Batch], window: range) -> StepRecord:
         run.optimizer.backward(penalty / strategy.size)
     strategy.reduce(run.optimizer.holders)
     lr, decay = rates(settings, progress.step, run.plan.steps)
-    norms = run.optimizer.clip(lambda: run.target.before_clipping(micro_batches, strategy.sum))
+    norms = run.optimizer.clip(
+        lambda: run.target.before_clipping(micro_batches, strategy.sum), (lr, decay)
+    )
     results = torch.cat((strategy.gather(torch.stack(sums).to(norms), len(window)), norms))
     # a device that can skip a step by itself goes on while the host waits for the results
     is_ahead = progress.step > 0 and run.optimizer.can_skip

@@ -4,6 +4,7 @@ import torch
 
 from rwkv_peft.models import build
 from rwkv_peft.models.config import ModelConfig
+from rwkv_peft.parallel.strategy import stage_of
 from rwkv_peft.quant import STORAGES, stored_layers
 from rwkv_peft.quant.linear import MAX_DENSE
 from rwkv_peft.training.borders import Room
@@ -53,6 +54,9 @@ def guess_memory(
             trains_weights=is_full,
             quant=settings.quant,
         )
+    if (stage := stage_of(settings.strategy)) and settings.num_ranks > 1:
+        tables = 2 * model_config.vocab_size * model_config.n_embd
+        guess -= _spared_by_stage(settings, stage, num_weights - tables, num_trained)
     if settings.emb_cpu:
         guess -= model_config.vocab_size * model_config.n_embd * settings.dtype.itemsize
     return guess
@@ -83,6 +87,18 @@ def guess_bytes(
     logits = min(positions * model_config.vocab_size, 1 << 24) * 12
     weights = weigh_base(model_config, num_weights, size, quant, has_head)
     return weights + training + activations + logits
+
+
+def _spared_by_stage(settings: Settings, stage: int, in_blocks: int, num_trained: int) -> float:
+    """Bytes that a stage of DeepSpeed spares a device, as other ranks or the host have them."""
+    size, others = settings.dtype.itemsize, 1 - 1 / settings.num_ranks
+    is_narrow = size == 2
+    # float32 values beside 16-bit ones are whole
+    spared = -num_trained * 2.0 * is_narrow
+    in_parts = num_trained * (8.0 + 4 * is_narrow)
+    spared += in_parts * (1 if settings.strategy.endswith("offload") else others)
+    spared += num_trained * 4 * others * (stage > 1)
+    return spared + in_blocks * size * others * (stage > 2)
 
 
 def bytes_of_training(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,41 @@ from rwkv_peft.parallel.strategy import Strategy
 from rwkv_peft.training.by_name import Computed, Memory
 from rwkv_peft.training.flat import Flat, Gradients, pack
 from rwkv_peft.training.optimizers import OPTIMIZERS, Maker, optimizer_for
+
+
+class Kind(NamedTuple):
+    """What tensors have in common that are stepped as one."""
+
+    dtype: torch.dtype
+    clip_group: str
+    lr_scale: float
+    decays: bool
+    optimizer: str
+    is_shared: bool
+
+
+def group_kinds(
+    trained: Mapping[str, nn.Parameter],
+    *,
+    plain: Collection[str],
+    raises_rates: bool,
+    decays_adapter: bool,
+    clip_groups: Mapping[str, str],
+    optimizer: str,
+    shared: Collection[str] = (),
+) -> dict[Kind, list[str]]:
+    """The names of trained tensors by their kinds; see `Optimizer`."""
+    kinds: dict[Kind, list[str]] = {}
+    for name, parameter in trained.items():
+        is_plain = name in plain
+        is_matrix = parameter.ndim == 2 and (name.endswith(".weight") or not is_plain)
+        decays = is_matrix and (is_plain or decays_adapter)
+        rates = [rate for end, rate in lr_factors().items() if name.endswith(end)]
+        scale = rates[0] if rates and is_plain and raises_rates else 1.0
+        own, clip_group = optimizer_for(optimizer, name, parameter), clip_groups.get(name, "")
+        kind = Kind(parameter.dtype, clip_group, scale, decays, own, name in shared)
+        kinds.setdefault(kind, []).append(name)
+    return kinds
 
 
 class Optimizer:
@@ -66,17 +101,15 @@ class Optimizer:
         self._parameters = dict(trained)
         self._grad_clip, self.uses_loss_scale = grad_clip, uses_loss_scale
         self._keeps_gradients, self._has_stepped = False, False
-        kinds: dict[tuple[torch.dtype, str, float, bool, str, bool], dict[Tensor, None]] = {}
-        for name, parameter in trained.items():
-            is_plain = name in plain
-            is_matrix = parameter.ndim == 2 and (name.endswith(".weight") or not is_plain)
-            decays = is_matrix and (is_plain or decays_adapter)
-            rates = [rate for end, rate in lr_factors().items() if name.endswith(end)]
-            scale = rates[0] if rates and is_plain and raises_rates else 1.0
-            own = optimizer_for(optimizer, name, parameter)
-            clip_group, is_shared = (clip_groups or {}).get(name, ""), name in self._shards
-            kind = (parameter.dtype, clip_group, scale, decays, own, is_shared)
-            kinds.setdefault(kind, {})[parameter] = None
+        kinds = group_kinds(
+            trained,
+            plain=plain,
+            raises_rates=raises_rates,
+            decays_adapter=decays_adapter,
+            clip_groups=clip_groups or {},
+            optimizer=optimizer,
+            shared=self._shards,
+        )
         self._device = next(iter(trained.values())).device
         self._places: dict[Tensor, tuple[Flat, int]] = {}
         self._waiting = Gradients()
@@ -84,9 +117,10 @@ class Optimizer:
         self._parts: list[_Part] = []
         self._clip_groups: dict[str, list[_Part]] = {}
         self._is_fused = optimizer == "adamw" and self._device.type not in ("cpu", *PLUGINS)
-        for (dtype, clip_group, scale, decays, own, is_shared), parameters in kinds.items():
+        for (dtype, clip_group, scale, decays, own, is_shared), names in kinds.items():
+            parameters: list[Tensor] = list({trained[name]: None for name in names})
             is_flat = dtype.itemsize == 2
-            for together in pack(parameters) if is_flat else [list(parameters)]:
+            for together in pack(parameters) if is_flat else [parameters]:
                 flat = self._flatten(together, accumulates) if is_flat else None
                 options = betas, eps, scale, decays, is_shared
                 part = _make_part(OPTIMIZERS[own], together, flat, *options)
@@ -166,13 +200,18 @@ class Optimizer:
         self._waiting.drop()
 
     @torch.no_grad()
-    def clip(self, before: Callable[[], None] | None = None) -> Tensor:
+    def clip(
+        self,
+        before: Callable[[], None] | None = None,
+        rates: tuple[float, float] = (0.0, 0.0),
+    ) -> Tensor:
         """Clips the gradients and gives their norms before that, one of each clip group.
 
         The norms (groups,) are on the device, and nobody has waited for them.
 
         Args:
             before: may change the gradients first.
+            rates: of learning and decay, for an optimizer that clips and steps at once.
         """
         for part in self._parts:
             self._scaler.unscale_(part.holder)

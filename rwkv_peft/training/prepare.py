@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from socket import gethostname
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,9 @@ from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.compile import compile_blocks
 from rwkv_peft.ops.dispatch import Request
 from rwkv_peft.ops.selfcheck import require_right
+from rwkv_peft.parallel.deepspeed import DeepSpeed
 from rwkv_peft.parallel.fsdp import Fsdp
-from rwkv_peft.parallel.strategy import Ddp, Strategy
+from rwkv_peft.parallel.strategy import DEEPSPEED, Ddp, Strategy
 from rwkv_peft.quant.linear import QuantisedLinear
 from rwkv_peft.training.advice import advise_memory
 from rwkv_peft.training.checkpoints import copy_to_host
@@ -53,6 +55,7 @@ from rwkv_peft.training.settings import Facts, Settings
 from rwkv_peft.training.step import Step, full_step
 from rwkv_peft.training.target import TrainTarget, make_target, saved_endings
 from rwkv_peft.training.validation import make_validation
+from rwkv_peft.training.zero import ZeroOptimizer
 
 
 def prepare_run(
@@ -137,8 +140,11 @@ def choose_together(
             "same files"
         )
     plan = choose(strategy.from_first(lambda: choose(config, facts).settings), facts)
-    if plan.settings.strategy == "fsdp":
+    name = plan.settings.strategy
+    if name == "fsdp":
         return plan, Fsdp(strategy.world, strategy.interrupt)
+    if name.startswith(DEEPSPEED):
+        return plan, DeepSpeed(strategy, name)
     return plan, strategy
 
 
@@ -272,20 +278,26 @@ def make_optimizer(
     """
     settings = plan.settings
     accumulates |= plan.window > 1 or settings.is_infctx or target.penalty() is not None
-    optimizer = Optimizer(
-        target.parameters,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.adam_eps,
-        grad_clip=settings.grad_clip,
-        plain=target.plain,
-        raises_rates=bool(settings.layerwise_lr),
-        decays_adapter=bool(settings.adapter_decay),
-        uses_loss_scale=settings.dtype == torch.float16,
-        clip_groups=target.clip_groups,
-        optimizer=settings.optimizer,
-        accumulates=accumulates,
-        strategy=strategy,
-    )
+    options: dict[str, Any] = {
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.adam_eps,
+        "grad_clip": settings.grad_clip,
+        "plain": target.plain,
+        "raises_rates": bool(settings.layerwise_lr),
+        "decays_adapter": bool(settings.adapter_decay),
+    }
+    if isinstance(strategy, DeepSpeed):
+        optimizer: Optimizer = ZeroOptimizer(strategy, target.parameters, **options)
+    else:
+        optimizer = Optimizer(
+            target.parameters,
+            **options,
+            uses_loss_scale=settings.dtype == torch.float16,
+            clip_groups=target.clip_groups,
+            optimizer=settings.optimizer,
+            accumulates=accumulates,
+            strategy=strategy,
+        )
     optimizer.load(target.initial_values)
     return optimizer
 

@@ -79,7 +79,7 @@ class Run:
         return Computed(list(self.optimizer.values), self._value)
 
     def _value(self, name: str) -> Tensor:
-        if name in self.strategy.shards:
+        if name in self.strategy.in_parts:
             self.strategy.ask("value", name)
         return self.optimizer.values[name]
 
@@ -109,7 +109,7 @@ class Run:
     def give_parts(self) -> None:
         """Takes part in the `state_dict` of rank 0."""
         optimizer = self.state_dict()["optimizer"]
-        if self.strategy.shards:
+        if self.strategy.in_parts:
             for found in (optimizer["values"], optimizer["moments"]):
                 for name in found:
                     found[name]

@@ -5,7 +5,7 @@ from typing import Any
 
 from rwkv_peft.device import dtype_of
 from rwkv_peft.errors import ConfigError
-from rwkv_peft.parallel.strategy import require_strategy
+from rwkv_peft.parallel.strategy import require_strategy, stage_of
 from rwkv_peft.training.memory import bytes_of_training, weigh_base
 from rwkv_peft.training.optimizers import OPTIMIZERS
 from rwkv_peft.training.settings import Facts
@@ -33,23 +33,54 @@ def suit_strategy(values: Mapping[str, Any], facts: Facts) -> tuple[str, str]:
     return "fsdp", says
 
 
-def require_shareable(values: Mapping[str, Any], count: int) -> None:
-    """Raises ConfigError if so many devices cannot share a run by its strategy."""
-    require_strategy(values["strategy"], count)
-    if values["strategy"] != "fsdp":
-        return
-    refused = {
-        "--cuda_graph 1": values["cuda_graph"] == 1,
-    }
-    if found := [name for name, is_asked in refused.items() if is_asked]:
+def require_shareable(values: Mapping[str, Any], count: int, num_states: int = 0) -> None:
+    """Raises ConfigError if so many devices cannot share a run by its strategy.
+
+    Args:
+        values: of settings, by name.
+        num_states: that the data names.
+    """
+    name = values["strategy"]
+    require_strategy(name, count)
+    refused = _refused_by_deepspeed(values, stage_of(name), num_states)
+    if name == "fsdp":
+        refused = {"--cuda_graph 1": values["cuda_graph"] == 1}
+    if found := [option for option, is_asked in refused.items() if is_asked]:
         raise ConfigError(
-            f"--strategy fsdp does not go with {found[0]} so far: use --strategy ddp, or leave "
+            f"--strategy {name} does not go with {found[0]} so far: use --strategy ddp, or leave "
             "that out"
         )
-    alone = [name for name, maker in OPTIMIZERS.items() if maker.is_elementwise]
-    if values["peft"] == "none" and values["optimizer"] not in alone:
+    alone = [optimizer for optimizer, maker in OPTIMIZERS.items() if maker.is_elementwise]
+    if name == "fsdp" and values["peft"] == "none" and values["optimizer"] not in alone:
         raise ConfigError(
             f"--strategy fsdp gives each device a part of every weight, and --optimizer "
             f"{values['optimizer']} looks at a weight as a whole: use {' or '.join(alone)}, or "
             "--strategy ddp"
         )
+
+
+def _refused_by_deepspeed(
+    values: Mapping[str, Any], stage: int, num_states: int
+) -> dict[str, bool]:
+    """What a stage cannot do, nothing for stage 0, which is none of DeepSpeed's."""
+    refused: dict[str, bool] = {}
+    if stage:
+        refused = {
+            f"--optimizer {values['optimizer']}": values["optimizer"] != "adamw",
+            # its scale is ours
+            f"--precision {values['precision']}": values["precision"] == "fp16",
+            # these two change gradients between backward and step
+            f"--peft {values['peft']}": values["peft"] == "adalora",
+            "several states": values["peft"] == "state" and num_states > 1,
+            # hooks of Python that a graph would not replay
+            "--cuda_graph 1": values["cuda_graph"] == 1,
+        }
+    if stage == 3:
+        refused |= {
+            # it would shard and cast the stored numbers
+            f"--quant {values['quant']}": values["quant"] != "none",
+            # its penalty reads weights that are not gathered
+            "the kasa_config of --peft lora": "kasa_config" in values["peft_config"],
+            "--compile 1": values["compile"] == 1,
+        }
+    return refused

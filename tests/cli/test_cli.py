@@ -76,9 +76,9 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = 
     "unavailable op": (lambda m, d, t: [m, d, "--op", "fla"], "op='fla' needs a GPU: use --op"),
     "unknown op": (lambda m, d, t: [m, d, "--op", "tpu"], "op='tpu' is not a backend of wkv7"),
     "no such device": (lambda m, d, t: [m, d, "--accelerator", "cuda"], "--accelerator cuda"),
-    "a strategy to come": (
-        lambda m, d, t: [m, d, "--devices", 2, "--strategy", "deepspeed_stage_2"],
-        "is not built yet, and there are 2 devices: use one of ddp, fsdp",
+    "a strategy of one device": (
+        lambda m, d, t: [m, d, "--devices", 2, "--strategy", "single"],
+        "is for one device, and there are 2 devices: use one of ddp, fsdp",
     ),
     "missing adapter": (
         lambda m, d, t: [m, d, "--load_adapter", t / "no"],

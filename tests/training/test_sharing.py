@@ -1,5 +1,6 @@
 """Which strategy several devices share a run by."""
 
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,13 +8,15 @@ import pytest
 import torch
 
 from rwkv_peft.errors import ConfigError
-from rwkv_peft.training.memory import spared_bytes
+from rwkv_peft.parallel import strategy
+from rwkv_peft.training.memory import guess_memory, spared_bytes
 from rwkv_peft.training.sharing import require_shareable, suit_strategy
 from tests.conftest import make_model_config
 
 VALUES: dict[str, Any] = {
     "strategy": "fsdp",
     "peft": "lora",
+    "peft_config": {},
     "precision": "bf16",
     "quant": "none",
     "train_parts": [],
@@ -75,7 +78,6 @@ def test_other_devices_spare_one_its_blocks_and_where_weights_are_trained_the_re
         ),
         ({"peft": "none", "optimizer": "adamw8bit"}, "--optimizer adamw8bit"),
         ({"cuda_graph": 1}, "--cuda_graph 1"),
-        ({"strategy": "deepspeed_stage_2"}, "deepspeed_stage_2 is not built yet"),
     ],
 )
 def test_what_a_strategy_cannot_share_is_refused_by_name(
@@ -91,3 +93,92 @@ def test_what_a_strategy_cannot_share_is_refused_by_name(
         {"optimizer": "muon"},
     ):
         require_shareable({**VALUES, **served}, 2)
+
+
+# what a stage of DeepSpeed cannot do, by the first that cannot
+REFUSED: list[tuple[int, dict[str, Any], int, str]] = [
+    (1, {"optimizer": "lion"}, 0, "--optimizer lion"),
+    (1, {"precision": "fp16"}, 0, "--precision fp16"),
+    (1, {"peft": "adalora"}, 0, "--peft adalora"),
+    (1, {"peft": "state"}, 2, "several states"),
+    (1, {"cuda_graph": 1}, 0, "--cuda_graph 1"),
+    (3, {"quant": "nf4"}, 0, "--quant nf4"),
+    (3, {"peft_config": {"kasa_config": {}}}, 0, "kasa_config"),
+    (3, {"compile": 1}, 0, "--compile 1"),
+]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("offload", ["", "_offload"])
+@pytest.mark.parametrize(("first", "changes", "num_states", "named"), REFUSED)
+def test_what_a_stage_of_deepspeed_cannot_do_is_refused_by_name(
+    stage: int,
+    offload: str,
+    first: int,
+    changes: dict[str, Any],
+    num_states: int,
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(strategy, "version", lambda _: "0.19.8")
+    name = f"deepspeed_stage_{stage}{offload}"
+    values = {**VALUES, "strategy": name, **changes}
+    if stage < first:
+        require_shareable(values, 2, num_states)
+        return
+    with pytest.raises(ConfigError, match=f"{name} does not go with .*{named}.* so far: use"):
+        require_shareable(values, 2, num_states)
+
+
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [
+        # of bf16 weights that are all trained: the weight, gradient, value and moments
+        ("deepspeed_stage_1", 2 + 4 + 12 / 4),
+        ("deepspeed_stage_2", 2 + (4 + 12) / 4),
+        ("deepspeed_stage_2_offload", 2 + 4 / 4),
+    ],
+)
+def test_a_stage_spares_a_device_what_others_or_the_host_have(name: str, held: float) -> None:
+    model_config, number = make_model_config(n_layer=2, n_embd=64, dim_att=64, dim_ffn=64), 10**9
+
+    def guess(strategy: str) -> float:
+        settings: Any = SimpleNamespace(
+            strategy=strategy,
+            num_ranks=4,
+            dtype=torch.bfloat16,
+            peft="none",
+            optimizer="adamw",
+            quant="none",
+            quant_head=0,
+            emb_cpu=0,
+            grad_cp=0,
+            micro_bsz=1,
+            ctx_len=16,
+            chunk_ctx=0,
+            is_infctx=False,
+            accumulate_grad_batches=1,
+        )
+        return guess_memory(settings, model_config, "torch", number, number)
+
+    # 16 bytes with ddp, whose values are the weights and the bits that they lack
+    assert guess("ddp") - guess(name) == pytest.approx(number * (16 - held))
+
+
+@pytest.mark.parametrize("there", ["", "0.18.2", "0.19.7"])
+def test_deepspeed_that_is_not_there_or_too_old_is_asked_for_by_its_extra(
+    there: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(_: str) -> str:
+        if not there:
+            raise PackageNotFoundError
+        return there
+
+    monkeypatch.setattr(strategy, "version", find)
+    words = rf"needs DeepSpeed 0\.19\.8 or later, and {there or 'none'} is .*rwkv-peft\[deepspeed\]"
+    with pytest.raises(ConfigError, match=words):
+        strategy.require_strategy("deepspeed_stage_2", 2)
+    # on one device there is nothing to do for it
+    strategy.require_strategy("deepspeed_stage_2", 1)
+    monkeypatch.setattr(strategy, "version", lambda _: "0.20.0rc1")
+    strategy.require_strategy("deepspeed_stage_2", 2)
