@@ -27,6 +27,7 @@ from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.quant import Storage, quantise, stored_layers
+from rwkv_peft.training.kinds import Grouping
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.step import Step, full_step
 
@@ -116,13 +117,10 @@ def optimizer_over(
     """AdamW as a run has it, or another, without decay and with one rate for all."""
     return Optimizer(
         trained,
+        Grouping(plain=trained if is_full else (), optimizer=name),
         betas=(0.9, 0.99),
         eps=1e-8,
         grad_clip=1.0,
-        plain=trained if is_full else (),
-        raises_rates=False,
-        uses_loss_scale=False,
-        optimizer=name,
         accumulates=accumulates,
     )
 

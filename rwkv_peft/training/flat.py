@@ -1,14 +1,11 @@
 """Trained tensors of a 16-bit type in flat buffers, with float32 values and gradients."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-# bytes of a buffer's 16-bit numbers: an eighth of all within these bounds, as a step has two
-# float32 copies of a buffer, and costs a dozen launches; a larger tensor has its own
-MIN_BUFFER, MAX_BUFFER = 4 * 2**20, 32 * 2**20
 # bytes of gradients that may wait in the model's type to be moved together; larger ones never wait
 MAX_WAITING = 16 * 2**20
 # numbers that 16 bytes hold, at whose multiples kernels may load many at once
@@ -39,21 +36,6 @@ def split(wide: Tensor, high: Tensor, low: Tensor) -> None:
     # the lower half, taken for a signed number, is what is missing
     low.copy_(bits)
     high.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
-
-
-def pack(parameters: Collection[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters of one type in their order, as many at a time as go into a buffer."""
-    share = sum(parameter.nbytes for parameter in parameters) // 8
-    limit = min(max(share, MIN_BUFFER), MAX_BUFFER)
-    together: list[Tensor] = []
-    num_bytes = 0
-    for parameter in parameters:
-        if together and num_bytes + parameter.nbytes > limit:
-            yield together
-            together, num_bytes = [], 0
-        together.append(parameter)
-        num_bytes += parameter.nbytes
-    yield together
 
 
 class Flat:

@@ -1,53 +1,18 @@
 """Steps of an optimizer over float32 values, with clipping and loss scaling."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_peft.device import PLUGINS
-from rwkv_peft.models import lr_factors
 from rwkv_peft.parallel.strategy import Strategy
 from rwkv_peft.training.by_name import Computed, Memory
-from rwkv_peft.training.flat import Flat, Gradients, pack
-from rwkv_peft.training.optimizers import OPTIMIZERS, Maker, optimizer_for
-
-
-class Kind(NamedTuple):
-    """What tensors have in common that are stepped as one."""
-
-    dtype: torch.dtype
-    clip_group: str
-    lr_scale: float
-    decays: bool
-    optimizer: str
-    is_shared: bool
-
-
-def group_kinds(
-    trained: Mapping[str, nn.Parameter],
-    *,
-    plain: Collection[str],
-    raises_rates: bool,
-    decays_adapter: bool,
-    clip_groups: Mapping[str, str],
-    optimizer: str,
-    shared: Collection[str] = (),
-) -> dict[Kind, list[str]]:
-    """The names of trained tensors by their kinds; see `Optimizer`."""
-    kinds: dict[Kind, list[str]] = {}
-    for name, parameter in trained.items():
-        is_plain = name in plain
-        is_matrix = parameter.ndim == 2 and (name.endswith(".weight") or not is_plain)
-        decays = is_matrix and (is_plain or decays_adapter)
-        rates = [rate for end, rate in lr_factors().items() if name.endswith(end)]
-        scale = rates[0] if rates and is_plain and raises_rates else 1.0
-        own, clip_group = optimizer_for(optimizer, name, parameter), clip_groups.get(name, "")
-        kind = Kind(parameter.dtype, clip_group, scale, decays, own, name in shared)
-        kinds.setdefault(kind, []).append(name)
-    return kinds
+from rwkv_peft.training.flat import Flat, Gradients
+from rwkv_peft.training.kinds import Grouping, Kind, pack
+from rwkv_peft.training.optimizers import OPTIMIZERS
 
 
 class Optimizer:
@@ -70,27 +35,18 @@ class Optimizer:
     def __init__(
         self,
         trained: Mapping[str, nn.Parameter],
+        grouping: Grouping,
         *,
         betas: tuple[float, float],
         eps: float,
         grad_clip: float,
-        plain: Collection[str],
-        raises_rates: bool,
-        uses_loss_scale: bool,
-        decays_adapter: bool = False,
-        clip_groups: Mapping[str, str] | None = None,
-        optimizer: str = "adamw",
+        uses_loss_scale: bool = False,
         accumulates: bool = True,
         strategy: Strategy | None = None,
     ) -> None:
-        """Groups the tensors by their rates and decays.
+        """Lays out the tensors by their kinds.
 
         Args:
-            plain: names of the model's own tensors; the others are an adapter's or a state's.
-            raises_rates: give the official higher rates to those vectors of the model.
-            decays_adapter: let the weight decay act on matrices of the adapter too.
-            clip_groups: which tensors are clipped together, by name; all, if None.
-            optimizer: one of `OPTIMIZERS`.
             accumulates: a step may have more than one backward, or add other ranks' gradients.
             strategy: by which ranks may each have parts of the tensors alone; they are stepped in
                 float32, and what is asked of them by name is whole, and asked by all ranks.
@@ -101,32 +57,25 @@ class Optimizer:
         self._parameters = dict(trained)
         self._grad_clip, self.uses_loss_scale = grad_clip, uses_loss_scale
         self._keeps_gradients, self._has_stepped = False, False
-        kinds = group_kinds(
-            trained,
-            plain=plain,
-            raises_rates=raises_rates,
-            decays_adapter=decays_adapter,
-            clip_groups=clip_groups or {},
-            optimizer=optimizer,
-            shared=self._shards,
-        )
         self._device = next(iter(trained.values())).device
         self._places: dict[Tensor, tuple[Flat, int]] = {}
         self._waiting = Gradients()
         self._states: dict[Tensor, Memory] = {}
         self._parts: list[_Part] = []
         self._clip_groups: dict[str, list[_Part]] = {}
-        self._is_fused = optimizer == "adamw" and self._device.type not in ("cpu", *PLUGINS)
-        for (dtype, clip_group, scale, decays, own, is_shared), names in kinds.items():
+        self._is_fused = grouping.optimizer == "adamw" and self._device.type not in (
+            "cpu",
+            *PLUGINS,
+        )
+        for kind, names in grouping.group(trained, self._shards).items():
             parameters: list[Tensor] = list({trained[name]: None for name in names})
-            is_flat = dtype.itemsize == 2
+            is_flat = kind.dtype.itemsize == 2
             for together in pack(parameters) if is_flat else [parameters]:
                 flat = self._flatten(together, accumulates) if is_flat else None
-                options = betas, eps, scale, decays, is_shared
-                part = _make_part(OPTIMIZERS[own], together, flat, *options)
+                part = _make_part(kind, together, flat, betas, eps)
                 self._states |= part.states(together)
                 self._parts.append(part)
-                self._clip_groups.setdefault(clip_group, []).append(part)
+                self._clip_groups.setdefault(kind.clip_group, []).append(part)
         self._scaler = self._strategy.make_scaler(self._device.type, uses_loss_scale)
 
     def _flatten(self, parameters: list[Tensor], accumulates: bool) -> Flat:
@@ -290,9 +239,9 @@ class Optimizer:
 
     def _clip(self, parts: list["_Part"]) -> Tensor:
         """Clips gradients together and gives their norm before that."""
-        norm = self._norm(part for part in parts if not part.is_shared)
+        norm = self._norm(part for part in parts if not part.kind.is_shared)
         if self._shards:
-            of_shards = self._norm(part for part in parts if part.is_shared)
+            of_shards = self._norm(part for part in parts if part.kind.is_shared)
             norm = torch.hypot(norm, self._strategy.total_norm(of_shards))
         if self._grad_clip:
             narrow = [part.flat for part in parts if part.flat and part.flat.is_narrow]
@@ -316,16 +265,13 @@ class _Part:
     Attributes:
         holder: an optimizer that has the gradients; another than the one that steps for views.
         singles: views of a buffer that are stepped; () if it is stepped as a whole.
-        is_shared: other ranks have other parts of its tensors.
     """
 
+    kind: Kind
     optimizer: torch.optim.Optimizer
     holder: torch.optim.Optimizer
     flat: Flat | None
     singles: list[nn.Parameter]
-    lr_scale: float
-    decays: bool
-    is_shared: bool
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -350,8 +296,8 @@ class _Part:
 
     def step(self, lr: float, weight_decay: float) -> None:
         group = self.optimizer.param_groups[0]
-        group["lr"] = lr * self.lr_scale
-        group["weight_decay"] = weight_decay if self.decays else 0.0
+        group["lr"] = lr * self.kind.lr_scale
+        group["weight_decay"] = weight_decay if self.kind.decays else 0.0
         if not self.flat:
             self.optimizer.step()
         elif self.flat.master.grad is not None:
@@ -359,17 +305,15 @@ class _Part:
 
 
 def _make_part(
-    maker: Maker,
+    kind: Kind,
     parameters: list[Tensor],
     flat: Flat | None,
     betas: tuple[float, float],
     eps: float,
-    lr_scale: float,
-    decays: bool,
-    is_shared: bool,
 ) -> _Part:
+    maker = OPTIMIZERS[kind.optimizer]
     singles = flat.singles() if flat and not maker.is_elementwise else []
     whole = [flat.master] if flat else parameters
     optimizer = maker.make(singles or whole, betas, eps)
     holder = torch.optim.SGD(whole, lr=0.0) if singles else optimizer
-    return _Part(optimizer, holder, flat, singles, lr_scale, decays, is_shared)
+    return _Part(kind, optimizer, holder, flat, singles)

@@ -45,6 +45,7 @@ from rwkv_peft.training.folder import DEFAULT_FOLDER, Claim
 from rwkv_peft.training.graphs import GraphedStep
 from rwkv_peft.training.infctx import InfctxStep
 from rwkv_peft.training.inputs import mark_file, require_kept_inputs
+from rwkv_peft.training.kinds import Grouping
 from rwkv_peft.training.load import load_base, share_trained
 from rwkv_peft.training.memory import room_for_borders
 from rwkv_peft.training.optim import Optimizer
@@ -282,19 +283,22 @@ def make_optimizer(
         "betas": (settings.beta1, settings.beta2),
         "eps": settings.adam_eps,
         "grad_clip": settings.grad_clip,
-        "plain": target.plain,
-        "raises_rates": bool(settings.layerwise_lr),
-        "decays_adapter": bool(settings.adapter_decay),
     }
+    grouping = Grouping(
+        plain=target.plain,
+        raises_rates=bool(settings.layerwise_lr),
+        decays_adapter=bool(settings.adapter_decay),
+        clip_groups=target.clip_groups or {},
+        optimizer=settings.optimizer,
+    )
     if isinstance(strategy, DeepSpeed):
-        optimizer: Optimizer = ZeroOptimizer(strategy, target.parameters, **options)
+        optimizer: Optimizer = ZeroOptimizer(strategy, target.parameters, grouping, **options)
     else:
         optimizer = Optimizer(
             target.parameters,
+            grouping,
             **options,
             uses_loss_scale=settings.dtype == torch.float16,
-            clip_groups=target.clip_groups,
-            optimizer=settings.optimizer,
             accumulates=accumulates,
             strategy=strategy,
         )

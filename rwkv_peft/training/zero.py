@@ -1,6 +1,6 @@
 """The optimizer of a run whose trained tensors DeepSpeed has; see `parallel.deepspeed`."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from rwkv_peft.parallel.deepspeed import MOMENTS, DeepSpeed, Trained
 from rwkv_peft.training.by_name import Computed
-from rwkv_peft.training.optim import Optimizer, group_kinds
+from rwkv_peft.training.kinds import Grouping
+from rwkv_peft.training.optim import Optimizer
 
 
 class ZeroOptimizer(Optimizer):
@@ -23,25 +24,15 @@ class ZeroOptimizer(Optimizer):
         self,
         strategy: DeepSpeed,
         trained: Mapping[str, nn.Parameter],
+        grouping: Grouping,
         *,
         betas: tuple[float, float],
         eps: float,
         grad_clip: float,
-        plain: Collection[str],
-        raises_rates: bool,
-        decays_adapter: bool = False,
     ) -> None:
         """Groups the tensors by their rates and decays; see `Optimizer`."""
-        kinds = group_kinds(
-            trained,
-            plain=plain,
-            raises_rates=raises_rates,
-            decays_adapter=decays_adapter,
-            clip_groups={},
-            optimizer="adamw",
-        )
         groups: dict[tuple[float, bool], list[str]] = {}
-        for kind, names in kinds.items():
+        for kind, names in grouping.group(trained).items():
             groups.setdefault((kind.lr_scale, kind.decays), []).extend(names)
         make = partial(torch.optim.AdamW, lr=0.0, betas=betas, eps=eps, fused=True)
         strategy.trained = Trained(trained, groups, make, grad_clip)

@@ -21,6 +21,7 @@ from rwkv_peft.models.layers import Block, PackingInfo
 from rwkv_peft.models.time_state import TIME_STATE, StateFormat
 from rwkv_peft.models.version import Version
 from rwkv_peft.ops.wkv6 import Kernel
+from rwkv_peft.training.kinds import Grouping
 from rwkv_peft.training.optim import Optimizer
 
 TOKENS = torch.arange(1, 25).view(1, 24)
@@ -104,12 +105,10 @@ def test_its_learning_rate_factors_are_heeded(toy_file: Path) -> None:
     before = {name: p.detach().clone() for name, p in trained.items()}
     optimizer = Optimizer(
         trained,
+        Grouping(plain=trained.plain, raises_rates=True),
         betas=(0.9, 0.99),
         eps=0.0,
         grad_clip=0.0,
-        plain=trained.plain,
-        raises_rates=True,
-        uses_loss_scale=False,
     )
     optimizer.backward(torch.stack([p.sum() for p in trained.values()]).sum())
     optimizer.step(1e-3)

@@ -2,6 +2,8 @@ import copy
 import gc
 import math
 import weakref
+from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -10,20 +12,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_peft.training import flat
+from rwkv_peft.training import flat, kinds
+from rwkv_peft.training.kinds import Grouping
 from rwkv_peft.training.optim import Optimizer
 
 
-def make_optimizer(trained: dict[str, nn.Parameter], **changes: object) -> Optimizer:
-    settings = {
-        "betas": (0.9, 0.99),
-        "eps": 1e-8,
-        "grad_clip": 0.0,
-        "plain": trained,
-        "raises_rates": True,
-        "uses_loss_scale": False,
-    }
-    return Optimizer(trained, **{**settings, **changes})  # type: ignore[arg-type]
+def make_optimizer(trained: dict[str, nn.Parameter], **changes: Any) -> Optimizer:
+    """An optimizer with other values of its own arguments, or of its grouping's."""
+    grouping = {"plain": trained, "raises_rates": True}
+    own = {"betas": (0.9, 0.99), "eps": 1e-8, "grad_clip": 0.0}
+    names = {x.name for x in fields(Grouping)}
+    grouping |= {n: changes.pop(n) for n in list(changes) if n in names}
+    return Optimizer(trained, Grouping(**grouping), **{**own, **changes})
 
 
 def step(optimizer: Optimizer, lr: float, weight_decay: float = 0.0) -> float:
@@ -53,7 +53,7 @@ def stepped_by_pytorch(
 def test_steps_of_buffers_are_bit_for_bit_those_of_adamw_on_float32_copies(
     buffer_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flat, "MAX_BUFFER", buffer_bytes)
+    monkeypatch.setattr(kinds, "MAX_BUFFER", buffer_bytes)
     generator = torch.Generator().manual_seed(0)
     # multiples of what a vector unit steps at once; the rest of a tensor may round otherwise
     shapes = [(16, 16), (32,), (48, 32), (2, 8, 16), (64,)]
@@ -77,7 +77,7 @@ def test_steps_of_buffers_are_bit_for_bit_those_of_adamw_on_float32_copies(
 
 
 def test_tensors_are_aligned_views_of_few_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flat, "MAX_BUFFER", 200)
+    monkeypatch.setattr(kinds, "MAX_BUFFER", 200)
     sizes = (3, 50, 7, 500, 1, 90, 11)
     start = [torch.randn(n).bfloat16() for n in sizes]
     trained = {f"{i}": nn.Parameter(x.clone()) for i, x in enumerate(start)}

@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.training.kinds import Grouping
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.optimizers import OPTIMIZERS
 from rwkv_peft.training.run import train
@@ -23,18 +24,13 @@ SHAPES = [(16, 16), (32,), (48, 32), (2, 8, 16), (64,), (80, 64)]
 RATE, DECAY, STEPS = 1e-2, 0.1, 4
 
 
-def make_optimizer(trained: dict[str, nn.Parameter], name: str, **changes: Any) -> Optimizer:
-    settings = {
-        "betas": (0.9, 0.99),
-        "eps": 1e-8,
-        "grad_clip": 0.0,
-        "plain": (),
-        "raises_rates": False,
-        "uses_loss_scale": False,
-        "decays_adapter": True,
-        "optimizer": name,
-    }
-    return Optimizer(trained, **{**settings, **changes})
+def make_optimizer(
+    trained: dict[str, nn.Parameter], name: str, plain: Collection[str] = (), **changes: Any
+) -> Optimizer:
+    grouping = Grouping(optimizer=name, decays_adapter=True, plain=plain)
+    return Optimizer(
+        trained, grouping, **{"betas": (0.9, 0.99), "eps": 1e-8, "grad_clip": 0.0, **changes}
+    )
 
 
 def lion(values: list[torch.Tensor], gradients: list[list[torch.Tensor]]) -> None:
