@@ -55,12 +55,38 @@ def run(args: Sequence[str]) -> int:
     if is_person:
         named = options.adapter or options.state or options.load_model
         print_line(f"{named}, template {template.name}: /help lists commands, /exit leaves. {KEYS}")
+    ears = Ears(is_person)
     for text in _lines(_prompt_toolkit() if is_person else input):
         if not text.startswith("/"):
-            _answer(chat, text, options.max_tokens)
+            _answer(chat, text, options.max_tokens, ears)
         elif not _obey(chat, text, system):
             break
     return 0
+
+
+class Ears:
+    """Hears Ctrl-C while there is an answer to be stopped, and at no other time.
+
+    A key that is pressed twice, or as an answer ends, would end the program otherwise.
+
+    Args:
+        is_person: whether someone types; else nothing is changed.
+    """
+
+    def __init__(self, is_person: bool) -> None:
+        self._is_person = is_person
+        self._handler = signal.getsignal(signal.SIGINT)
+        self.close()
+
+    def open(self) -> None:
+        """Ctrl-C is heard from now on."""
+        if self._is_person:
+            signal.signal(signal.SIGINT, self._handler)
+
+    def close(self) -> None:
+        """It is not."""
+        if self._is_person:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _lines(read: Callable[[str], str]) -> Iterator[str]:
@@ -96,15 +122,20 @@ def _prompt_toolkit() -> Callable[[str], str]:
     return lambda prompt: session.prompt(prompt, handle_sigint=False)
 
 
-def _answer(chat: "Chat", text: str, max_tokens: int) -> None:
+def _answer(chat: "Chat", text: str, max_tokens: int, ears: Ears) -> None:
     from rwkv_peft.generation.thinking import split_thoughts
 
     print_answer("\nAssistant:")
     pieces = chat.reply(text, max_tokens)
     try:
-        for part, is_thought in split_thoughts(without_last_breaks(pieces)):
-            print_answer(part, is_dim=is_thought)
+        try:
+            ears.open()
+            for part, is_thought in split_thoughts(without_last_breaks(pieces)):
+                print_answer(part, is_dim=is_thought)
+        finally:
+            ears.close()
     except Stopped as stopped:
+        ears.close()
         if stopped.signal != signal.SIGINT:
             raise
         print_answer(translate(" (stopped)"))

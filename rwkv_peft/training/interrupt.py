@@ -49,5 +49,7 @@ class Interrupt:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         is_first, self.signal = not self.signal, self.signal or number
-        if not self._is_deferred if is_first else number == signal.SIGINT:
+        # where Ctrl-C has ended a part of the work alone, such as an answer
+        is_open = self.signal == signal.SIGINT and not self._is_deferred
+        if not self._is_deferred if is_first else is_open or number == signal.SIGINT:
             raise Stopped(number)
