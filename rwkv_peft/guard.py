@@ -13,6 +13,8 @@ from typing import Any
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.writing import temporary_name
 
+# options of files that are read by their bytes, whatever their names
+_READ_BY_BYTES = ("data_file", "val_file", "val_prompts")
 # options that are words of a user
 _FREE_TEXTS = ("prompt", "user", "system", "wandb")
 # a path of Windows: whole, and what a shell leaves of one without quotes
@@ -81,6 +83,12 @@ def require_paths(options: Any) -> None:
         for part in value.split(",") if isinstance(value, str) else ():
             if "\0" in part:
                 raise ConfigError(f"--{item.name}: a NUL character is in no path")
+            is_free = item.name in (*_FREE_TEXTS, *_READ_BY_BYTES)
+            if not is_free and any("\ud800" <= x <= "\udfff" for x in part):
+                raise ConfigError(
+                    f"--{item.name} {part}: this name is not in UTF-8, which those who read and "
+                    "write weights need: rename it; if it is in UTF-8, set PYTHONUTF8=1"
+                )
             if item.name not in _FREE_TEXTS and re.match(r"~\w*/", part):
                 meant = os.path.expanduser(part)
                 raise ConfigError(

@@ -110,3 +110,28 @@ def test_paths_that_cannot_be_meant_are_refused(
     done = cli("train", "--config", "nul.yaml")
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert [p.name for p in tmp_path.iterdir() if p.suffix != ".yaml"] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["train", "{bad}", "d.jsonl"],
+        ["train", "{model}", "d.jsonl", "--proj_dir", "{bad}"],
+        ["chat", "{bad}"],
+        ["merge", "{model}", "a", "--output", "{bad}.pth"],
+    ],
+)
+def test_a_name_that_is_not_in_utf8_is_refused_before_work_is_lost(
+    line: list[str], model_file: Path, tmp_path: Path, cli: Callable[..., SimpleNamespace]
+) -> None:
+    # as a file from an archive of Windows has
+    bad = os.fsdecode(os.fsencode(tmp_path) + "/模型".encode("gbk"))
+    done = cli(*(word.format(bad=bad, model=model_file) for word in line))
+    assert done.code == 2 and "this name is not in UTF-8, which those who read" in done.err
+    # rows are read whatever their file is called
+    data = f"{bad}.jsonl"
+    try:
+        Path(data).write_text('{"text": "a b"}\n')
+    except OSError:
+        pytest.skip("the file system takes UTF-8 alone")
+    assert cli("data", data).code == 0
