@@ -285,6 +285,12 @@ class DeepSpeed(Ddp):
         assert self.trained is not None
         return self.trained.parameters[name]
 
+    def settle(self, model: nn.Module) -> None:
+        """Gives up blocks that are still whole: of an answer they cannot be trained."""
+        if self.stage == 3:
+            self._engine.empty_partition_cache()
+            self._gather_outside()
+
     @contextmanager
     def whole(self, model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
         """Has all blocks be whole on this rank, which every rank must ask for."""
