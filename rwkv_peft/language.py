@@ -50,11 +50,16 @@ def choose_language(name: str = "") -> None:
     Raises:
         ConfigError: there is no catalogue of it.
     """
-    global _catalogue
+    global _catalogue, _chosen
     code = name.replace("-", "_").partition("_")[0].lower() or find_language(os.environ)
     if code not in LANGUAGES:
         raise ConfigError(f"--lang {name}: allowed is {', '.join(LANGUAGES)}")
-    _catalogue = Catalogue(code) if code != "en" else None
+    _catalogue, _chosen = Catalogue(code) if code != "en" else None, code
+
+
+def chosen_language() -> str:
+    """That of all that is said now, one of LANGUAGES."""
+    return _chosen
 
 
 def find_language(environment: Mapping[str, str]) -> str:
@@ -180,3 +185,4 @@ class Catalogue:
 
 
 _catalogue: Catalogue | None = None
+_chosen = "en"

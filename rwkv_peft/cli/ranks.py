@@ -14,6 +14,7 @@ from typing import IO
 
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import TrainingError
+from rwkv_peft.language import chosen_language
 from rwkv_peft.parallel.watch import LOST_CODE
 from rwkv_peft.parallel.world import HELD, OWN, VARIABLES, find_world
 from rwkv_peft.printing import print_text
@@ -81,8 +82,10 @@ def _started(
         HELD: "True",
         OWN: "1",
     }
+    # what the others said is translated where it is told
+    language = "en" if rank else chosen_language()
     process = subprocess.Popen(
-        [sys.executable, "-m", "rwkv_peft.cli.main", "train", *arguments],
+        [sys.executable, "-m", "rwkv_peft.cli.main", "--lang", language, "train", *arguments],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=told if rank else None,

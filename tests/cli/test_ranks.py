@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.checkpoint.tree import find_damage
+from rwkv_peft.cli import ranks
+from rwkv_peft.language import choose_language
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
 
@@ -134,3 +136,31 @@ def test_what_cannot_be_shared_is_refused_in_one_line(
     done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60)
     errors = [line for line in done.stderr.splitlines() if "error" in line]
     assert done.returncode == 2 and len(errors) == 1 and words in errors[0]
+
+
+def test_the_first_rank_speaks_the_language_of_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    began: list[list[str]] = []
+
+    class Process:
+        def __init__(self, words: list[str], **options: object) -> None:
+            began.append(words)
+
+        def kill(self) -> None: ...
+
+        def wait(self) -> None: ...
+
+    monkeypatch.setattr("rwkv_peft.cli.ranks.subprocess.Popen", Process)
+    choose_language("zh_CN")
+    try:
+        for rank in range(2):
+            with ranks._started(["m.pth"], rank, 2, 1, None):  # type: ignore[arg-type]
+                pass
+    finally:
+        choose_language("en")
+    # what the others say is read, and said, by the command
+    assert [words[3:] for words in began] == [
+        ["--lang", "zh", "train", "m.pth"],
+        ["--lang", "en", "train", "m.pth"],
+    ]
