@@ -215,6 +215,14 @@ def use_expandable_segments() -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
+def free_cache(device: torch.device) -> None:
+    """Gives back the memory that an allocator keeps and nothing lies in, where it can."""
+    import torch
+
+    if device.type != "cpu" and hasattr(torch.get_device_module(device), "empty_cache"):
+        torch.get_device_module(device).empty_cache()
+
+
 def has_graphs(device: torch.device) -> bool:
     """Whether a device captures its kernels in graphs, as NVIDIA's and AMD's do."""
     import torch

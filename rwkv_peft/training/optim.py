@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkv_peft.device import PLUGINS
+from rwkv_peft.device import PLUGINS, free_cache
 from rwkv_peft.parallel.strategy import Strategy
 from rwkv_peft.training.by_name import Computed, Memory
 from rwkv_peft.training.flat import Flat, Gradients
@@ -192,9 +192,9 @@ class Optimizer:
             # what PyTorch's fused kernels read as the sign to leave all as it is
             part.optimizer.found_inf = None if skips is None else skips.float()  # type: ignore[attr-defined]
         if skips is not None or is_finite:
-            if not self._has_stepped and self._device.type != "cpu":
+            if not self._has_stepped:
                 # or moments, which stay, would lie about in what backward has left
-                torch.accelerator.empty_cache()
+                free_cache(self._device)
             self._has_stepped = True
             for parameter, (flat, i) in self._places.items():
                 flat.hold(i, parameter)
