@@ -181,13 +181,10 @@ def own_stream(device: torch.device) -> Iterator[None]:
         yield
         return
     module = torch.get_device_module(device)
-    stream, before = module.Stream(device), module.current_stream(device)
-    stream.wait_stream(before)
-    with module.stream(stream):
+    with _on(module.Stream(device), device):
         # autograd's thread gets its context from its first kernel, unless that is a product
         torch.ones((), device=device, requires_grad=True).square().backward()
         yield
-    before.wait_stream(stream)
 
 
 @contextmanager
@@ -198,8 +195,17 @@ def on_default_stream(device: torch.device) -> Iterator[None]:
     if not has_graphs(device):
         yield
         return
+    with _on(torch.get_device_module(device).default_stream(device), device):
+        yield
+
+
+@contextmanager
+def _on(stream: Any, device: torch.device) -> Iterator[None]:
+    """Runs on a stream of a device, in the order of what the current one does before and after."""
+    import torch
+
     module = torch.get_device_module(device)
-    stream, before = module.default_stream(device), module.current_stream(device)
+    before = module.current_stream(device)
     stream.wait_stream(before)
     with module.stream(stream):
         yield

@@ -91,6 +91,13 @@ def test_tensors_are_aligned_views_of_few_buffers(monkeypatch: pytest.MonkeyPatc
     assert [buffers.index(x) for x in buffers] == [0, 0, 0, 3, 4, 4, 6]
 
 
+def known_places() -> set[int]:
+    """Of all memory of tensors."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
+    return {x.untyped_storage().data_ptr() for x in tensors}
+
+
 def bytes_beside(known: set[int]) -> int:
     """Of all memory of tensors but that at known places."""
     gc.collect()
@@ -100,12 +107,7 @@ def bytes_beside(known: set[int]) -> int:
 
 
 def test_between_steps_a_bf16_number_takes_twelve_bytes() -> None:
-    gc.collect()
-    known = {
-        x.untyped_storage().data_ptr()
-        for x in gc.get_objects()
-        if type(x) in (torch.Tensor, nn.Parameter)
-    }
+    known = known_places()
     num = 1 << 16
     trained = {f"{i}": nn.Parameter(torch.ones(n).bfloat16()) for i, n in enumerate((num - 16, 16))}
     optimizer = make_optimizer(trained)
@@ -154,12 +156,7 @@ def test_one_backward_a_step_gives_the_same_bits_with_its_gradient_in_two_bytes(
 def test_gradients_that_stay_take_two_bytes_where_a_step_has_one_backward(
     accumulates: bool, each: int
 ) -> None:
-    gc.collect()
-    known = {
-        x.untyped_storage().data_ptr()
-        for x in gc.get_objects()
-        if type(x) in (torch.Tensor, nn.Parameter)
-    }
+    known = known_places()
     num = 1 << 16
     trained = {"x": nn.Parameter(torch.ones(num).bfloat16())}
     optimizer = make_optimizer(trained, accumulates=accumulates)
