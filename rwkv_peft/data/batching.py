@@ -72,7 +72,8 @@ class Batch(NamedTuple):
     def lengthened(self, width: int) -> "Batch":
         """One with rows of at least so many positions, by padding that trains nothing."""
         rows, own = self.tokens.shape
-        more = max(0, width - own)
+        if (more := width - own) <= 0:
+            return self
         weights, ids = self.weights, self.segment_ids
         return self._replace(
             tokens=torch.cat((self.tokens, self.tokens.new_zeros(rows, more)), 1),
@@ -80,7 +81,7 @@ class Batch(NamedTuple):
             weights=None
             if weights is None
             else torch.cat((weights, weights.new_zeros(rows, more)), 1),
-            # no further document begins
+            # the padding goes on with the last document
             segment_ids=None if ids is None else torch.cat((ids, ids[:, -1:].expand(-1, more)), 1),
         )
 

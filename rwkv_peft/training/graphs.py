@@ -129,30 +129,21 @@ class Inputs(NamedTuple):
     @classmethod
     def of(cls, batch: Batch, ctx_len: int, divisor: float) -> "Inputs":
         """On the host, in one of few shapes."""
-        T = batch.tokens.shape[1]
-        more = max(T, min(ctx_len, _round_up(T))) - T
-
-        def pad(x: Tensor, value: int) -> Tensor:
-            return torch.nn.functional.pad(x, (0, more), value=value) if more else x
-
-        tokens, targets = pad(batch.tokens, 0), pad(batch.targets, IGNORE).flatten()
+        batch = batch.lengthened(min(ctx_len, _round_up(batch.tokens.shape[1])))
+        targets = batch.targets.flatten()
         is_trained = targets != IGNORE
-        weights = is_trained.float() if batch.weights is None else pad(batch.weights, 0).flatten()
+        weights = is_trained.float() if batch.weights is None else batch.weights.flatten()
         weights = weights.where(is_trained, 0)
-        segment_ids = batch.segment_ids
-        if segment_ids is not None and more:
-            # the padding goes on with the last document
-            segment_ids = torch.cat((segment_ids, segment_ids[:, -1:].expand(-1, more)), 1)
         trained = _choose_positions(is_trained)
         if trained is not None:
             targets, weights = targets[trained], weights[trained]
         return cls(
-            tokens,
+            batch.tokens,
             torch.tensor(divisor),
             targets.clamp(min=0),
             weights,
             trained,
-            segment_ids,
+            batch.segment_ids,
         )
 
     def to(self, device: torch.device) -> "Inputs":
