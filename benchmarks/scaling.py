@@ -1,7 +1,7 @@
 """A training run on one device and on several, with the same rows in each optimizer step.
 
     python benchmarks/scaling.py [--sizes 1.5b] [--methods lora full] [--ways ddp fsdp]
-        [--devices 2] [--ctx_len 4096] [--quant none nf4]
+        [--devices 2] [--ctx_len 4096] [--quant none nf4] [--compile 1]
     python benchmarks/scaling.py --methods full --ways ddp fsdp
     python benchmarks/scaling.py --methods lora full --ways deepspeed_stage_1 deepspeed_stage_2
         deepspeed_stage_3 deepspeed_stage_2_offload
@@ -51,6 +51,8 @@ def take_rank(rank: int, count: int, port: int, options: dict[str, Any]) -> None
         values = (rank, rank, count, count, port)
         os.environ |= {name: str(x) for name, x in zip(names, values, strict=True)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    # each has its share of the processor, as where the command starts them
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
     train(TrainConfig(**options))
 
 
@@ -94,7 +96,6 @@ def make_files(folder: Path, size: str, rows: int, ctx_len: int) -> dict[str, An
         "precision": "bf16",
         "epoch_count": 1,
         "check_files": 0,
-        "compile": 0,
     }
 
 
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=torch.accelerator.device_count() or 2)
     parser.add_argument("--ctx_len", type=int, default=4096)
     parser.add_argument("--micro_bsz", type=int, default=2)
+    parser.add_argument("--compile", type=int, default=0)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     lines = [
@@ -162,7 +164,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         for size in args.sizes:
             base = make_files(Path(name), size, rows, args.ctx_len)
-            base |= {"ctx_len": args.ctx_len, "micro_bsz": args.micro_bsz}
+            base |= {"compile": args.compile, "ctx_len": args.ctx_len, "micro_bsz": args.micro_bsz}
             base["epoch_steps"] = STEPS * args.devices
             for method in args.methods:
                 for quant in args.quant:

@@ -55,6 +55,8 @@ class Fsdp(Ddp):
         whole: Collection[str],
         dtype: torch.dtype,
         place: Callable[[Mapping[str, nn.Parameter]], None],
+        *,
+        gathers_once: bool,
     ) -> None:
         """Keeps this rank's part of what is trained, in float32, and of what is frozen in blocks.
 
@@ -66,6 +68,7 @@ class Fsdp(Ddp):
                 blocks.
             whole: names of those that stay whole in blocks, or though they are trained.
             place: brings parameters to the device in `dtype`, called with one block after another.
+            gathers_once: a block stays whole in `dtype` from its forward to its backward.
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -80,7 +83,10 @@ class Fsdp(Ddp):
             own = {names[x]: x for x in module.parameters() if x in names}
             place(own)
             if make is None:
-                make = _sharding(next(iter(own.values())).device, self.size, mp_policy=policy)
+                device = next(iter(own.values())).device
+                # None: the head, which backward takes first, stays whole in any case
+                again = False if gathers_once else None
+                make = _sharding(device, self.size, mp_policy=policy, reshard_after_forward=again)
             shared = [x for x in own.values() if x not in kept]
             for x in shared:
                 if x.requires_grad:
@@ -92,11 +98,7 @@ class Fsdp(Ddp):
             for x in shared:
                 # whoever knows them yet
                 x.data = x.data.new_empty(0)
-        shared_out: list[Any] = [*blocks, model]
-        for found in shared_out:
-            # losses are divided by what all ranks have
-            found.set_gradient_divide_factor(1.0)
-            found.set_force_sum_reduction_for_comms(True)
+        _sum_gradients((*blocks, model))
         self._shares_trained = True
         self.shards = {
             name: Shard(x)
@@ -158,7 +160,47 @@ def _sharding(device: torch.device, size: int, **options: Any) -> Callable[..., 
     # a state that a block gives is a view, and nobody adds to one in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     mesh = init_device_mesh(device.type, (size,))
-    return partial(fully_shard, mesh=mesh, shard_placement_fn=partial(_place, size), **options)
+    place = partial(_place, size)
+
+    def make(module: nn.Module, ignored_params: set[nn.Parameter]) -> None:
+        with _integers_without_gradients():
+            fully_shard(
+                module,
+                mesh=mesh,
+                shard_placement_fn=place,
+                ignored_params=ignored_params,
+                **options,
+            )
+
+    return make
+
+
+@contextmanager
+def _integers_without_gradients() -> Iterator[None]:
+    """Has parameters of whole numbers, as stored weights are, be made as ones that are frozen.
+
+    Before 2.12 PyTorch makes a part of a parameter as one that has a gradient, and then takes that
+    away; whole numbers cannot have one even for that moment.
+    """
+    found: Any = nn.Parameter
+    plain = found.__new__
+
+    def make(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
+        is_whole = data is not None and not (data.is_floating_point() or data.is_complex())
+        return plain(cls, data, requires_grad and not is_whole)
+
+    found.__new__ = staticmethod(make)
+    try:
+        yield
+    finally:
+        found.__new__ = staticmethod(plain)
+
+
+def _sum_gradients(modules: Iterable[Any]) -> None:
+    """Has gradients be summed over ranks, as losses are divided by what all ranks have."""
+    for module in modules:
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
 
 
 def _place(size: int, parameter: nn.Parameter) -> Any:

@@ -107,11 +107,8 @@ def choose_step(chooser: Chooser, facts: Facts, positions: int) -> None:
     shares = is_shared and (values["strategy"] == "fsdp" or stage == 3)
     if facts.device.type == "cpu":
         compiles, reason = False, "on a CPU it seldom pays"
-    elif shares:
-        compiles, reason = (
-            False,
-            "blocks that are gathered were not measured compiled: 1 asks for it",
-        )
+    elif is_shared and stage == 3:
+        compiles, reason = False, "stage 3 was not measured compiled: 1 asks for it"
     elif missing:
         compiles, reason = False, f"the blocks would be faster compiled, which needs {missing}"
     elif values["dataload"] == "pad" and not is_infctx(values):

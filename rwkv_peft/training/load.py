@@ -15,6 +15,7 @@ from rwkv_peft.parallel.strategy import Strategy
 from rwkv_peft.quant import Storage
 from rwkv_peft.quant.linear import QuantisedLinear
 from rwkv_peft.state import RWKVState
+from rwkv_peft.training.memory import fits_whole
 from rwkv_peft.training.settings import Facts, Settings
 from rwkv_peft.training.target import TrainTarget, Weights
 
@@ -73,7 +74,14 @@ def share_trained(
     # a backward in which the head alone has a gradient goes through no block
     is_head_alone = all(name.startswith("head.") for name in target.parameters)
     whole = {*model.version.unread, *(target.parameters if is_head_alone else ())}
-    strategy.shard_trained(model, model.blocks, whole, settings.dtype, place)
+    # to share out a vector costs as many calls as a matrix
+    whole |= {name for name, x in model.named_parameters() if x.numel() <= model.emb.embedding_dim}
+    # what one rank has room for decides for all
+    num_trained = sum(x.numel() for x in target.parameters.values())
+    gathers_once = strategy.from_first(lambda: fits_whole(settings, facts, num_trained))
+    strategy.shard_trained(
+        model, model.blocks, whole, settings.dtype, place, gathers_once=gathers_once
+    )
     named = dict(model.named_parameters())
     target.parameters.update({name: named[name] for name in target.parameters})
 

@@ -213,6 +213,17 @@ def fits(
     return guess <= 0.8 * free
 
 
+def fits_whole(settings: Settings, facts: Facts, num_trained: int) -> bool:
+    """Whether a device that has a part of a model has room for it whole, from forward to backward.
+
+    A guess leaves a fifth of the free memory free; it is no where nobody can say what is free.
+    """
+    if facts.memory is None:
+        return False
+    guess = guess_memory(settings, facts.model_config, settings.op, facts.num_weights, num_trained)
+    return guess + facts.num_weights * settings.dtype.itemsize <= 0.8 * facts.memory
+
+
 def positions_at_once(ctx_len: int, chunk_ctx: int) -> int:
     """Positions of a row that have activations at the same time; chunk_ctx 0: all."""
     return min(ctx_len, chunk_ctx) if chunk_ctx else ctx_len

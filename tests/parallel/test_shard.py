@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from rwkv_peft.parallel.fsdp import _integers_without_gradients
 from rwkv_peft.parallel.shard import Shard
 
 
@@ -43,3 +45,16 @@ def test_a_gradient_is_moved_to_the_part_that_is_stepped() -> None:
     parameter.grad = SimpleNamespace(to_local=lambda: gradient)
     shard.take_gradient()
     assert shard.own.grad is gradient and parameter.grad is None
+
+
+def test_a_part_of_whole_numbers_becomes_a_frozen_parameter() -> None:
+    class Part(torch.Tensor):
+        """Stands for a DTensor, as which PyTorch makes a part of a parameter."""
+
+    part = torch.ones(4, dtype=torch.uint8).as_subclass(Part)
+    with _integers_without_gradients():
+        assert not nn.Parameter(part).requires_grad
+        assert nn.Parameter(torch.ones(4)).requires_grad
+        assert not nn.Parameter(torch.ones(4), requires_grad=False).requires_grad
+    with pytest.raises(RuntimeError, match="floating point"):
+        nn.Parameter(part)
