@@ -52,11 +52,15 @@ def main(args: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if args is None else args)
     with whole_process():
         try:
-            return _run_and_tell(arguments)
+            code = _run_and_tell(arguments)
         except BrokenPipeError:
             return CLOSED_PIPE_CODE
         finally:
             drop_unwritten(sys.stdout)
+    if code == LOST_CODE:
+        # what connects ranks aborts at the interpreter's end where others are missing
+        os._exit(code)
+    return code
 
 
 def _run_and_tell(arguments: list[str]) -> int:

@@ -64,7 +64,9 @@ def start_ranks(arguments: Sequence[str], config: TrainConfig) -> int:
         with _forwarded(ranks[0]):
             failed = _wait(ranks)
         code = ranks[0].poll()
-        if failed is None or (code is not None and code not in (LOST_CODE, -signal.SIGKILL)):
+        # the first has said nothing where it was lost itself, or ended by what it cannot hear
+        is_silent = code in (None, LOST_CODE) or (code < 0 and -code not in SIGNALS)
+        if failed is None or not is_silent:
             return 0 if code is None else code if code >= 0 else 128 - code
         raise TrainingError(_describe(failed, ranks[failed], told[failed], config))
 
@@ -127,14 +129,19 @@ def _wait(ranks: "Sequence[subprocess.Popen[bytes]]") -> int | None:
         codes = [rank.poll() for rank in ranks]
         if failed is None:
             # a signal may have ended the others while the first still writes; those that only lost
-            # another come last
+            # another come last, before them those that a library aborted for it
             wrong = [i for i, code in enumerate(codes) if code and (i == 0 or code < 128)]
-            failed = min(wrong, key=lambda i: codes[i] == LOST_CODE, default=None)
+            failed = max(wrong, key=lambda i: _weigh(codes[i]), default=None)
             if failed is not None:
                 until = time.monotonic() + GRACE
             elif codes[0] == 0 and until == float("inf"):
                 until = time.monotonic() + LAST_GRACE
     return failed
+
+
+def _weigh(code: int | None) -> int:
+    """How much an exit code says of why a run has ended."""
+    return {LOST_CODE: 0, -signal.SIGABRT: 1}.get(code or 0, 2)
 
 
 def _describe(

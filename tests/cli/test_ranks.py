@@ -104,6 +104,28 @@ def test_a_rank_that_is_killed_ends_all_with_one_message_and_a_whole_checkpoint(
     assert f"goes on after step {step:,}" in done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize(
+    ("signals", "words"),
+    [
+        # as a library may abort one that has lost another
+        ({1: signal.SIGKILL, 0: signal.SIGABRT}, ("rank 1 of 2", "SIGKILL")),
+        ({0: signal.SIGSEGV}, ("rank 0 of 2", "SIGSEGV")),
+    ],
+)
+def test_the_command_tells_of_ranks_that_could_not(
+    command: list[str], signals: dict[int, int], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    with started(command, tmp_path / "out") as run:
+        processes = {find_rank(run.pid, rank): number for rank, number in signals.items()}
+        for process, number in processes.items():
+            os.kill(process, number)
+        _, told = run.communicate(timeout=60)
+    errors = [line for line in told.splitlines() if line.startswith("error")]
+    assert run.returncode == 2 and len(errors) == 1, told
+    assert all(word in errors[0] for word in (*words, "--resume auto"))
+
+
 def test_a_signal_to_the_command_stops_all_with_what_they_have_learned(
     command: list[str], tmp_path: Path
 ) -> None:
