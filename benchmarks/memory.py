@@ -6,10 +6,10 @@ Random weights of the released shapes, ctx 1024, one row, rank 64 on the six pro
 recomputed, compiled and captured, six optimizer steps: each case in a process of its own. Allocated
 is the allocator's peak from the first step on, reserved what it holds at the end, the pools of
 graphs too; process is what the driver counts for the whole process, as nvidia-smi shows it, context
-and libraries too. `--small` also leaves the embedding on the host, keeps moments in 8 bits, and
-stores the head as the projections. Predicted is what a run says before it begins. The losses of a
-case that are not finite refuse it. Several cases run at a time (--jobs); then the driver's count is
-of each process where it tells that, and else left out.
+and libraries too. `--small` also leaves the embedding on the host, keeps moments in 8 bits, stores
+the head as the projections, and nests the scales of nf4. Predicted is what a run says before it
+begins. The losses of a case that are not finite refuse it. Several cases run at a time (--jobs);
+then the driver's count is of each process where it tells that, and else left out.
 """
 
 import argparse
@@ -138,6 +138,8 @@ def main() -> None:
     parser.add_argument("--one", nargs=3, metavar=("SIZE", "METHOD", "QUANT"))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if options.small:
+        options.quants = ["nf4_nested" if x == "nf4" else x for x in options.quants]
     if options.one:
         found = measure(*options.one, is_small=options.small, way=options.way)
         print(json.dumps(found))

@@ -302,11 +302,11 @@ class TrainConfig(DataConfig):
     ] = "auto"
     """How devices share the work: ddp has each hold the model, and adds up gradients; fsdp has each
     hold a part of frozen blocks, or of all; deepspeed_stage_1 to 3 of what trains the model."""
-    quant: Literal["none", "int8", "nf4", "fp4", "fp8"] = "none"
+    quant: Literal["none", "int8", "nf4", "fp4", "nf4_nested", "fp4_nested", "fp8"] = "none"
     """How frozen projections are stored, for all methods but none, osf and frod: none as precision
-    says; int8 with a scale for each row; nf4 and fp4 in 4 bits with a scale for 64 numbers, as
-    bitsandbytes has them. fp8 saves no memory, and multiplies in 8 bits on cards that can, which is
-    faster."""
+    says; int8 with a scale for each row; nf4 and fp4 in 4 bits with a scale for 64 numbers, as in
+    bitsandbytes; nf4_nested and fp4_nested with scales in 8 bits (QLoRA's double quantization).
+    fp8 saves no memory, and multiplies in 8 bits on cards that can, which is faster."""
     quant_head: Switch = 0
     """1 stores the head too as quant says: less memory, and logits that are further off."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"

@@ -65,13 +65,18 @@ class Launcher:
         kernel: a `triton.jit` function of tensors, numbers and constants, in this order. It must
             not be specialised on the numbers: what was compiled is used for all of their values.
         num_warps, num_stages: how it is compiled.
+        is_fused: a product and a sum may be one operation, which rounds once.
     """
 
-    def __init__(self, kernel: Any, num_warps: int, num_stages: int = 2) -> None:
+    def __init__(
+        self, kernel: Any, num_warps: int, num_stages: int = 2, *, is_fused: bool = True
+    ) -> None:
         import triton
 
         self.kernel = kernel
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        if not is_fused:
+            self.options["enable_fp_fusion"] = False
         self.is_compiled = isinstance(kernel, triton.JITFunction)
         self._found: dict[Any, Any] = {}
 

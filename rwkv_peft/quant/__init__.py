@@ -11,9 +11,11 @@ are, and products are of fp8.
 | int8 | int8 (out, in), a float32 scale a row | round(w / scale), scale = largest / 127 |
 | nf4 | two numbers a byte, a float32 scale for 64 | the nearest of 16 quantiles of a normal |
 | fp4 | as nf4 | the nearest of 16 numbers of 4-bit floating point |
+| nf4_nested, fp4_nested | scales in 8 bits | scales less their mean, over the largest of 256 |
 | fp8 | bytes (out, in) and (in, out), a float32 scale a row | e4m3, scale = largest / 448 |
 
-nf4 and fp4 have the layout and the numbers of bitsandbytes, without its nested scales.
+nf4 and fp4 have the layout and the numbers of bitsandbytes; nested scales (QLoRA's double
+quantisation) its numbers alone.
 """
 
 from collections.abc import Iterator
@@ -24,10 +26,25 @@ from torch import Tensor, nn
 
 from rwkv_peft.models.frozen import FrozenLinear
 from rwkv_peft.quant.fp8 import FP8Linear
-from rwkv_peft.quant.linear import FP4Linear, Int8Linear, NF4Linear, QuantisedLinear
+from rwkv_peft.quant.linear import (
+    FP4Linear,
+    Int8Linear,
+    NestedFP4Linear,
+    NestedNF4Linear,
+    NF4Linear,
+    QuantisedLinear,
+)
 
 STORAGES: dict[str, type[QuantisedLinear]] = {
-    layer.storage: layer for layer in (Int8Linear, NF4Linear, FP4Linear, FP8Linear)
+    layer.storage: layer
+    for layer in (
+        Int8Linear,
+        NF4Linear,
+        FP4Linear,
+        NestedNF4Linear,
+        NestedFP4Linear,
+        FP8Linear,
+    )
 }
 
 

@@ -1,5 +1,6 @@
 """Frozen layers whose weight is stored in 8 or 4 bits."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,16 @@ from torch import Tensor, nn
 
 from rwkv_peft.models.frozen import FrozenLinear
 from rwkv_peft.ops.dequantise import dequantise
-from rwkv_peft.ops.dequantise.reference import BLOCK, CODES, fill_up
+from rwkv_peft.ops.dequantise.reference import (
+    BLOCK,
+    CODES,
+    GROUP,
+    GROUP_BYTES,
+    expand,
+    fill_up,
+    share_table,
+    span,
+)
 
 # numbers that are stored at a time, in whole blocks
 PIECE = 1 << 22
@@ -140,11 +150,12 @@ class _BlockLinear(QuantisedLinear):
         first, last, _ = rows.indices(self.out_features)
         width = self.in_features
         start, end = first * width, max(first, last) * width
-        # from the block that the first row begins in
-        at = start // BLOCK
-        packed = self.weight.detach()[at * BLOCK // 2 : -(-end // 2)]
-        flat = dequantise(packed, self.scale[at:], self.storage, end - at * BLOCK, self._dtype)
-        found = flat[start - at * BLOCK :].view(-1, width)
+        # from the block or the group that the first row begins in
+        at, before = divmod(start, span(self.storage))
+        packed = self.weight.detach()[(start - before) // 2 : -(-end // 2)]
+        count = end - start + before
+        flat = dequantise(packed, self.scale[at:], self.storage, count, self._dtype)
+        found = flat[before:].view(-1, width)
         return found.to(dtype or self._dtype)
 
 
@@ -158,6 +169,38 @@ class FP4Linear(_BlockLinear):
     """The nearest of 16 numbers of 4-bit floating point, times the largest of 64 numbers."""
 
     storage = "fp4"
+
+
+class _NestedLinear(_BlockLinear):
+    """Scales in 8 bits: `scale` is (groups of 256, 264) bytes, see `ops.dequantise`."""
+
+    @staticmethod
+    def count_bytes(rows: int, width: int) -> int:
+        """See `QuantisedLinear`."""
+        numbers = rows * width
+        return -(-numbers // 2) + GROUP_BYTES * -(-numbers // (BLOCK * GROUP))
+
+    @classmethod
+    def _pack(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
+        packed, scale = super()._pack(weight)
+        return packed, nest(scale)
+
+    @property
+    def largest(self) -> Tensor:
+        """See `QuantisedLinear`."""
+        return expand(self.scale).to(self._dtype)
+
+
+class NestedNF4Linear(_NestedLinear):
+    """As `NF4Linear`, with nested scales."""
+
+    storage = "nf4_nested"
+
+
+class NestedFP4Linear(_NestedLinear):
+    """As `FP4Linear`, with nested scales."""
+
+    storage = "fp4_nested"
 
 
 def pack_blocks(flat: Tensor, storage: str) -> tuple[Tensor, Tensor]:
@@ -175,6 +218,19 @@ def pack_blocks(flat: Tensor, storage: str) -> tuple[Tensor, Tensor]:
     return ((codes[:, 0] << 4) | codes[:, 1]).unsqueeze(1), scale
 
 
+def nest(scale: Tensor) -> Tensor:
+    """Scales (blocks,) less their mean in 8 bits, with it and each group's largest."""
+    # in float64, in which the sum is exact, so that another machine stores the same
+    mean = scale.to("cpu", torch.float64).mean().to(scale.device, torch.float32)
+    groups = fill_up(scale - mean, GROUP).view(-1, GROUP)
+    largest = groups.abs().amax(1, keepdim=True)
+    shares = (groups * (1 / largest.clamp(min=1e-38))).clamp_(-1, 1)
+    table = share_table(scale.device)
+    places = torch.bucketize(shares, (table[:-1] + table[1:]) / 2, out_int32=True)
+    ends = torch.cat((largest, mean.expand_as(largest)), 1).view(torch.uint8)
+    return torch.cat((places.to(torch.uint8), ends), 1)
+
+
 # single operations to a compiler, which would else keep the dense weight for backward
 _library = torch.library.Library("rwkv_peft", "FRAGMENT")
 
@@ -183,7 +239,7 @@ def _product(
     x: Tensor, packed: Tensor, scale: Tensor, storage: str, rows: int, dtype: torch.dtype
 ) -> Tensor:
     stored = packed, scale, storage, x.shape[-1], dtype
-    first, *others = _split_rows(rows, x.shape[-1])
+    first, *others = _split_rows(rows, x.shape[-1], storage)
     if not others:
         return F.linear(x, _dense_rows(*stored, first).to(x.dtype))
     y = x.new_empty((*x.shape[:-1], rows))
@@ -201,7 +257,7 @@ def _transposed(
     dy: Tensor, packed: Tensor, scale: Tensor, storage: str, width: int, dtype: torch.dtype
 ) -> Tensor:
     stored = packed, scale, storage, width, dtype
-    first, *others = _split_rows(dy.shape[-1], width)
+    first, *others = _split_rows(dy.shape[-1], width, storage)
     dx = torch.matmul(dy[..., first], _dense_rows(*stored, first).to(dy.dtype))
     if not others:
         return dx
@@ -211,9 +267,11 @@ def _transposed(
     return total.to(dy.dtype)
 
 
-def _split_rows(rows: int, width: int) -> list[slice]:
-    """Rows that are dense at a time, from whole blocks on."""
-    size = max(1, MAX_DENSE // width // BLOCK) * BLOCK
+def _split_rows(rows: int, width: int, storage: str) -> list[slice]:
+    """Rows that are dense at a time, from whole blocks, or groups of them, on."""
+    # both are powers of two
+    least = max(BLOCK, span(storage) // math.gcd(span(storage), width))
+    size = max(1, MAX_DENSE // width // least) * least
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
@@ -226,7 +284,8 @@ def _dense_rows(
         packed, scale = packed[rows], scale[rows]
     else:
         first = rows.start * width
-        packed, scale = packed[first // 2 : -(-(first + count) // 2)], scale[first // BLOCK :]
+        packed = packed[first // 2 : -(-(first + count) // 2)]
+        scale = scale[first // span(storage) :]
     return dequantise(packed, scale, storage, count, dtype).view(-1, width)
 
 

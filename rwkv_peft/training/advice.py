@@ -60,5 +60,8 @@ def _smaller(settings: Settings, facts: Facts) -> Iterator[dict[str, Any]]:
         return
     if settings.quant in ("none", "fp8"):
         yield {"quant": "int8", "quant_head": 1}
-    if settings.quant not in ("nf4", "fp4") or not settings.quant_head:
+    is_nested = settings.quant.endswith("_nested")
+    if not (is_nested or (settings.quant in ("nf4", "fp4") and settings.quant_head)):
         yield {"quant": "nf4", "quant_head": 1}
+    if not (is_nested and settings.quant_head):
+        yield {"quant": "nf4_nested", "quant_head": 1}

@@ -5,17 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import create_dynamic_map
 from torch import Tensor
 
 from rwkv_peft.ops.cuda.launch import IO
 from rwkv_peft.ops.dequantise import TABLE, cuda, dequantise, kernel_for
-from rwkv_peft.ops.dequantise.reference import CODES, dequantise_reference
+from rwkv_peft.ops.dequantise.reference import CODES, NESTED, dequantise_reference
 from rwkv_peft.ops.dispatch import Request
 from tests.ops.emulation import emulator
 
 STORAGES = ("int8", *CODES)
 # out, in: rows that fill launches and those that do not, odd ones, one beyond 256 threads of eight
-SHAPES = ((3, 64), (2, 2048 + 8), (7, 100), (5, 33), (1, 1), (1, 129))
+SHAPES = ((3, 64), (2, 2048 + 8), (7, 100), (5, 33), (1, 1), (1, 129), (5, 4096))
 
 
 def stored(storage: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -29,8 +30,25 @@ def stored(storage: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         size = -(-rows * width // 2)
         packed = torch.randint(0, 256, (size, 1), generator=generator, dtype=torch.uint8)
         scale = torch.rand(-(-rows * width // 64), generator=generator)
+    if storage in NESTED:
+        # every place, and what groups end with
+        groups = -(-rows * width // 64 // 256)
+        places = torch.randint(0, 256, (groups, 256), generator=generator, dtype=torch.uint8)
+        ends = torch.rand(groups, 2, generator=generator)
+        return packed, torch.cat((places, ends.view(torch.uint8)), 1)
     scale.view(-1)[-1] = 1e-9
     return packed, scale
+
+
+def expanded(scale: Tensor) -> Tensor:
+    """The scales of nested ones, by bitsandbytes' table and two operations that round."""
+    table = create_dynamic_map().double()
+    found = []
+    for group in scale:
+        largest, mean = group[256:].view(torch.float32).double()
+        product = (table[group[:256].int()] * largest).float()
+        found.append((product.double() + mean).float())
+    return torch.cat(found)
 
 
 def exact(packed: Tensor, scale: Tensor, storage: str, count: int, dtype: torch.dtype) -> Tensor:
@@ -40,6 +58,7 @@ def exact(packed: Tensor, scale: Tensor, storage: str, count: int, dtype: torch.
         return rows.flatten().to(dtype)
     codes = [c for byte in packed.flatten().tolist() for c in (byte >> 4, byte & 15)][:count]
     values = torch.tensor([CODES[storage][c] for c in codes], dtype=torch.float32).double()
+    scale = expanded(scale) if storage in NESTED else scale
     scales = scale.double().repeat_interleave(64)[:count]
     return (values * scales).float().to(dtype)
 

@@ -75,7 +75,7 @@ def logits(model: RWKV) -> Tensor:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "quant",
-    ["nf4", *(pytest.param(x, marks=pytest.mark.slow) for x in ("int8", "fp4"))],
+    ["nf4", *(pytest.param(x, marks=pytest.mark.slow) for x in ("int8", "fp4", "nf4_nested"))],
 )
 @pytest.mark.parametrize(
     "case", [pytest.param(x, marks=[pytest.mark.slow] * (x not in USUAL)) for x in CASES]

@@ -16,7 +16,7 @@ from rwkv_peft.checkpoint.state import load_state
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.quant import Storage
-from tests.quant.test_linear import DENSE
+from tests.quant.test_linear import IN_RUNS
 
 TOKENS = list(range(1, 49))
 VERSIONS: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ def test_the_official_runtime_has_the_adapters_logits_on_the_base_as_it_was_stor
 ) -> None:
     base = make_model_file(version=version, dtype=torch.float32, **VERSIONS[version])
     wanted: dict[Path, Tensor] = {}
-    for quant in DENSE:
+    for quant in IN_RUNS:
         run = tune(base, quant, "--peft", "lora", "--peft_config", '{"r": 4}')
         adapter = run / "rwkv-1-adapter"
         stored, dense = stored_model(base, quant), rwkv_peft.load_model(base)
@@ -127,7 +127,7 @@ def test_the_official_runtime_has_a_states_logits_on_the_base_as_it_was_stored(
     torch.testing.assert_close(theirs, wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("quant", DENSE)
+@pytest.mark.parametrize("quant", IN_RUNS)
 def test_a_stored_head_is_merged_as_it_was_trained(
     quant: str,
     tune: Callable[..., Path],

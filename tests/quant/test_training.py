@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 
 import rwkv_peft
@@ -29,7 +28,7 @@ from rwkv_peft.quant.linear import QuantisedLinear
 from rwkv_peft.training import choose_device
 from rwkv_peft.training.memory import weigh_base
 from rwkv_peft.training.run import train
-from tests.quant.test_linear import DENSE
+from tests.quant.test_linear import IN_RUNS, oracle
 from tests.training.test_resume import assert_same, run_in_parts
 
 METHODS: dict[str, dict[str, Any]] = {"lora": {"r": 4}, "miss": {"r": 8}, "state": {}}
@@ -62,7 +61,7 @@ def by_oracle(w: Tensor, quant: str) -> Tensor:
     if quant == "int8":
         scale = w.abs().amax(1, keepdim=True) / 127
         return (w / scale).round() * scale
-    return dequantize_4bit(*quantize_4bit(w, blocksize=64, quant_type=quant))
+    return oracle(w, quant)
 
 
 def is_stored(name: str, x: Tensor) -> bool:
@@ -90,7 +89,7 @@ def logits(model: RWKV) -> Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("quant", DENSE)
+@pytest.mark.parametrize("quant", IN_RUNS)
 def test_a_run_on_a_stored_base_is_one_on_the_weights_that_it_stands_for(
     quant: Any, method: str, config: TrainConfig, tmp_path: Path
 ) -> None:
@@ -104,7 +103,7 @@ def test_a_run_on_a_stored_base_is_one_on_the_weights_that_it_stands_for(
 
 
 @pytest.mark.parametrize("version", ["x052", "x060", "x070"])
-@pytest.mark.parametrize("quant", DENSE)
+@pytest.mark.parametrize("quant", IN_RUNS)
 def test_a_merged_file_is_the_base_as_trained_with_the_adapter(
     quant: Any, version: str, config: TrainConfig, make_model_file: Callable[..., Path],
     tmp_path: Path,
@@ -296,7 +295,7 @@ def test_the_guess_of_memory_counts_stored_bytes(quant: str, model_file: Path) -
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
-@pytest.mark.parametrize("quant", DENSE)
+@pytest.mark.parametrize("quant", IN_RUNS)
 def test_a_base_that_is_not_finite_or_not_in_fp16_is_refused(
     quant: Any, value: float, config: TrainConfig, tmp_path: Path
 ) -> None:

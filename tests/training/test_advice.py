@@ -60,6 +60,7 @@ def test_where_memory_is_enough_nothing_is_said(found: tuple[Settings, Facts]) -
         (15, "--grad_cp 1 --emb_cpu 1 --optimizer adamw8bit "),
         (10, "--grad_cp 1 --emb_cpu 1 --optimizer adamw8bit --quant int8 --quant_head 1 "),
         (7, "--grad_cp 1 --emb_cpu 1 --optimizer adamw8bit --quant nf4 --quant_head 1 "),
+        (5.8, "--grad_cp 1 --emb_cpu 1 --optimizer adamw8bit --quant nf4_nested --quant_head 1 "),
     ],
 )
 def test_as_little_is_changed_as_makes_it_fit(
@@ -76,12 +77,16 @@ def test_what_cannot_be_is_not_advised(found: tuple[Settings, Facts]) -> None:
     line = advise(found, 4.0, train_parts=["emb"])
     assert line is not None and "--quant" not in line and "--emb_cpu" not in line
     line = advise(found, 4.0, optimizer="lion")
-    assert line is not None and "--optimizer" not in line and "--quant nf4 --quant_head 1" in line
+    assert (
+        line is not None
+        and "--optimizer" not in line
+        and "--quant nf4_nested --quant_head 1" in line
+    )
     settings, facts = found
     line = advise((settings, replace(facts, device=torch.device("cpu"))), 4.0)
     assert line is not None and "--emb_cpu" not in line
     # nothing is left to change
-    smallest = {"grad_cp": 1, "emb_cpu": 1, "optimizer": "adamw8bit", "quant": "nf4"}
+    smallest = {"grad_cp": 1, "emb_cpu": 1, "optimizer": "adamw8bit", "quant": "nf4_nested"}
     line = advise(found, 2.0, **smallest, quant_head=1)
     assert line == "memory: 2.0 GiB are free, and the run may not fit"
     # and nobody can say

@@ -74,6 +74,8 @@ DEVICE float inverse_of(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// x y + z, rounded twice: the compiler would do both at once
+DEVICE float multiply_then_add(float x, float y, float z) { return __fadd_rn(__fmul_rn(x, y), z); }
 DEVICE u32 pack_bf16(float low, float high) {
     u32 y;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));

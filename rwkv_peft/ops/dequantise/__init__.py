@@ -2,9 +2,11 @@
 
     int8:     w[i, j] = packed[i, j] scale[i]
     nf4, fp4: w[n] = code[packed[n]] scale[n / 64]
+    nested:   scale[b] = share[place[b]] largest[b / 256] + mean
 
-The product is in float32 and rounded once, to the dtype asked for: so every backend gives the same
-bits. A backend is called as `kernel(packed, scale, storage, count, dtype)`.
+Products and sums are in float32, each rounded, and the result once more to the dtype asked for: so
+every backend gives the same bits. A backend is called as
+`kernel(packed, scale, storage, count, dtype)`.
 """
 
 import functools
@@ -50,8 +52,9 @@ def dequantise(
     Args:
         packed: int8 (rows, in) of int8, all of which is taken; uint8 (numbers / 2, 1) of nf4 and
             fp4, two codes a byte, the first in the upper half. It begins with a block.
-        scale: float32, (rows, 1) of int8, (blocks of 64,) of nf4 and fp4.
-        storage: 'int8', 'nf4' or 'fp4'.
+        scale: float32, (rows, 1) of int8, (blocks of 64,) of nf4 and fp4. Where they are nested
+            uint8 (groups of 256 blocks, 264): 256 places, then `largest` and `mean` in float32.
+        storage: 'int8', 'nf4', 'fp4', 'nf4_nested' or 'fp4_nested'.
         dtype: of the result.
     """
     return kernel_for(packed.device, dtype)(packed, scale, storage, count, dtype)

@@ -11,16 +11,21 @@ from torch import Tensor
 from rwkv_peft.ops.cuda import availability
 from rwkv_peft.ops.cuda.driver import index_of, load_kernel
 from rwkv_peft.ops.cuda.launch import IO
-from rwkv_peft.ops.dequantise.reference import code_table
+from rwkv_peft.ops.dequantise.reference import GROUP, NESTED, code_table, share_table
 
 SOURCE = Path(__file__).parent / "kernels" / "dequantise.cu"
 BUILDS = [((SOURCE,), (f"-DIO={number}",)) for number in IO.values()]
 objection = availability.objection
 
 # threads of a block, and numbers that each makes
-THREADS, EACH = 256, 16
+THREADS = 256
+EACH = {"dequantise_rows": 16, "dequantise_blocks": 16, "dequantise_nested": 32}
 # signature and bytes of shared memory of a kernel
-KERNELS = {"dequantise_rows": ("3PQI", 0), "dequantise_blocks": ("4PQ", 64)}
+KERNELS = {
+    "dequantise_rows": ("3PQI", 0),
+    "dequantise_blocks": ("4PQ", 64),
+    "dequantise_nested": ("5PQ", 64 + 4 * GROUP),
+}
 # number of weights' shapes whose launches are kept ready
 SHAPES = 256
 
@@ -48,7 +53,7 @@ def dequantiser(load: Load) -> Callable[..., Tensor]:
     def prepare(
         name: str, numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Launch:
-        grid = (-(-numbers[0] // (THREADS * EACH)), 1, 1)
+        grid = (-(-numbers[0] // (THREADS * EACH[name])), 1, 1)
         return load(name, dtype, device)(grid, THREADS, *numbers)
 
     # a launch belongs to one thread, and autograd runs backward in threads of its own
@@ -67,9 +72,14 @@ def dequantiser(load: Load) -> Callable[..., Tensor]:
         if storage == "int8":
             launch = prepared.get("dequantise_rows", (count, packed.shape[1]), dtype, device)
             launch(*start, dense.data_ptr())
+            return dense
+        codes = code_table(storage, device).data_ptr()
+        if storage in NESTED:
+            launch = prepared.get("dequantise_nested", (count,), dtype, device)
+            launch(*start, codes, share_table(device).data_ptr(), dense.data_ptr())
         else:
             launch = prepared.get("dequantise_blocks", (count,), dtype, device)
-            launch(*start, code_table(storage, device).data_ptr(), dense.data_ptr())
+            launch(*start, codes, dense.data_ptr())
         return dense
 
     return run

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.ops.dequantise import triton_kernels as kernels
-from rwkv_peft.ops.dequantise.reference import code_table
+from rwkv_peft.ops.dequantise.reference import NESTED, code_table, share_table
 from rwkv_peft.ops.triton import Launcher, Variant
 
 _BLOCK = 1024
 _rows = Launcher(kernels.rows, num_warps=4)
 _blocks = Launcher(kernels.blocks, num_warps=4)
+_nested = Launcher(kernels.nested, num_warps=4, is_fused=False)
 
 
 def dequantise_triton(
@@ -26,7 +27,11 @@ def dequantise_triton(
     elif count:
         grid = (-(-count // (2 * _BLOCK)), 1, 1)
         codes = code_table(storage, packed.device)
-        _blocks(grid, (packed, scale, codes, dense), (count,), (_BLOCK,))
+        if storage in NESTED:
+            scales = scale, scale.view(torch.float32), share_table(packed.device)
+            _nested(grid, (packed, *scales, codes, dense), (count,), (_BLOCK,))
+        else:
+            _blocks(grid, (packed, scale, codes, dense), (count,), (_BLOCK,))
     return dense
 
 
@@ -35,3 +40,4 @@ def variants() -> Iterator[Variant]:
     for io in ("*bf16", "*fp16", "*fp32"):
         yield _rows, ("*i8", "*fp32", io, "i32", _BLOCK)
         yield _blocks, ("*u8", "*fp32", "*fp32", io, "i32", _BLOCK)
+        yield _nested, ("*u8", "*u8", *["*fp32"] * 3, io, "i32", _BLOCK)

@@ -181,6 +181,10 @@ DEVICE int leading_zeros(u64 x) { return x ? __builtin_clzll(x) : 64; }
 DEVICE int first_set(u64 x) { return x ? __builtin_ctzll(x) + 1 : 0; }
 DEVICE float power_of_two(float x) { return std::exp2f(x); }
 DEVICE float inverse_of(float x) { return 1.0f / x; }
+DEVICE float multiply_then_add(float x, float y, float z) {
+    volatile float product = x * y;
+    return product + z;
+}
 DEVICE u32 bf16_bits(float x) {
     u32 bits = as_bits(x);
     if (x != x) return 0x7fff;
