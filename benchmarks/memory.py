@@ -6,8 +6,9 @@ Random weights of the released shapes, ctx 1024, one row, rank 64 on the six pro
 recomputed, compiled and captured, six optimizer steps: each case in a process of its own. Allocated
 is the allocator's peak from the first step on, reserved what it holds at the end, the pools of
 graphs too; process is what the driver counts for the whole process, as nvidia-smi shows it, context
-and libraries too. `--small` also leaves the embedding on the host, keeps moments in 8 bits, stores
-the head as the projections, and nests the scales of nf4. Predicted is what a run says before it
+and libraries too. `--small` also leaves the embedding and the inputs of blocks on the host, keeps
+moments in 8 bits, stores the head as the projections, and nests the scales of nf4. Predicted is
+what a run says before it
 begins. The losses of a case that are not finite refuse it. Several cases run at a time (--jobs);
 then the driver's count is of each process where it tells that, and else left out.
 """
@@ -43,7 +44,7 @@ def measure(size: str, method: str, quant: str, *, is_small: bool, way: str) -> 
 
     use_expandable_segments()
     with own_stream(torch.device("cuda")):
-        case = Case(size, CTX, 1, method, way, 1, quant, is_small=is_small)
+        case = Case(size, CTX, 1, method, way, 1 + is_small, quant, is_small=is_small)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         losses = []
@@ -82,7 +83,7 @@ def predict(size: str, method: str, quant: str, *, is_small: bool) -> float:
         CTX,
         sum(x.numel() for x in shapes.parameters()),
         trained * each,
-        is_recomputed=True,
+        grad_cp=1 + is_small,
         quant=quant,
         has_head=is_small,
     )

@@ -32,6 +32,7 @@ from rwkv_peft.methods.attach import attach
 from rwkv_peft.methods.state import LearnedStates
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.compile import compile_blocks
+from rwkv_peft.models.offload import HostStore
 from rwkv_peft.quant import STORAGES, stored_layers
 from rwkv_peft.training.graphs import GraphedStep
 from rwkv_peft.training.step import full_step
@@ -98,7 +99,8 @@ class Case:
         if is_small:
             table = model.emb.weight.data
             model.emb.weight = torch.nn.Parameter(leave_on_host(table, self.device), False)
-        model.grad_cp = bool(grad_cp)
+        model.grad_cp = grad_cp > 0
+        model.host = HostStore() if grad_cp == 2 else None
         torch.manual_seed(0)
         self.states = LearnedStates(model) if method == "state" else None
         trained: Any = self.states
@@ -225,7 +227,9 @@ def measure(
     expected: tuple[float, Tensor] | None = None
     for way in ways:
         clean()
-        start = f"| {size} | {ctx} × {rows} | {name} | {way}{', recompute' * grad_cp} | "
+        start = (
+            f"| {size} | {ctx} × {rows} | {name} | {way}{f', grad_cp {grad_cp}' * (grad_cp > 0)} | "
+        )
         try:
             case = Case(size, ctx, rows, method, way, grad_cp, quant)
             started = time.perf_counter()
@@ -276,7 +280,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["lora", "miss", "state", "full"])
     parser.add_argument("--quants", nargs="+", default=["none"], choices=["none", *STORAGES])
     parser.add_argument("--ways", nargs="+", default=["plain", "compiled, graphed"])
-    parser.add_argument("--grad_cp", type=int, default=0)
+    parser.add_argument("--grad_cp", type=int, default=0, choices=[0, 1, 2])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     head = [

@@ -316,8 +316,8 @@ class TrainConfig(DataConfig):
     emb_cpu: Switch | None = None
     """1 leaves the embedding, if it is not trained, in the host's memory, from which the GPU reads
     the rows that it needs. Left open: 1 where memory is short."""
-    grad_cp: Switch | None = None
-    """1 recomputes each block in backward: less memory, more time."""
+    grad_cp: Literal[0, 1, 2] | None = None
+    """1 recomputes blocks in backward: less memory, more time; 2 has their inputs on the host."""
     compile: AutoSwitch = "auto"
     """1 compiles the blocks (torch.compile), which takes some seconds once; 0 does not; auto where
     the run is long enough to gain by it, on a GPU with a C compiler at hand."""

@@ -10,6 +10,7 @@ from rwkv_peft.errors import ShapeError
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.models.frozen import FrozenLinear
 from rwkv_peft.models.layers import PackingInfo
+from rwkv_peft.models.offload import HostStore
 from rwkv_peft.models.recompute import recompute
 from rwkv_peft.models.version import Version
 from rwkv_peft.ops.dispatch import Choice
@@ -24,16 +25,16 @@ class RWKV(nn.Module):
         model_config: its shape.
         version: the record of its version.
         op: the chosen backend of its operator.
-        grad_cp: recompute each block in backward instead of keeping its activations.
+        grad_cp, host: recompute each block in backward; its input waits in `host` if there is one.
         compiled: takes a block and its arguments in training, see `compile.compile_blocks`.
-        initial_state: of one row, where a text begins if no state is given; zeros if None. A file
-            into which a learned state was merged brings one.
+        initial_state: of one row, where a text begins if none is given; a merged file may bring it.
     """
 
     def __init__(self, model_config: ModelConfig, version: Version, op: Choice) -> None:
         super().__init__()
         self.model_config, self.version = model_config, version
         self.op, self.grad_cp = op, False
+        self.host: HostStore | None = None
         self.compiled: Callable[..., Any] | None = None
         self.initial_state: RWKVState | None = None
         # an embedding that draws its own weights on the meta device loads a compiler to do so
@@ -107,4 +108,4 @@ class RWKV(nn.Module):
             return block(x, *others)
         if self.compiled is not None:
             return self.compiled(block, x, *others)
-        return recompute(block, x, *others) if self.grad_cp else block(x, *others)
+        return recompute(block, x, *others, host=self.host) if self.grad_cp else block(x, *others)

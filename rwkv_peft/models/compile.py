@@ -1,6 +1,7 @@
 """Blocks compiled by torch.compile, one code for all that are alike."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -66,7 +67,8 @@ def compile_blocks(
             force_non_lazy_backward_lowering=True,
         ):
             try:
-                return compiled(block, *args)
+                with model.host.keep_saved(args[0]) if model.host else nullcontext():
+                    return compiled(block, *args)
             except (TorchDynamoException, InductorError) as error:
                 if on_failure is None:
                     raise
@@ -75,7 +77,7 @@ def compile_blocks(
                 on_failure(others[0] if first.endswith(":") and others else first)
         model.compiled = None
         forward = partial(Block.forward, block)
-        return recompute(forward, *args) if model.grad_cp else forward(*args)
+        return recompute(forward, *args, host=model.host) if model.grad_cp else forward(*args)
 
     def call(block: Any, *args: Any) -> Any:
         if not hasattr(block, "unshard"):

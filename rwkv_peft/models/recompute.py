@@ -14,14 +14,21 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from rwkv_peft.models.offload import HostStore, Kept
 
-def recompute(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+
+def recompute(
+    function: Callable[..., Any], x: Tensor, *args: Any, host: HostStore | None = None
+) -> Any:
     """The result of `function(x, *args)`, which keeps only its arguments for backward.
 
     Backward calls it again, with the random generators of the CPU and of x's device set as they
     were the first time; it must then do the same.
+
+    Args:
+        host: keeps x, in place of the device.
     """
-    call = _Call(function, (x, *args), x.device)
+    call = _Call(function, host.keep(x) if host else x, args, x.device)
     with saved_tensors_hooks(call.note, call.find):
         return function(x, *args)
 
@@ -46,9 +53,13 @@ class _Call:
     """A call, and the slots of the tensors that its operations save, in the order of saving."""
 
     def __init__(
-        self, function: Callable[..., Any], args: tuple[Any, ...], device: torch.device
+        self,
+        function: Callable[..., Any],
+        x: Tensor | Kept,
+        args: tuple[Any, ...],
+        device: torch.device,
     ) -> None:
-        self._function, self._args, self._device = function, args, device
+        self._function, self._x, self._args, self._device = function, x, args, device
         self._slots: list[ref[_Slot]] = []
         self._random = _random_states(device)
 
@@ -87,7 +98,8 @@ class _Call:
             suppress(_Complete),
         ):
             _set_random_states(self._device, self._random)
-            self._function(*self._args)
+            x = self._x.fetch() if isinstance(self._x, Kept) else self._x
+            self._function(x, *self._args)
 
 
 def _random_states(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -53,6 +53,8 @@ def _smaller(settings: Settings, facts: Facts) -> Iterator[dict[str, Any]]:
         yield {"micro_bsz": 1, "accumulate_grad_batches": rows}
     if not settings.emb_cpu and has_host_memory(facts.device) and not trains_embedding(values):
         yield {"emb_cpu": 1}
+    if settings.grad_cp < 2 and has_host_memory(facts.device):
+        yield {"grad_cp": 2}
     if settings.optimizer == "adamw" and settings.peft != "state" and settings.num_ranks == 1:
         yield {"optimizer": "adamw8bit"}
     trains_more = settings.train_parts or settings.peft_config.get("modules_to_save")

@@ -53,7 +53,8 @@ def lack_in_one_line(batch: Batch, step: int, settings: Settings) -> Iterator[No
         rows, width = batch.tokens.shape
         raise TrainingError(
             f"out of memory at step {step}, with {rows} rows of {width} tokens: "
-            "use --grad_cp 1, or a smaller --micro_bsz (with a larger --accumulate_grad_batches) "
+            f"use --grad_cp {min(settings.grad_cp + 1, 2)}, or a smaller --micro_bsz "
+            "(with a larger --accumulate_grad_batches) "
             f"or --{'chunk_ctx' if settings.is_infctx else 'ctx_len'}"
         ) from error
 

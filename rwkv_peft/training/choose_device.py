@@ -47,20 +47,33 @@ def require_fp8(precision: str, facts: Facts) -> None:
 
 
 def choose_memory(chooser: Chooser, facts: Facts) -> None:
-    """Chunks, and recomputing."""
-    values = chooser.values
+    """Chunks, recomputing, and what stays on the host.
+
+    Raises:
+        ConfigError: it cannot, and that was asked for.
+    """
+    values, can_leave = chooser.values, has_host_memory(facts.device)
+    if values["grad_cp"] == 2 and not can_leave:
+        raise ConfigError(
+            "--grad_cp 2 has inputs of blocks wait in the host's memory, on GPUs of NVIDIA and "
+            f"AMD, and this is {facts.device.type}: give 1"
+        )
     if is_infctx(values):
         _choose_chunks(chooser, facts)
-    is_deep = not _chunk_fits(values, facts, values["chunk_ctx"] if is_infctx(values) else 0)
     what = "a chunk" if is_infctx(values) else "a micro-batch"
+    is_deep = not _fits_with(values, facts, values["grad_cp"] or 0)
+    # the embedding first, as a step takes few of its rows
+    _choose_embedding(chooser, facts, is_deep=is_deep)
+    is_deepest = is_deep and can_leave and not _fits_with(values, facts, 1)
     reason = f"{what} would not fit otherwise" if is_deep else f"{what} fits without"
-    chooser.choose("grad_cp", int(is_deep), reason)
-    _choose_embedding(chooser, facts)
+    chooser.choose("grad_cp", is_deep + is_deepest, reason)
 
 
-def _choose_embedding(chooser: Chooser, facts: Facts) -> None:
+def _choose_embedding(chooser: Chooser, facts: Facts, *, is_deep: bool) -> None:
     """Whether the embedding stays on the host.
 
+    Args:
+        is_deep: blocks are recomputed where nothing was said.
     Raises:
         ConfigError: it cannot, and that was asked for.
     """
@@ -73,8 +86,8 @@ def _choose_embedding(chooser: Chooser, facts: Facts) -> None:
             else f"{facts.device.type} cannot read the host's memory by itself"
         )
         raise ConfigError(f"--emb_cpu 1: {why}: give 0")
-    chunk_ctx = values["chunk_ctx"] if is_infctx(values) else 0
-    is_short = can_be and not is_trained and not _chunk_fits(values, facts, chunk_ctx)
+    grad_cp = is_deep if values["grad_cp"] is None else values["grad_cp"]
+    is_short = can_be and not is_trained and not _fits_with(values, facts, grad_cp)
     reason = "memory is short" if is_short else "there is room on the device"
     chooser.choose("emb_cpu", int(is_short), "there is nothing to leave" if is_trained else reason)
 
@@ -150,6 +163,12 @@ def _choose_chunks(chooser: Chooser, facts: Facts) -> None:
     chooser.set("chunk_ctx", (fitting or useful[-1:])[0], reason)
 
 
+def _fits_with(values: dict[str, Any], facts: Facts, grad_cp: int) -> bool:
+    """Whether what has activations at once fits with so much recomputing."""
+    chunk_ctx = values["chunk_ctx"] if is_infctx(values) else 0
+    return _chunk_fits({**values, "grad_cp": grad_cp}, facts, chunk_ctx)
+
+
 def _chunk_fits(values: dict[str, Any], facts: Facts, chunk_ctx: int) -> bool:
     """Whether chunks of so many tokens fit into the device, recomputed only if that was asked."""
     is_full = values["peft"] == "none"
@@ -159,10 +178,11 @@ def _chunk_fits(values: dict[str, Any], facts: Facts, chunk_ctx: int) -> bool:
         op=values["op"],
         positions=values["micro_bsz"] * positions_at_once(values["ctx_len"], chunk_ctx),
         trains_all=is_full,
-        is_recomputed=bool(values["grad_cp"]),
+        grad_cp=values["grad_cp"] or 0,
         quant=values["quant"],
         has_head=bool(values["quant_head"]),
         optimizer=values["optimizer"],
+        emb_cpu=bool(values["emb_cpu"]),
         num_ranks=values["devices"] * values["num_nodes"] if values["strategy"] == "fsdp" else 1,
     )
 

@@ -79,7 +79,8 @@ def longest_chosen(values: Mapping[str, Any], facts: Facts) -> int:
             op=values["op"],
             positions=length * (values["micro_bsz"] or 1),
             trains_all=values["peft"] == "none",
-            is_recomputed=values["grad_cp"] != 0,
+            # inputs of blocks leave the device where that is asked for
+            grad_cp=1 if values["grad_cp"] is None else values["grad_cp"],
             quant=values["quant"],
             has_head=bool(values["quant_head"]),
             optimizer=values["optimizer"],

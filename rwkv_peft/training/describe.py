@@ -115,7 +115,7 @@ def describe_chunks(plan: Plan, model: RWKV, room: Room) -> Iterable[str]:
     if not plan.steps:
         return
     # a product with a frozen weight has one gradient, with a trained one two
-    work = passes + (2 if settings.peft == "none" else 1) + settings.grad_cp
+    work = passes + (2 if settings.peft == "none" else 1) + (settings.grad_cp > 0)
     share = plan.micro_batches * settings.epoch_count / len(batches)
     seconds = int(sizes.sum()) * share * work * _time_token(model, settings)
     yield f"time: about {duration(seconds)} for {counted(plan.steps, 'optimizer step')} (a guess)"

@@ -10,6 +10,7 @@ from rwkv_peft.checkpoint.stream import require_finite
 from rwkv_peft.device import leave_on_host
 from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
+from rwkv_peft.models.offload import HostStore
 from rwkv_peft.parallel.fsdp import Fsdp
 from rwkv_peft.parallel.strategy import Strategy
 from rwkv_peft.quant import Storage
@@ -31,7 +32,8 @@ def load_base(
     torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
     device, dtype = facts.device, settings.dtype
     model = build(facts.model_config, op=settings.op, device=device, dtype=dtype)
-    model.grad_cp = bool(settings.grad_cp)
+    model.grad_cp = settings.grad_cp > 0
+    model.host = HostStore() if settings.grad_cp == 2 else None
     if _shares_trained(settings, strategy):
         load_weights(model, base, dtype=None)
         if model.initial_state is not None:

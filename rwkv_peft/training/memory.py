@@ -40,7 +40,7 @@ def guess_memory(
         settings.micro_bsz * positions,
         num_weights,
         num_trained * (each if is_full else each + size),
-        is_recomputed=bool(settings.grad_cp),
+        grad_cp=settings.grad_cp,
         quant=settings.quant,
         has_head=bool(settings.quant_head),
     )
@@ -70,7 +70,7 @@ def guess_bytes(
     num_weights: int,
     training: float,
     *,
-    is_recomputed: bool,
+    grad_cp: int,
     quant: str = "none",
     has_head: bool = False,
 ) -> float:
@@ -82,7 +82,9 @@ def guess_bytes(
     size, layers = dtype.itemsize, model_config.n_layer
     vectors = positions * model_config.n_embd
     kept = vectors * (KEPT_VECTORS * size + (KEPT_BY_TORCH * 4 if op == "torch" else 0))
-    activations = kept + vectors * size * layers if is_recomputed else kept * layers
+    # of a block that is recomputed its input alone is kept
+    borders = vectors * size * layers if grad_cp == 1 else 0
+    activations = kept + borders if grad_cp else kept * layers
     activations += vectors * PASSING_VECTORS * size
     logits = min(positions * model_config.vocab_size, 1 << 24) * 12
     weights = weigh_base(model_config, num_weights, size, quant, has_head)
@@ -172,11 +174,12 @@ def fits(
     op: str,
     positions: int,
     trains_all: bool,
-    is_recomputed: bool,
+    grad_cp: int,
     quant: str = "none",
     has_head: bool = False,
     num_ranks: int = 1,
     optimizer: str = "adamw",
+    emb_cpu: bool = False,
 ) -> bool:
     """Whether so many positions leave a fifth of a device's free memory free, as far as is known.
 
@@ -195,10 +198,12 @@ def fits(
         positions,
         facts.num_weights,
         num_trained * bytes_of_training(dtype.itemsize, optimizer),
-        is_recomputed=is_recomputed,
+        grad_cp=grad_cp,
         quant=quant,
         has_head=has_head,
     )
+    if emb_cpu:
+        guess -= facts.model_config.vocab_size * facts.model_config.n_embd * dtype.itemsize
     if num_ranks > 1:
         guess -= spared_bytes(
             facts.model_config,

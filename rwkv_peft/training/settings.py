@@ -28,7 +28,7 @@ class Settings(TrainConfig):
     warmup_steps: int
     precision: Literal["fp32", "tf32", "bf16", "fp16"]
     emb_cpu: Switch
-    grad_cp: Switch
+    grad_cp: Literal[0, 1, 2]
     compile: Switch
     cuda_graph: Switch
 

@@ -9,6 +9,7 @@ import torch
 
 from rwkv_peft.checkpoint.pth import read_weights
 from rwkv_peft.config import TrainConfig
+from rwkv_peft.errors import ConfigError
 from rwkv_peft.training.advice import advise_memory
 from rwkv_peft.training.choose import choose
 from rwkv_peft.training.prepare import find_facts
@@ -57,10 +58,11 @@ def test_where_memory_is_enough_nothing_is_said(found: tuple[Settings, Facts]) -
     [
         (24, "--grad_cp 1 "),
         (16.0, "--grad_cp 1 --emb_cpu 1 "),
-        (15, "--grad_cp 1 --emb_cpu 1 --optimizer adamw8bit "),
-        (10, "--grad_cp 1 --emb_cpu 1 --optimizer adamw8bit --quant int8 --quant_head 1 "),
-        (7, "--grad_cp 1 --emb_cpu 1 --optimizer adamw8bit --quant nf4 --quant_head 1 "),
-        (5.8, "--grad_cp 1 --emb_cpu 1 --optimizer adamw8bit --quant nf4_nested --quant_head 1 "),
+        (15.5, "--grad_cp 2 --emb_cpu 1 "),
+        (15, "--grad_cp 2 --emb_cpu 1 --optimizer adamw8bit "),
+        (10, "--grad_cp 2 --emb_cpu 1 --optimizer adamw8bit --quant int8 --quant_head 1 "),
+        (7, "--grad_cp 2 --emb_cpu 1 --optimizer adamw8bit --quant nf4 --quant_head 1 "),
+        (5.6, "--grad_cp 2 --emb_cpu 1 --optimizer adamw8bit --quant nf4_nested --quant_head 1 "),
     ],
 )
 def test_as_little_is_changed_as_makes_it_fit(
@@ -84,9 +86,9 @@ def test_what_cannot_be_is_not_advised(found: tuple[Settings, Facts]) -> None:
     )
     settings, facts = found
     line = advise((settings, replace(facts, device=torch.device("cpu"))), 4.0)
-    assert line is not None and "--emb_cpu" not in line
+    assert line is not None and "--emb_cpu" not in line and "--grad_cp 1 " in line
     # nothing is left to change
-    smallest = {"grad_cp": 1, "emb_cpu": 1, "optimizer": "adamw8bit", "quant": "nf4_nested"}
+    smallest = {"grad_cp": 2, "emb_cpu": 1, "optimizer": "adamw8bit", "quant": "nf4_nested"}
     line = advise(found, 2.0, **smallest, quant_head=1)
     assert line == "memory: 2.0 GiB are free, and the run may not fit"
     # and nobody can say
@@ -98,3 +100,35 @@ def test_rows_of_a_micro_batch_become_micro_batches(found: tuple[Settings, Facts
     tiny = replace(facts, memory=1000)
     line = advise_memory(settings, tiny, "cuda", facts.num_weights, 1000)
     assert line is not None and "--micro_bsz 1 --accumulate_grad_batches 4 " in line
+
+
+def test_what_leaves_the_device_is_chosen_where_nothing_less_fits(
+    found: tuple[Settings, Facts],
+) -> None:
+    settings, facts = found
+    ranks = {"w": 128, "a": 128, "v": 96, "g": 480}
+    facts = replace(facts, num_weights=NUM_WEIGHTS)
+    facts = replace(facts, model_config=replace(facts.model_config, **SHAPE, ranks=ranks))
+
+    def chosen(gib: float, device: str = "cuda", **said: Any) -> tuple[Any, ...]:
+        config = TrainConfig(
+            load_model=settings.load_model, data_file=settings.data_file, precision="bf16",
+            ctx_len=1024, micro_bsz=1, compile=0, cuda_graph=0, **said,
+        )  # fmt: skip
+        here = replace(facts, memory=int(gib * 2**30), device=torch.device(device))
+        plan = choose(config, here)
+        assert {"grad_cp", "emb_cpu"} - said.keys() <= {x.name for x in plan.choices}
+        return plan.settings.grad_cp, plan.settings.emb_cpu
+
+    found_values = [chosen(quarters / 4) for quarters in range(200, 60, -1)]
+    # each in turn, from much memory to little
+    assert list(dict.fromkeys(found_values)) == [(0, 0), (1, 0), (1, 1), (2, 1)]
+    least = {x: 50 - i / 4 for i, x in enumerate(found_values)}
+    # an embedding of 512 MiB, of memory of which a fifth is left free
+    assert least[1, 0] - least[1, 1] == pytest.approx(0.5 / 0.8, abs=0.25)
+    assert chosen(16, grad_cp=1) == (1, 1) and chosen(16, emb_cpu=0) == (2, 0)
+    assert chosen(80, grad_cp=2) == (2, 0)
+    # a CPU has no other memory
+    assert chosen(16, "cpu") == (1, 0)
+    with pytest.raises(ConfigError, match=r"--grad_cp 2 has inputs .* and this is cpu: give 1"):
+        chosen(80, "cpu", grad_cp=2)

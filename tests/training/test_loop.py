@@ -18,6 +18,7 @@ from rwkv_peft.checkpoint.adapter import read_adapter
 from rwkv_peft.checkpoint.pth import read_weights
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import ConfigError, TrainingError
+from rwkv_peft.training import choose_device
 from rwkv_peft.training.run import train
 from rwkv_peft.training.step import StepOutput, full_step
 
@@ -166,6 +167,20 @@ def test_recomputing_draws_the_same_dropout(run: Run, tmp_path: Path) -> None:
     assert losses(plain.proj_dir) == losses(recomputed.proj_dir)
     without = run(proj_dir=str(tmp_path / "without"))
     assert losses(without.proj_dir) != losses(plain.proj_dir)
+
+
+def test_inputs_that_wait_on_the_host_change_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # here they are copied to other memory of the same device
+    monkeypatch.setattr(choose_device, "has_host_memory", lambda device: True)
+    dropout = {"r": 4, "lora_dropout": 0.3}
+    options: dict[str, Any] = {"peft_config": dropout, "accumulate_grad_batches": 2}
+    here = run(grad_cp=1, proj_dir=str(tmp_path / "here"), **options)
+    there = run(grad_cp=2, proj_dir=str(tmp_path / "there"), **options)
+    assert losses(here.proj_dir) == losses(there.proj_dir)
+    one, other = read_weights(here.weights), read_weights(there.weights)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
