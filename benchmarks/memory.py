@@ -8,9 +8,9 @@ is the allocator's peak from the first step on, reserved what it holds at the en
 graphs too; process is what the driver counts for the whole process, as nvidia-smi shows it, context
 and libraries too. `--small` also leaves the embedding and the inputs of blocks on the host, keeps
 moments in 8 bits, stores the head as the projections, and nests the scales of nf4. Predicted is
-what a run says before it
-begins. The losses of a case that are not finite refuse it. Several cases run at a time (--jobs);
-then the driver's count is of each process where it tells that, and else left out.
+what a run says before it begins. The losses of a case that are not finite refuse it. Several cases
+run at a time (--jobs); then the driver's count is of each process where it tells that, and else
+left out.
 """
 
 import argparse
