@@ -52,6 +52,9 @@ def find_world(config: TrainConfig, environment: Mapping[str, str] = os.environ)
     Raises:
         ConfigError: the variables of torchrun or SLURM cannot be read.
     """
+    if "LOCAL_SIZE" in environment:
+        # by the launcher of DeepSpeed, which sets all but this as torchrun does
+        environment = {"LOCAL_WORLD_SIZE": environment["LOCAL_SIZE"], **environment}
     try:
         if all(name in environment for name in VARIABLES):
             return _read_torchrun(environment)

@@ -294,6 +294,28 @@ def test_a_flag_that_contradicts_the_model_names_both_values(
     assert re.fullmatch(rf"error: --{flag} {value} contradicts .*it is \w+: .*\n", done.err)
 
 
+@pytest.mark.parametrize(
+    ("said", "there", "is_taken"),
+    [("1", "1", True), ("0", "0", True), ("0", None, True), ("0", "1", False), ("1", None, False)],
+)
+def test_the_rank_that_a_launcher_adds_to_a_line_is_that_of_the_environment(
+    said: str, there: str | None, is_taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if there is not None:
+        monkeypatch.setenv("LOCAL_RANK", there)
+    for flag in ("--local_rank", "--local-rank"):
+        line = ["base.pth", "data.jsonl", "--micro_bsz", "2", f"{flag}={said}"]
+        if is_taken:
+            found = translate_train(line)
+            assert found.arguments == line[:-1]
+            assert not found.notes and not found.model_flags
+        else:
+            wanted = f"^--local_rank {said} contradicts LOCAL_RANK={there or 0}: leave the flag out"
+            with pytest.raises(ConfigError, match=wanted):
+                translate_train(line)
+
+
 def test_a_size_that_is_not_a_number_is_refused(
     cli: Cli, model_file: Path, data_file: Path
 ) -> None:

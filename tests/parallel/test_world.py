@@ -35,6 +35,16 @@ def test_the_variables_of_torchrun_tell_the_place_of_a_process() -> None:
     assert fit_config(TrainConfig(devices=4, num_nodes=2), world) == config
 
 
+def test_the_variables_of_the_launcher_of_deepspeed_tell_it_too() -> None:
+    # it holds no store, and has another name for the processes of a machine
+    given = {n: x for n, x in TORCHRUN.items() if not n.startswith(("TORCH", "LOCAL_WORLD"))}
+    world = find_world(TrainConfig(), {**given, "LOCAL_SIZE": "4", "CROSS_SIZE": "2"})
+    assert world == World(6, 2, 8, 4, "gpu01", 29500, False)
+    # others set that name as well
+    both = {**TORCHRUN, "LOCAL_SIZE": "1"}
+    assert find_world(TrainConfig(), both) == find_world(TrainConfig(), TORCHRUN)
+
+
 def test_a_config_of_other_devices_than_processes_is_refused() -> None:
     world = find_world(TrainConfig(), TORCHRUN)
     with pytest.raises(ConfigError, match="8 processes were started, 4 a machine"):

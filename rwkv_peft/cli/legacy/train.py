@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,11 +143,23 @@ def _translate_flags(flags: Flags, notes: list[str], said: dict[str, str]) -> Fl
             raise ConfigError(f"--{name}: got {given or 'nothing'}, allowed is {FIXED[name]}")
         if name in MODEL_FLAGS:
             said[name] = given
-    flags = _without_missing_logger(flags, notes)
+    flags = _without_missing_logger(_without_rank(flags), notes)
     method = {name: " ".join(words) for name, words in flags if name in METHOD_FLAGS}
     gone = {*METHOD_FLAGS, *MODEL_FLAGS, *FIXED}
     flags = [f for f in flags if f[0] not in gone] + translate_method(method, notes)
     return _without_exits(flags, notes)
+
+
+def _without_rank(flags: Flags) -> Flags:
+    """The flags without `local_rank`, which DeepSpeed's launcher adds beside LOCAL_RANK."""
+    there = os.environ.get("LOCAL_RANK", "0")
+    for said in (" ".join(words) for name, words in flags if name == "local_rank"):
+        if said != there:
+            raise ConfigError(
+                f"--local_rank {said} contradicts LOCAL_RANK={there}: leave the flag out, which a "
+                "launcher sets for each process"
+            )
+    return [flag for flag in flags if flag[0] != "local_rank"]
 
 
 def _without_missing_logger(flags: Flags, notes: list[str]) -> Flags:
