@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from rwkv_peft.methods.attach import (
     with_parts,
 )
 from rwkv_peft.methods.miss import lay_along_inputs
-from rwkv_peft.methods.sketch import sketch_layers
+from rwkv_peft.methods.sketch import Whole, sketch_layers
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.quant import Storage, find_storage
 
@@ -48,12 +49,16 @@ def write_adapter(
 
 
 def to_saved(
-    attachment: Attachment, values: Mapping[str, Tensor], base_fingerprint: str = ""
+    attachment: Attachment,
+    values: Mapping[str, Tensor],
+    base_fingerprint: str = "",
+    whole: Whole = nullcontext,
 ) -> SavedAdapter:
     """What belongs into the folder of an adapter, its values under the names of `attachment`."""
     assert attachment.peft_model is not None
     config = attachment.peft_model.peft_config[ADAPTER]
-    note: dict[str, Any] = {"base": base_fingerprint, "trained": sketch_layers(attachment, values)}
+    note: dict[str, Any] = {"base": base_fingerprint}
+    note["trained"] = sketch_layers(attachment, values, whole)
     if storage := find_storage(attachment.peft_model):
         note["quant"] = storage.note
     if attachment.start:

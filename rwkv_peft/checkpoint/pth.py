@@ -21,6 +21,7 @@ from rwkv_peft.exports.opened import (
     to_official,
 )
 from rwkv_peft.models import build, read_model_config
+from rwkv_peft.models.awaited import AwaitedLinear
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.quant import Storage, quantise, stored_layers
@@ -129,7 +130,8 @@ def load_weights(
     """Puts weights into a model made by `build`, frozen, in one type on one device.
 
     With None for the type each keeps its own, and its memory where the device is the same. With
-    `storage` the projections are stored by it, one tensor after the other.
+    `storage` the projections are stored by it, one tensor after the other. Layers that await their
+    weights are passed over.
 
     The tensors of a learned state, if the file has one, become the model's initial state.
 
@@ -145,6 +147,8 @@ def load_weights(
         projections = {name for name, _ in stored_layers(model, has_head=storage.has_head)}
     for name in dict(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
+        if isinstance(model.get_submodule(owner), AwaitedLinear):
+            continue
         if storage and owner in projections:
             model.set_submodule(owner, quantise(weights[name].to(device), storage))
             continue

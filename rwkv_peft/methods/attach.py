@@ -13,6 +13,7 @@ from rwkv_peft.methods.catalog import is_residual, method_config
 from rwkv_peft.methods.limits import BoundedMemory, check_patterns
 from rwkv_peft.methods.options import one_line
 from rwkv_peft.methods.stored import let_read, readable, require_config
+from rwkv_peft.models.awaited import AwaitedLinear
 from rwkv_peft.models.base import RWKV
 
 if TYPE_CHECKING:
@@ -140,6 +141,9 @@ def with_parts(
     for name, parameter in parts.items():
         if named.get(name) is not parameter:
             raise ConfigError(f"--train_parts names {name}, which the adapter changes already")
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, AwaitedLinear):
+            owner.load()
         if not parameter.is_floating_point():
             raise ConfigError(
                 f"--train_parts names {name}, which --quant stores rounded: name other parts, or "

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rwkv_peft.models.frozen import FrozenLinear
+
 _Plain = (bool, int, float, str, type(None))
 
 
@@ -57,6 +59,10 @@ class Buffers:
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         known = {id(x) for x in self._known}
+        # a frozen layer that is stored anew has other scales than it had
+        for layer in self._root.modules():
+            if isinstance(layer, FrozenLinear):
+                known.update(map(id, layer.buffers(False)))
         for name, x in (*self._root.named_parameters(), *self._root.named_buffers()):
             # of the model's own weights, and of no others, ranks may since hold parts
             if id(x) not in known and not hasattr(x, "full_tensor"):

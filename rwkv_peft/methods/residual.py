@@ -10,10 +10,13 @@ import copy
 import math
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from rwkv_peft.models.awaited import AwaitedLinear
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -78,13 +81,21 @@ def take_out(
         weights: of the base as in its file, which a layer that stores its weight in fewer bits has
             no longer: what is stored is the residual of these.
     """
-    for name, layer in layers(model):
+
+    def subtract(name: str, layer: Any, base: Any) -> None:
         (adapter,) = layer.lora_A
-        base: Any = layer.get_base_layer()
         weight = _original(name, base, weights)
         a, b = (start[f"{name}.lora_{x}.{adapter}.weight"].to(weight.device) for x in "AB")
         add_product(weight, b, a, -layer.scaling[adapter])
         base.store(weight)
+
+    for name, layer in layers(model):
+        base: Any = layer.get_base_layer()
+        rest = partial(subtract, name, layer)
+        if isinstance(base, AwaitedLinear):
+            base.change = rest
+        else:
+            rest(base)
 
 
 def _original(name: str, base: Any, weights: Mapping[str, Tensor] | None) -> Tensor:
@@ -125,7 +136,7 @@ def begin_again(
         return
     for name, layer in layers(model):
         base: Any = layer.get_base_layer()
-        if not base.storage:
+        if not base.storage and not isinstance(base, AwaitedLinear):
             base.store(weights[f"{name}.weight"].to(base.weight.device))
     start.update({name: x.to(start[name], copy=True) for name, x in saved.items()})
     take_out(model, start, weights)

@@ -8,9 +8,10 @@ norm of E, wherever E is. A layer gives that of its merged weight by its forward
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from rwkv_peft.models.frozen import FrozenLinear
 
 # pairs of random vectors, and rows of an embedding that are looked up at a time
 PAIRS, ROWS = 4, 4096
+# has the block of this path be whole; of an empty one there is none
+Whole = Callable[[str], AbstractContextManager[Any]]
 # how far two float32 sums may be apart, of the whole
 FLOAT32 = 2e-5
 
@@ -90,13 +93,16 @@ class AsTrained:
 
 
 @torch.no_grad()
-def sketch_layers(attachment: Attachment, values: Mapping[str, Tensor]) -> dict[str, Any]:
+def sketch_layers(
+    attachment: Attachment, values: Mapping[str, Tensor], whole: Whole = nullcontext
+) -> dict[str, Any]:
     """What the adapted layers of a model compute as they are, for `AsTrained`; fit for JSON.
 
     In float32, one layer at a time, and without a trace in the model or the random generators.
 
     Args:
         values: the trained tensors by name, which may be finer than those in the model.
+        whole: has a block be whole while its layers are asked.
     """
     assert attachment.peft_model is not None
     model: Any = attachment.peft_model.base_model.model
@@ -107,17 +113,25 @@ def sketch_layers(attachment: Attachment, values: Mapping[str, Tensor]) -> dict[
         full_float32(),
         torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type),
     ):
-        for name, owner in find_owners(model, attachment).items():
-            if isinstance(owner, Tensor):
-                value = values[names[id(owner)]] if id(owner) in names else owner
-                outputs[name] = base[name] = sketch(value).tolist()
-                continue
-            leaf = name.rpartition(".")[2]
-            with _in_float32(owner, values, names), one_line(f"{name} cannot be merged"):
-                base[name] = sketch(_weight_of(owner.get_base_layer(), leaf)).tolist()
-                outputs[name] = _sketch_output(owner, leaf).tolist()
+        owners = find_owners(model, attachment).items()
+        for path, together in groupby(owners, lambda pair: block_of(pair[0])):
+            with whole(path):
+                for name, owner in together:
+                    if isinstance(owner, Tensor):
+                        value = values[names[id(owner)]] if id(owner) in names else owner
+                        outputs[name] = base[name] = sketch(value).tolist()
+                        continue
+                    leaf = name.rpartition(".")[2]
+                    with _in_float32(owner, values, names), one_line(f"{name} cannot be merged"):
+                        base[name] = sketch(_weight_of(owner.get_base_layer(), leaf)).tolist()
+                        outputs[name] = _sketch_output(owner, leaf).tolist()
     dtype = str(next(x.dtype for x in model.parameters())).removeprefix("torch.")
     return {"dtype": dtype, "outputs": outputs, "base": base}
+
+
+def block_of(name: str) -> str:
+    """The path of the block that a tensor is in, by its official name; empty if it is in none."""
+    return ".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""
 
 
 def sketch(x: Tensor) -> Tensor:

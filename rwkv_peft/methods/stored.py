@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods.fast import form_of
+from rwkv_peft.models.awaited import AwaitedLinear, load_awaited
 from rwkv_peft.models.frozen import FrozenLinear
 
 if TYPE_CHECKING:
@@ -57,10 +58,17 @@ def require_served(method: str, options: Mapping[str, Any]) -> None:
 
 
 def require_config(model: nn.Module, config: "PeftConfig") -> None:
-    """Raises ConfigError if a method cannot work on the layers that a model stores."""
-    if any(map(is_stored, model.modules())):
-        given = {f.name: getattr(config, f.name) for f in fields(config)}
+    """Raises ConfigError if a method cannot work on the layers that a model stores.
+
+    What it cannot do on weights that it only reads it does on those that are loaded.
+    """
+    given = {f.name: getattr(config, f.name) for f in fields(config)}
+    try:
         require_served(str(config.peft_type.value).lower(), given)
+    except ConfigError:
+        if any(map(is_stored, model.modules())):
+            raise
+        load_awaited(model)
 
 
 def is_stored(layer: nn.Module) -> bool:
@@ -72,14 +80,15 @@ def is_stored(layer: nn.Module) -> bool:
 def readable(model: nn.Module) -> Iterator[None]:
     """Within it the projections of a model are plain linear layers, whose weights can be read.
 
-    That of a stored layer is dequantised when it is read; only the last one is kept.
+    That of a stored layer is dequantised when it is read, and that of one that is not loaded comes
+    from its file; only the last one is kept.
     """
     # peft's GLoRA adapts this very class and no subclass of it
     layers = [(x, type(x), vars(x)["_parameters"]) for x in model.modules() if _is_frozen(x)]
     last: dict[nn.Module, nn.Parameter] = {}
     try:
         for layer, _, _ in layers:
-            if is_stored(layer):
+            if is_stored(layer) or isinstance(layer, AwaitedLinear):
                 vars(layer)["_parameters"] = _Dequantised(copy(layer), last)
             layer.__class__ = nn.Linear
         yield
@@ -89,7 +98,7 @@ def readable(model: nn.Module) -> Iterator[None]:
 
 
 def _is_frozen(layer: nn.Module) -> bool:
-    return type(layer) is FrozenLinear or is_stored(layer)
+    return type(layer) in (FrozenLinear, AwaitedLinear) or is_stored(layer)
 
 
 class _Dequantised(dict[str, Any]):

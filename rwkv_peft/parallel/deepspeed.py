@@ -292,15 +292,16 @@ class DeepSpeed(Ddp):
             self._gather_outside()
 
     @contextmanager
-    def whole(self, model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
-        """Has all blocks be whole on this rank, which every rank must ask for."""
-        if self.stage < 3:
+    def whole(self, model: nn.Module, path: str) -> Iterator[None]:
+        """Has a block be whole on this rank, which every rank must ask for."""
+        if self.stage < 3 or not path:
             yield
             return
         import deepspeed
 
-        self.ask("whole")
-        with deepspeed.zero.GatheredParameters([x for b in blocks for x in b.parameters()]):
+        self.ask("whole", path)
+        block = model.get_submodule(path)
+        with deepspeed.zero.GatheredParameters(list(block.parameters())):
             yield
 
     def _end(self) -> None:

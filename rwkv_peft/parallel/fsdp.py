@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rwkv_peft.models.awaited import load_awaited
 from rwkv_peft.parallel.shard import Shard
 from rwkv_peft.parallel.strategy import Ddp, Signalled, lost_in_one_line
 from rwkv_peft.parallel.world import World
@@ -33,6 +34,8 @@ class Fsdp(Ddp):
     ) -> None:
         """Keeps this rank's part of those weights alone that are in blocks and frozen.
 
+        What a block awaits is loaded when the one before it is shared out.
+
         Args:
             model: its other parts stay whole, and its method `hidden` goes through the blocks.
         """
@@ -41,12 +44,8 @@ class Fsdp(Ddp):
         blocks = list(blocks)
         frozen = {id(x) for x in weights if not x.requires_grad}
         inner = {id(x) for block in blocks for x in block.parameters()} & frozen
-        whole = {x for x in model.parameters() if id(x) not in inner}
-        # the embedding may be on the host
-        make = _sharding(next(blocks[0].parameters()).device, self.size)
-        for block in blocks:
-            make(block, ignored_params=whole)
-        _finish(make, model, whole)
+        kept = {x for x in model.parameters() if id(x) not in inner}
+        self._share_out(model, blocks, kept, load_awaited)
 
     def shard_trained(
         self,
@@ -77,34 +76,63 @@ class Fsdp(Ddp):
         kept = {
             x for x, name in names.items() if name in whole or not (x.requires_grad or x in inner)
         }
-        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-        make: Callable[..., Any] | None = None
-        for module in (*blocks, model):
+
+        def place_own(module: nn.Module) -> None:
             own = {names[x]: x for x in module.parameters() if x in names}
             place(own)
-            if make is None:
-                device = next(iter(own.values())).device
-                # None: the head, which backward takes first, stays whole in any case
-                again = False if gathers_once else None
-                make = _sharding(device, self.size, mp_policy=policy, reshard_after_forward=again)
-            shared = [x for x in own.values() if x not in kept]
-            for x in shared:
-                if x.requires_grad:
+            for x in own.values():
+                if x.requires_grad and x not in kept:
                     x.data = x.data.float()
-            if module is not model:
-                make(module, ignored_params=kept)
-            else:
-                _finish(make, model, kept)
-            for x in shared:
-                # whoever knows them yet
-                x.data = x.data.new_empty(0)
+
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        # None: the head, which backward takes first, stays whole in any case
+        again = False if gathers_once else None
+        blocks = list(blocks)
+        self._share_out(
+            model, blocks, kept, place_own, mp_policy=policy, reshard_after_forward=again
+        )
         _sum_gradients((*blocks, model))
         self._shares_trained = True
         self.shards = {
             name: Shard(x)
             for name, x in model.named_parameters()
-            if x.requires_grad and hasattr(x, "full_tensor")
+            if x.requires_grad and _is_part(x)
         }
+
+    def _share_out(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        kept: Collection[nn.Parameter],
+        place: Callable[[nn.Module], None],
+        **options: Any,
+    ) -> None:
+        """Shares out blocks, and then the rest of a model, each as soon as it is in its place.
+
+        Args:
+            kept: what stays whole.
+            place: brings what a module has to the device.
+        """
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        make: Callable[..., Any] | None = None
+        # the rest is one too, by which the blocks know of each other, so that one is gathered while
+        # another works
+        for module in (*blocks, model):
+            place(module)
+            # parts are none, and all else is to be of them
+            shared = [x for x in module.parameters() if x not in kept and not _is_part(x)]
+            if make is None:
+                # the embedding may be on the host
+                device = next(module.parameters()).device
+                make = _sharding(device, self.size, **options)
+            for x in shared:
+                x.data = x.data.contiguous()
+            make(module, ignored_params=set(kept))
+            for x in shared:
+                # whoever knows them yet
+                x.data = x.data.new_empty(0)
+        register_fsdp_forward_method(model, "hidden")
 
     @torch.no_grad()
     def reduce(self, holders: Sequence[Tensor]) -> None:
@@ -138,18 +166,18 @@ class Fsdp(Ddp):
             found.reshard()
 
     @contextmanager
-    def whole(self, model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
-        """Has all frozen blocks be whole on this rank, which every rank must ask for."""
-        found: list[Any] = [] if self._shares_trained else list(blocks)
-        if found:
-            self.ask("whole")
-        for block in found:
-            block.unshard()
+    def whole(self, model: nn.Module, path: str) -> Iterator[None]:
+        """Has a frozen block be whole on this rank, which every rank must ask for."""
+        if self._shares_trained or not path:
+            yield
+            return
+        self.ask("whole", path)
+        block: Any = model.get_submodule(path)
+        block.unshard()
         try:
             yield
         finally:
-            for block in found:
-                block.reshard()
+            block.reshard()
 
 
 def _sharding(device: torch.device, size: int, **options: Any) -> Callable[..., Any]:
@@ -211,10 +239,5 @@ def _place(size: int, parameter: nn.Parameter) -> Any:
     return Cut(0 if parameter.shape[0] >= size or not dims else dims[0])
 
 
-def _finish(make: Callable[..., Any], model: nn.Module, whole: Collection[nn.Parameter]) -> None:
-    """Shares out what is left of a model whose blocks are."""
-    from torch.distributed.fsdp import register_fsdp_forward_method
-
-    # by which the blocks know of each other, and one is gathered while another works
-    make(model, ignored_params=set(whole))
-    register_fsdp_forward_method(model, "hidden")
+def _is_part(x: nn.Parameter) -> bool:
+    return hasattr(x, "full_tensor")

@@ -103,8 +103,12 @@ class Strategy:
     def settle(self, model: nn.Module) -> None:
         """Gives up what is still whole of a model after work without a backward."""
 
-    def whole(self, model: nn.Module, blocks: Iterable[nn.Module]) -> AbstractContextManager[None]:
-        """Has all frozen blocks be whole on this rank, which every rank must ask for."""
+    def whole(self, model: nn.Module, path: str) -> AbstractContextManager[None]:
+        """Has a frozen block be whole on this rank, which every rank must ask for.
+
+        Args:
+            path: of the block in the model; empty for none.
+        """
         return nullcontext()
 
 

@@ -93,7 +93,7 @@ def stored_layers(
 
 def find_storage(model: nn.Module) -> Storage | None:
     """How a model, adapted or not, has its projections stored; None: dense."""
-    layers = [(n, x) for n, x in model.named_modules() if isinstance(x, QuantisedLinear)]
+    layers = [(n, x) for n, x in model.named_modules() if isinstance(x, FrozenLinear) and x.storage]
     if not layers:
         return None
     _, first = layers[0]

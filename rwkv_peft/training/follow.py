@@ -2,7 +2,7 @@
 
 Rank 0 alone has a folder, a display and the functions after a step. What they need of all ranks it
 asks for by name: `state`, that of a checkpoint; `evaluate`, with the step and the epoch; `whole`,
-that the model be gathered; `value`, of a trained tensor by its name; `go on`, with the number of a
+that a block be gathered; `value`, of a trained tensor by its name; `go on`, with the number of a
 signal that ends the run.
 """
 
@@ -49,7 +49,7 @@ def serve(run: Run, record: StepRecord | None = None) -> None:
         elif what == "value":
             run.optimizer.values[values[0]]
         elif what == "whole":
-            with run.strategy.whole(run.model, run.model.blocks):
+            with run.strategy.whole(run.model, *values):
                 pass
         elif what == "evaluate" and run.validation:
             run.evaluate(*values)

@@ -1,5 +1,6 @@
 """From a config to a run that is ready for its first step."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from socket import gethostname
@@ -23,12 +24,13 @@ from rwkv_peft.device import free_host_memory, free_memory, resolve_device
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.compile import compile_blocks
+from rwkv_peft.models.frozen import FrozenLinear
 from rwkv_peft.ops.dispatch import Request
 from rwkv_peft.ops.selfcheck import require_right
 from rwkv_peft.parallel.deepspeed import DeepSpeed
 from rwkv_peft.parallel.fsdp import Fsdp
 from rwkv_peft.parallel.strategy import DEEPSPEED, Ddp, Strategy
-from rwkv_peft.quant.linear import QuantisedLinear
+from rwkv_peft.quant import STORAGES
 from rwkv_peft.training.advice import advise_memory
 from rwkv_peft.training.checkpoints import copy_to_host
 from rwkv_peft.training.choose import Plan, choose
@@ -97,7 +99,8 @@ def prepare_run(
     weights = list(model.parameters())
     checked = _require_right(model, settings, facts)
     tell(f"making what is trained ({settings.peft})")
-    target = make_target(settings, model, base, mark, names, plan.steps)
+    whole = partial(strategy.whole, model)
+    target = make_target(settings, model, base, mark, names, plan.steps, whole)
     share_trained(settings, facts, base, strategy, model, target)
     optimizer = make_optimizer(plan, target, strategy, accumulates=step is not None)
     target.begin(optimizer.values)
@@ -314,11 +317,12 @@ def _describe(
     yield from describe_model(plan.settings, facts.model_config, op.name, *counts)
     if advice := advise_memory(plan.settings, facts, op.name, *counts):
         yield advice
-    layers = [x for x in model.modules() if isinstance(x, QuantisedLinear)]
+    layers = [x for x in model.modules() if isinstance(x, FrozenLinear) and x.storage]
     if layers:
+        shapes = [(x.out_features, x.in_features) for x in layers]
         stored, dense = (
-            sum(x.num_bytes for x in layers),
-            sum(x.out_features * x.in_features * x.compute_dtype.itemsize for x in layers),
+            sum(STORAGES[plan.settings.quant].count_bytes(*shape) for shape in shapes),
+            sum(math.prod(shape) * plan.settings.dtype.itemsize for shape in shapes),
         )
         yield (
             f"quant: {len(layers)} projections are stored as {plan.settings.quant} in "

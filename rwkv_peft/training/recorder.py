@@ -227,14 +227,13 @@ class Recorder:
         self._collect(run, waits=True)
         stem, values = self._folder.path / name, run.values
         loss, step = run.progress.loss, run.progress.step
-        with run.strategy.whole(run.model, run.model.blocks):
-            ends = run.is_done or run.stopped_by
-            if not ends and (write := run.target.put_aside(stem, values)):
-                self._aside.begin(write, loss, step)
-                return f"saving {stem} while training goes on"
-            generators = RandomGenerators(run.device)
-            state = generators.state_dict()
-            saved = run.target.save(stem, values)
+        ends = run.is_done or run.stopped_by
+        if not ends and (write := run.target.put_aside(stem, values)):
+            self._aside.begin(write, loss, step)
+            return f"saving {stem} while training goes on"
+        generators = RandomGenerators(run.device)
+        state = generators.state_dict()
+        saved = run.target.save(stem, values)
         # merging attaches an adapter, which draws: a run is the same however often it saves
         generators.load_state_dict(state)
         return self._note(run, Finished(saved, loss, step))

@@ -26,6 +26,7 @@ from rwkv_peft.methods.adalora import AdaLora
 from rwkv_peft.methods.attach import Attachment, attach
 from rwkv_peft.methods.buffers import Buffers
 from rwkv_peft.methods.penalty import penalty
+from rwkv_peft.methods.sketch import Whole, block_of
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.state import RWKVState
 from rwkv_peft.training.change import NOTHING_LEARNED, digest, is_unchanged
@@ -101,6 +102,7 @@ def make_target(
     mark: FileMark,
     names: Collection[str],
     steps: int,
+    whole: Whole,
 ) -> TrainTarget:
     """Attaches the method of a run to its model.
 
@@ -109,10 +111,11 @@ def make_target(
         mark: of that file, when they were read.
         names: of the states in the data; empty if it names none.
         steps: optimizer steps of the run.
+        whole: has a block be whole where other ranks have parts of it.
     """
     if settings.peft == "state":
         return States(settings, model, sorted(names) or [""])
-    return Weights(settings, model, base, mark, steps)
+    return Weights(settings, model, base, mark, steps, whole)
 
 
 class Base:
@@ -160,8 +163,10 @@ class Weights:
         weights: Mapping[str, Tensor],
         mark: FileMark,
         steps: int,
+        whole: Whole,
     ) -> None:
         self._settings, self._model, self._base = settings, model, Base(weights, mark)
+        self._whole = whole
         self.initial_values: Mapping[str, Tensor] = {}
         own: list[Tensor] = [*model.parameters(), *model.buffers()]
         if settings.load_adapter:
@@ -218,7 +223,7 @@ class Weights:
         remarks = self._remarks(values)
         if self.parameters.peft_model is None:
             return self._write_weights(stem, values, remarks)
-        saved = to_saved(self.parameters, values, self._base.fingerprint)
+        saved = to_saved(self.parameters, values, self._base.fingerprint, self._whole)
         return self._write_adapter(stem, saved, remarks, merge if merges else None)
 
     def put_aside(self, stem: Path, values: Mapping[str, Tensor]) -> Callable[[], Saved] | None:
@@ -233,7 +238,7 @@ class Weights:
         if is_whole:
             held = {n: _copy_to_host(values[n].to(specs[n].dtype)) for n in values}
             return partial(self._write_weights, stem, held, remarks)
-        found = to_saved(self.parameters, values, self._base.fingerprint)
+        found = to_saved(self.parameters, values, self._base.fingerprint, self._whole)
         tensors = {n: _copy_to_host(x) for n, x in found.tensors.items()}
         saved = found._replace(config=copy.deepcopy(found.config), tensors=tensors)
         return partial(self._write_adapter, stem, saved, remarks, merge_apart)
@@ -301,13 +306,15 @@ class Weights:
         base, frozen = self._base, dict(self._model.named_parameters())
 
         def tensor(name: str) -> Tensor:
-            held = next(x for x in (values, base.states, frozen) if name in x)[name]
-            if hasattr(held, "full_tensor"):
-                raise CheckpointError(
-                    f"{change} while the run went on, and ranks have parts of {name}, which is not "
-                    "trained: put the file back as it was"
-                )
-            return held.to(base.specs[name].dtype)
+            held = next(x for x in (values, base.states, frozen) if name in x)
+            with self._whole(block_of(name) if held is frozen else ""):
+                x = held[name]
+                if hasattr(x, "full_tensor"):
+                    raise CheckpointError(
+                        f"{change} while the run went on, and ranks have parts of {name}, which is "
+                        "not trained: put the file back as it was"
+                    )
+                return x.to(base.specs[name].dtype, copy=held is frozen)
 
         write_tensors(path, base.specs, tensor)
         remark = f"{change} while the run went on: what was not trained is as the run held it"

@@ -41,8 +41,7 @@ class Validator:
         for sample in samples:
             self._say(_show(sample))
         if found and found.is_best:
-            whole = run.strategy.whole(run.model, run.model.blocks)
-            with undisturbed(run.model), whole:
+            with undisturbed(run.model):
                 # merged once, at the end: a model may be large
                 run.target.save(self._folder.path / BEST, run.values, merges=False)
         if validation.is_enough:

@@ -62,6 +62,36 @@ CHANGES: dict[str, dict[str, Any]] = {
         "grad_cp": 1,
     },
     "fsdp_state": {"peft": "state", "lr_init": 1.0, "strategy": "fsdp", "epoch_count": 1},
+    # methods that look at weights which are still in the file, and one that changes them
+    "fsdp_pissa": {"peft": "pissa", "peft_config": {"r": 4}, "strategy": "fsdp"},
+    "fsdp_pissa_nf4": {
+        "peft": "pissa",
+        "peft_config": {"r": 4},
+        "strategy": "fsdp",
+        "quant": "nf4",
+        "quant_head": 1,
+    },
+    "fsdp_dora_int8": {
+        "peft": "lora",
+        "peft_config": {"r": 4, "use_dora": True},
+        "strategy": "fsdp",
+        "quant": "int8",
+        "epoch_count": 1,
+    },
+    "fsdp_kasa": {
+        "peft": "lora",
+        "peft_config": {"r": 4, "kasa_config": {}},
+        "strategy": "fsdp",
+        "epoch_count": 1,
+    },
+    # a projection of blocks that is trained beside the adapter
+    "fsdp_block_parts": {
+        "peft": "lora",
+        "peft_config": {"r": 4, "target_modules": ["key"]},
+        "strategy": "fsdp",
+        "train_parts": ["att.value"],
+        "epoch_count": 1,
+    },
     "fsdp_full": {"peft": "none", "strategy": "fsdp", "val_split": 0.2},
     "fsdp_bf16": {
         "peft": "none",
@@ -122,6 +152,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 FAST = ("lora", "dropout", "full", "state", "fsdp", "fsdp_full")
 # those that are taken up again after their third step
 RESUMED = ("lora", "dropout", "fsdp", "fsdp_full")
+MORE_RESUMED = ("fsdp_pissa", "fsdp_pissa_nf4")
 # and that on one process too
 ALONE = {"lora", "fsdp_full"}
 
@@ -257,7 +288,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def more_runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return take_runs(tmp_path_factory.mktemp("more"), [n for n in CHANGES if n not in FAST])
+    names = [n for n in CHANGES if n not in FAST]
+    return take_runs(tmp_path_factory.mktemp("more"), names, MORE_RESUMED)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -350,6 +382,16 @@ def test_ranks_that_share_a_model_answer_prompts_together(name: str, more_runs: 
 def test_a_run_that_is_resumed_on_as_many_ranks_ends_with_the_same_bits(
     name: str, runs: Runs
 ) -> None:
+    assert_resumed(name, runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_RESUMED)
+def test_a_residual_is_that_of_the_run_that_is_resumed(name: str, more_runs: Runs) -> None:
+    assert_resumed(name, more_runs)
+
+
+def assert_resumed(name: str, runs: Runs) -> None:
     wanted, found = (learned(x / name) for x in (runs.together, runs.resumed))
     assert wanted.keys() == found.keys()
     assert all(torch.equal(found[key], x) for key, x in wanted.items())
