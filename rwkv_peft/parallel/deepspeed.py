@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._tensor_str import printoptions
 
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.parallel.strategy import Ddp, stage_of
@@ -106,8 +107,8 @@ class DeepSpeed(Ddp):
             holder = _Holder(self._outside, blocks)
         else:
             holder = _Holder(trained.parameters.values())
-        # it tells of memory
-        with redirect_stdout(StringIO()):
+        # it tells of memory, and makes text of every parameter for a line that nobody reads
+        with redirect_stdout(StringIO()), printoptions(threshold=0, edgeitems=0):
             self._engine, _, _, _ = deepspeed.initialize(
                 model=holder,
                 optimizer=trained.make(groups),

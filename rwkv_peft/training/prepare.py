@@ -120,6 +120,8 @@ def prepare_run(
     run = Run(*parts, remarks=remarks, validation=validation, strategy=strategy)
     if start:
         start.restore(run)
+    if strategy.size > 1:
+        tell(f"sharing out the work ({settings.strategy})")
     strategy.shard(model, model.blocks, weights)
     return run, lines
 
