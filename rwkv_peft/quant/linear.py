@@ -36,6 +36,8 @@ class QuantisedLinear(FrozenLinear):
     """
 
     scale: Tensor
+    # of each number in `weight`
+    bits = 8
     # the largest stored number
     _top = 1
 
@@ -128,6 +130,8 @@ class Int8Linear(QuantisedLinear):
 
 class _BlockLinear(QuantisedLinear):
     """Codes of 4 bits, two a byte, the first in the upper half: `weight` is (out * in / 2, 1)."""
+
+    bits = 4
 
     @staticmethod
     def count_bytes(rows: int, width: int) -> int:

@@ -47,7 +47,7 @@ def load_base(
         if settings.quant != "none":
             storage = Storage(settings.quant, dtype, bool(settings.quant_head))
         if isinstance(strategy, Fsdp):
-            _await_blocks(model, settings, facts, base, storage)
+            await_blocks(model, settings, facts, base, storage)
         load_weights(model, base, device=device, dtype=dtype, storage=storage)
         # on the device, where it is one more reading of the weights and one wait
         looked_at: dict[str, Tensor] = dict(model.named_parameters())
@@ -63,7 +63,7 @@ def load_base(
     return model
 
 
-def _await_blocks(
+def await_blocks(
     model: RWKV,
     settings: Settings,
     facts: Facts,

@@ -138,8 +138,8 @@ def spared_bytes(
         # two blocks and both tables; gradients of those and of a block, on their way in float32
         gathered = (2 * block + tables) * size + (block + tables) * (size + 4)
     else:
-        # embedding and head are whole, and so is one weight that is dense for its product
-        parts = _weigh(model_config, others, size, quant, has_head=False)[0]
+        # embedding and head are whole, and scales, and one weight that is dense for its product
+        parts = _share(model_config, others, size, quant)
         gathered = 2 * parts / model_config.n_layer
     return parts * (1 - 1 / num_ranks) - gathered
 
@@ -165,6 +165,15 @@ def _weigh(
     # one weight at a time is dense for its product
     dense = 0 if quant == "fp8" else min(max(numbers), MAX_DENSE) * size
     return (num_weights - sum(numbers)) * size + stored, dense
+
+
+def _share(model_config: ModelConfig, in_blocks: int, size: int, quant: str) -> float:
+    """Bytes of blocks that can be shared out: what is stored without its scales or other copies."""
+    if quant == "none":
+        return float(in_blocks * size)
+    layers = [layer for _, layer in stored_layers(build(model_config, op="reference"))]
+    stored = sum(layer.out_features * layer.in_features for layer in layers)
+    return (in_blocks - stored) * size + stored * STORAGES[quant].bits / 8
 
 
 def fits(

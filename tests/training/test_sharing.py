@@ -66,7 +66,11 @@ def test_other_devices_spare_one_its_blocks_and_where_weights_are_trained_the_re
     gathered = 2 * (2 * block + tables) + 6 * (block + tables)
     wanted = 16 * numbers * 7 / 8 - gathered
     assert spared(8, trains_weights=True) == pytest.approx(wanted)
-    assert 0 < spared(8, trains_weights=False, quant="nf4") < spared(8, trains_weights=False) / 3
+    # stored ones without their scales, or the second copy of fp8: half a byte, or one, each
+    stored = 24 * 12 * 2048**2
+    for quant, each in (("nf4", 0.5), ("int8", 1.0), ("fp8", 1.0)):
+        wanted = ((blocks - stored) * 2 + stored * each) * (7 / 8 - 2 / 24)
+        assert spared(8, trains_weights=False, quant=quant) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(
