@@ -96,11 +96,10 @@ def prepare_run(
     torch.manual_seed(settings.random_seed)
     tell(f"loading the model, to {facts.device}")
     model = load_base(settings, facts, base, strategy)
-    weights = list(model.parameters())
+    weights: list[Tensor] = list(model.parameters())
     checked = _require_right(model, settings, facts)
     tell(f"making what is trained ({settings.peft})")
-    whole = partial(strategy.whole, model)
-    target = make_target(settings, model, base, mark, names, plan.steps, whole)
+    target = make_target(settings, model, base, mark, names, plan.steps, strategy)
     share_trained(settings, facts, base, strategy, model, target)
     optimizer = make_optimizer(plan, target, strategy, accumulates=step is not None)
     target.begin(optimizer.values)
@@ -120,10 +119,14 @@ def prepare_run(
     run = Run(*parts, remarks=remarks, validation=validation, strategy=strategy)
     if start:
         start.restore(run)
-    if strategy.size > 1:
-        tell(f"sharing out the work ({settings.strategy})")
-    strategy.shard(model, model.blocks, weights)
+    _share_out(run, weights, tell)
     return run, lines
+
+
+def _share_out(run: Run, weights: list[Tensor], tell: Callable[[str], None]) -> None:
+    if run.strategy.size > 1:
+        tell(f"sharing out the work ({run.settings.strategy})")
+    run.strategy.shard(run.model, run.model.blocks, weights)
 
 
 def choose_together(

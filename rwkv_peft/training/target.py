@@ -26,8 +26,9 @@ from rwkv_peft.methods.adalora import AdaLora
 from rwkv_peft.methods.attach import Attachment, attach
 from rwkv_peft.methods.buffers import Buffers
 from rwkv_peft.methods.penalty import penalty
-from rwkv_peft.methods.sketch import Whole, block_of
+from rwkv_peft.methods.sketch import block_of
 from rwkv_peft.models.base import RWKV
+from rwkv_peft.parallel.strategy import Strategy
 from rwkv_peft.state import RWKVState
 from rwkv_peft.training.change import NOTHING_LEARNED, digest, is_unchanged
 from rwkv_peft.training.inputs import FileMark, find_change
@@ -102,7 +103,7 @@ def make_target(
     mark: FileMark,
     names: Collection[str],
     steps: int,
-    whole: Whole,
+    strategy: Strategy,
 ) -> TrainTarget:
     """Attaches the method of a run to its model.
 
@@ -111,11 +112,11 @@ def make_target(
         mark: of that file, when they were read.
         names: of the states in the data; empty if it names none.
         steps: optimizer steps of the run.
-        whole: has a block be whole where other ranks have parts of it.
+        strategy: by which other ranks may have parts of its blocks.
     """
     if settings.peft == "state":
         return States(settings, model, sorted(names) or [""])
-    return Weights(settings, model, base, mark, steps, whole)
+    return Weights(settings, model, base, mark, steps, strategy)
 
 
 class Base:
@@ -163,10 +164,10 @@ class Weights:
         weights: Mapping[str, Tensor],
         mark: FileMark,
         steps: int,
-        whole: Whole,
+        strategy: Strategy,
     ) -> None:
         self._settings, self._model, self._base = settings, model, Base(weights, mark)
-        self._whole = whole
+        self._whole = partial(strategy.whole, model)
         self.initial_values: Mapping[str, Tensor] = {}
         own: list[Tensor] = [*model.parameters(), *model.buffers()]
         if settings.load_adapter:
