@@ -84,7 +84,7 @@ class Launcher:
         self,
         grid: tuple[int, int, int],
         tensors: tuple[Tensor, ...],
-        numbers: tuple[int, ...],
+        numbers: tuple[float, ...],
         constants: tuple[Any, ...],
     ) -> None:
         arguments = (*tensors, *numbers, *constants)

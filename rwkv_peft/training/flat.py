@@ -1,10 +1,14 @@
 """Trained tensors of a 16-bit type in flat buffers, with float32 values and gradients."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rwkv_peft.ops.adamw import step_in_place, steps_in_place
+from rwkv_peft.training.halves import join, split
 
 # bytes of gradients that may wait in the model's type to be moved together; larger ones never wait
 MAX_WAITING = 16 * 2**20
@@ -12,30 +16,8 @@ MAX_WAITING = 16 * 2**20
 _ALIGNMENT = 8
 # a CPU adds squares one after another, and a norm of millions loses its third digit
 _ROW = 1024
-
-
-def join(high: Tensor, low: Tensor) -> Tensor:
-    """The float32 numbers that `split` was given, bit for bit."""
-    wide = high.float()
-    wide.view(torch.int32).add_(low)
-    return wide
-
-
-def split(wide: Tensor, high: Tensor, low: Tensor) -> None:
-    """Writes float32 numbers as nearest bf16 numbers and the bits they lack; overwrites `wide`.
-
-    Ties go away from zero: rounded half up, the bits of a number are at most 0x7fff above and
-    0x8000 below the multiple of 0x10000 that becomes `high`, which an int16 holds. Rounded to
-    even, a tie may be 0x8000 above.
-
-    Args:
-        wide: float32.
-        high, low: bfloat16 and int16 of the same shape, written.
-    """
-    bits = wide.view(torch.int32)
-    # the lower half, taken for a signed number, is what is missing
-    low.copy_(bits)
-    high.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
+# numbers of small tensors that are float32 at a time, where each is stepped by itself
+MAX_STEPPED = 4 * 2**20
 
 
 class Flat:
@@ -165,23 +147,40 @@ class Flat:
         """Has an optimizer step the values, which exist in float32 meanwhile.
 
         Args:
-            singles: what it steps in place of `master`, as views of that.
+            singles: what it steps in place of `master`, as views of that, a few at a time.
         """
         kept = self.master.grad
         assert kept is not None
-        self.master.data = join(self._param, self._bits) if self._is_bf16 else self._bits
-        self.master.grad = self._widen(kept)
-        for i, single in enumerate(singles):
-            single.data, single.grad = (
-                self.part(self.master.data, i),
-                self.part(self.master.grad, i),
-            )
+        if self._is_bf16 and steps_in_place(optimizer, kept.device):
+            step_in_place(optimizer, self.master, self._param, self._bits, kept, self.factor)
+            return
+        for piece in self._pieces() if singles else ():
+            self._step(optimizer, kept, [(singles[i], *self._places[i]) for i in piece])
+        if not singles:
+            self._step(optimizer, kept, [(self.master, kept.shape, (1,), 0)])
+            self.master.grad = kept
+
+    def _pieces(self) -> Iterator[range]:
+        """Tensors one after the other, together of few numbers, or one alone."""
+        first = 0
+        for i, (shape, _, start) in enumerate(self._places):
+            if i > first and start + shape.numel() - self._places[first][2] > MAX_STEPPED:
+                yield range(first, i)
+                first = i
+        yield range(first, len(self._places))
+
+    def _step(self, optimizer: torch.optim.Optimizer, gradients: Tensor, piece: list[Any]) -> None:
+        first, last = piece[0][-1], piece[-1][-1] + piece[-1][0].numel()
+        param, bits = self._param[first:last], self._bits[first:last]
+        wide = join(param, bits) if self._is_bf16 else bits
+        both = wide, self._widen(gradients[first:last])
+        for x, shape, _, start in piece:
+            at = slice(start - first, start - first + shape.numel())
+            x.data, x.grad = (y[at].view(shape) for y in both)
         optimizer.step()
-        for single in singles:
-            single.data, single.grad = self._no_memory[:1].expand(single.shape), None
-        self._write(self.master.data, self._param, self._bits)
-        self.master.data = self._no_memory
-        self.master.grad = kept
+        self._write(wide, param, bits)
+        for x, shape, *_ in piece:
+            x.data, x.grad = self._no_memory[:1].expand(shape), None
 
     def _widen(self, gradient: Tensor) -> Tensor:
         """A gradient in float32, times `factor`."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rwkv_peft.models import lr_factors
 from rwkv_peft.training.optimizers import optimizer_for
 
-# bytes of a buffer's 16-bit numbers: an eighth of all within these bounds, as a step has two
+# bytes of a buffer's 16-bit numbers: an eighth of all within these bounds, as a step may have two
 # float32 copies of a buffer, and costs a dozen launches; a larger tensor has its own
 MIN_BUFFER, MAX_BUFFER = 4 * 2**20, 32 * 2**20
 

@@ -474,3 +474,45 @@ def test_an_optimizer_taken_up_from_its_state_goes_on_bit_for_bit(dtype: torch.d
     for name, parameter in trained.items():
         assert torch.equal(parameter, others[name])
         assert torch.equal(optimizer.values[name], taken_up.values[name])
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw8bit"])
+def test_tensors_stepped_by_themselves_are_float32_a_few_at_a_time(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    # some go together, one is larger than all that may
+    shapes = [(16, 16), (30, 10), (48, 32), (64, 8), (5,), (2, 8, 16)]
+    found = []
+    # each begins at a multiple of eight
+    whole = sum(-(-math.prod(shape) // 8) * 8 for shape in shapes)
+    for most, expected in ((1 << 20, whole), (800, 48 * 32)):
+        monkeypatch.setattr(flat, "MAX_STEPPED", most)
+        generator = torch.Generator().manual_seed(0)
+        start = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+        trained = {f"{i}": nn.Parameter(x) for i, x in enumerate(start)}
+        optimizer = make_optimizer(trained, optimizer=name)
+        for _ in range(3):
+            drawn = [torch.randn(shape, generator=generator) for shape in shapes]
+            pairs = zip(trained.values(), drawn, strict=True)
+            optimizer.backward(torch.stack([(p.float() * g).sum() for p, g in pairs]).sum())
+            optimizer.clip()
+            largest = Largest()
+            with largest:
+                optimizer.step(1e-2)
+        assert largest.numbers == expected
+        found.append({n: x.clone() for n, x in optimizer.values.items()})
+    assert all(torch.equal(x, found[1][n]) for n, x in found[0].items())
+
+
+class Largest(TorchDispatchMode):
+    """The numbers of the largest tensor that is made float32."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and result.dtype == torch.float32:
+            self.numbers = max(self.numbers, result.numel())
+        return result

@@ -1,6 +1,6 @@
 import torch
 
-from rwkv_peft.training.flat import join, split
+from rwkv_peft.training.halves import join, split
 
 
 def floats_of_all_kinds() -> torch.Tensor:
