@@ -22,7 +22,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_peft.methods.miss import shards, whole_block
@@ -118,7 +117,8 @@ def _lora_matrices(layer: Any, name: str) -> tuple[Tensor, Tensor]:
 def _lora(layer: Any, name: str, base: FrozenLinear, x: Tensor) -> Tensor:
     rate = _dropout(layer._modules["lora_dropout"]._modules[name])
     a, b = _lora_matrices(layer, name)
-    return _low_rank(x, base, a, b, layer.scaling[name], rate, is_turned=False)
+    y: Tensor = _LowRank.apply(x, base, a, b, layer.scaling[name], rate, False)
+    return y
 
 
 def _add_lora(layer: Any, rows: slice, weight: Tensor) -> None:
@@ -137,7 +137,8 @@ def _miss(layer: Any, name: str, base: FrozenLinear, x: Tensor) -> Tensor:
     a = layer.fused_shards
     if a.shape[0] != d.shape[0] or a.dtype != x.dtype or a.device != x.device:
         a = _shards(d.shape[0], x.shape[1], x.device, x.dtype)
-    return _low_rank(x, base, a, d, 1, rate, is_turned=True)
+    y: Tensor = _LowRank.apply(x, base, a, d, 1, rate, True)
+    return y
 
 
 # kept for the process and not in a layer: it is never trained, saved or moved, and is small
@@ -173,26 +174,6 @@ def _product(x: Tensor, y: Tensor, scale: float) -> Tensor:
         return torch.mm(x, y)
     out: Tensor = x.new_empty(x.shape[0], y.shape[1])
     return out.addmm_(x, y, beta=0, alpha=scale)
-
-
-def _low_rank(
-    x: Tensor,
-    base: FrozenLinear,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    rate: float,
-    *,
-    is_turned: bool,
-) -> Tensor:
-    """The sum of `_LowRank`, in a form that a compiler can look into where one does."""
-    if not torch.compiler.is_compiling():
-        y: Tensor = _LowRank.apply(x, base, a, b, scale, rate, is_turned)
-        return y
-    dropped = F.dropout(x, rate) if rate else x
-    u = torch.mm(dropped, a.t()) * scale
-    wide: Tensor = base(x)
-    return wide + torch.mm(u, b if is_turned else b.t())
 
 
 class _LowRank(torch.autograd.Function):

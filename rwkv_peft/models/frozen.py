@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from rwkv_peft.ops.products import add_product
+
 
 class FrozenLinear(nn.Linear):
     """y = x W^T without a bias, for a weight that stays as it is while an adapter is trained.
@@ -29,11 +31,11 @@ class FrozenLinear(nn.Linear):
 
     def add_product(self, y: Tensor, x: Tensor) -> Tensor:
         """Adds x W^T to y (T, out) in place, for x (T, in), and gives y. Autograd is not told."""
-        return y.addmm_(x, self._parameters["weight"].t())  # type: ignore[union-attr]
+        return add_product(y, x, self._parameters["weight"].t())  # type: ignore[union-attr]
 
     def add_transposed(self, dx: Tensor, dy: Tensor) -> Tensor:
         """Adds dy W to dx (T, in) in place, for dy (T, out), and gives dx. Autograd is not told."""
-        return dx.addmm_(dy, self._parameters["weight"])  # type: ignore[arg-type]
+        return add_product(dx, dy, self._parameters["weight"])  # type: ignore[arg-type]
 
     def dense(
         self, dtype: torch.dtype | None = None, rows: slice = slice(None), *, copy: bool = False
