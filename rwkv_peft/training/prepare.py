@@ -44,7 +44,7 @@ from rwkv_peft.training.describe import (
     describe_validation,
 )
 from rwkv_peft.training.folder import DEFAULT_FOLDER, Claim
-from rwkv_peft.training.graphs import GraphedStep
+from rwkv_peft.training.graphs import GraphedStep, draws
 from rwkv_peft.training.infctx import InfctxStep
 from rwkv_peft.training.inputs import mark_file, require_kept_inputs
 from rwkv_peft.training.kinds import Grouping
@@ -237,6 +237,12 @@ def _require_right(model: RWKV, settings: Settings, facts: Facts) -> str | None:
 
 def compile_model(model: RWKV, remarks: list[str]) -> None:
     """Has the blocks of a model compiled in the first steps; remarks are made if that fails."""
+    if model.grad_cp and draws(model):
+        remarks.append(
+            "the blocks are not compiled: when backward computes them again, compiled code would "
+            "draw other numbers for dropout"
+        )
+        return
     compile_blocks(
         model,
         on_failure=lambda why: remarks.append(

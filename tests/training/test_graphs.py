@@ -20,7 +20,7 @@ from rwkv_peft.methods.state import LearnedStates
 from rwkv_peft.training import choose as choosing
 from rwkv_peft.training import choose_device
 from rwkv_peft.training.graphs import HEAD_PARTS, GraphedStep, Inputs
-from rwkv_peft.training.prepare import find_facts
+from rwkv_peft.training.prepare import compile_model, find_facts
 from rwkv_peft.training.run import train
 from rwkv_peft.training.step import full_step
 from tests.models.test_versions import VERSIONS, make_segment_ids
@@ -289,3 +289,28 @@ def test_a_compiled_and_captured_run_that_is_resumed_is_one_that_never_stopped(
     checkpoint = tmp_path / "out" / "checkpoints" / "step-000007"
     assert losses(config, tmp_path, "out", resume=str(checkpoint)) == found
     assert (tmp_path / "out" / "rwkv-3.pth").read_bytes() == written
+
+
+def test_blocks_that_draw_again_what_they_drew_are_not_compiled(
+    make_model_file: Callable[..., Path],
+) -> None:
+    torch.manual_seed(0)
+    model = rwkv_peft.load_model(make_model_file(), dtype="float64")
+    trained = dict(attach(model, "lora", {"r": 4, "lora_dropout": 0.5}))
+    for parameter in trained.values():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.train()
+    batch, remarks, found = make_batch(1, 24, packed=False), [], []
+    for is_recomputed, asks in ((False, False), (True, True)):
+        model.grad_cp = is_recomputed
+        if asks:
+            compile_model(model, remarks)
+        torch.manual_seed(1)
+        found.append(gradients(full_step, model, trained, batch)[1])
+    assert "dropout" in remarks[0]
+    for name, x in found[0].items():
+        torch.testing.assert_close(found[1][name], x, rtol=1e-9, atol=1e-12)
+    model.grad_cp = False
+    compile_model(model, remarks)
+    assert model.is_compiled
+    assert len(remarks) == 1
