@@ -95,11 +95,9 @@ class RWKV(nn.Module):
             )
         require_segments("the model", segment_ids, tokens)
         x, carry, packing = self.emb(tokens), None, PackingInfo.of(segment_ids)
-        given = [None] * len(self.blocks) if state is None else state.layers()
-        layers: list[LayerState] = []
-        for block, layer in zip(self.blocks, given, strict=True):
-            x, carry, layer = self.run_block(block, x, carry, layer, packing)
-            layers.append(layer)
+        layers: list[Any] = [None] * len(self.blocks) if state is None else [*state.layers()]
+        for i, block in enumerate(self.blocks):
+            x, carry, layers[i] = self.run_block(block, x, carry, layers[i], packing)
         return self.ln_out(x), layers
 
     def run_block(self, block: nn.Module, x: Tensor, *others: Any) -> Any:
