@@ -1,16 +1,17 @@
 """Memory of tuning on a GPU.
 
     python benchmarks/memory.py [--sizes 1.5b] [--methods lora] [--quants none nf4] [--small]
+        [--grad_cp 2]
 
 Random weights of the released shapes, ctx 1024, one row, rank 64 on the six projections, blocks
 recomputed, compiled and captured, six optimizer steps: each case in a process of its own. Allocated
 is the allocator's peak from the first step on, reserved what it holds at the end, the pools of
 graphs too; process is what the driver counts for the whole process, as nvidia-smi shows it, context
-and libraries too. `--small` also leaves the embedding and the inputs of blocks on the host, keeps
-moments in 8 bits, stores the head as the projections, and nests the scales of nf4. Predicted is
-what a run says before it begins. The losses of a case that are not finite refuse it. Several cases
-run at a time (--jobs); then the driver's count is of each process where it tells that, and else
-left out.
+and libraries too. `--small` also leaves the embedding on the host, keeps moments in 8 bits, and
+stores the head as the projections; `--grad_cp 2` also has the inputs of blocks wait on the host.
+Predicted is what a run says before it begins. The losses of a case that are not finite refuse it.
+Several cases run at a time (--jobs); then the driver's count is of each process where it tells
+that, and else left out.
 """
 
 import argparse
@@ -36,7 +37,9 @@ METHODS = ("state", "lora", "miss", "pissa")
 CTX, STEPS = 1024, 6
 
 
-def measure(size: str, method: str, quant: str, *, is_small: bool, way: str) -> dict[str, Any]:
+def measure(
+    size: str, method: str, quant: str, *, is_small: bool, grad_cp: int, way: str
+) -> dict[str, Any]:
     """What one case takes, in GiB, in this process."""
     from step import Case
 
@@ -44,7 +47,7 @@ def measure(size: str, method: str, quant: str, *, is_small: bool, way: str) -> 
 
     use_expandable_segments()
     with own_stream(torch.device("cuda")):
-        case = Case(size, CTX, 1, method, way, 1 + is_small, quant, is_small=is_small)
+        case = Case(size, CTX, 1, method, way, grad_cp, quant, is_small=is_small)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         losses = []
@@ -63,7 +66,7 @@ def measure(size: str, method: str, quant: str, *, is_small: bool, way: str) -> 
     }
 
 
-def predict(size: str, method: str, quant: str, *, is_small: bool) -> float:
+def predict(size: str, method: str, quant: str, *, is_small: bool, grad_cp: int = 1) -> float:
     """GiB that a run would say it takes, by the shapes alone."""
     from step import RANK
 
@@ -83,7 +86,7 @@ def predict(size: str, method: str, quant: str, *, is_small: bool) -> float:
         CTX,
         sum(x.numel() for x in shapes.parameters()),
         trained * each,
-        grad_cp=1 + is_small,
+        grad_cp=grad_cp,
         quant=quant,
         has_head=is_small,
     )
@@ -109,20 +112,22 @@ def of_process() -> float | None:
 def run_case(case: tuple[str, str, str], options: argparse.Namespace) -> str:
     """A table row, measured in a process of its own."""
     command = [sys.executable, __file__, "--one", *case, "--way", options.way]
-    command += ["--small"] * options.small
+    command += ["--grad_cp", str(options.grad_cp), *["--small"] * options.small]
     alone = {"IS_ALONE": "1"} if options.jobs == 1 else {}
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **alone}, timeout=400
     )
-    start = f"| {' | '.join(case)}{', small' * options.small} | "
+    how = ", small" * options.small + f", grad_cp {options.grad_cp}" * (options.grad_cp > 1)
+    start = f"| {' | '.join(case)}{how} | "
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         return start + f"failed: {(done.stderr.strip().splitlines() or ['?'])[-1][:160]} | | | | |"
     found = json.loads(lines[-1])
+    said = predict(*case, is_small=options.small, grad_cp=options.grad_cp)
     process = "–" if found["process"] is None else f"{found['process']:.2f}"
     return (
         start + f"{found['allocated']:.2f} | {found['reserved']:.2f} | {process} | "
-        f"{predict(*case, is_small=options.small):.2f} | {found['loss']:.3f} |"
+        f"{said:.2f} | {found['loss']:.3f} |"
     )
 
 
@@ -134,15 +139,16 @@ def main() -> None:
     parser.add_argument("--quants", nargs="+", default=["none", "int8", "nf4"],
                         choices=["none", *STORAGES])  # fmt: skip
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--grad_cp", type=int, default=1, choices=[1, 2])
     parser.add_argument("--way", default="compiled, graphed")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--one", nargs=3, metavar=("SIZE", "METHOD", "QUANT"))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    if options.small:
-        options.quants = ["nf4_nested" if x == "nf4" else x for x in options.quants]
     if options.one:
-        found = measure(*options.one, is_small=options.small, way=options.way)
+        found = measure(
+            *options.one, is_small=options.small, grad_cp=options.grad_cp, way=options.way
+        )
         print(json.dumps(found))
         return
     head = [
