@@ -89,9 +89,9 @@ def predict(size: str, method: str, quant: str, *, is_small: bool, grad_cp: int 
         grad_cp=grad_cp,
         quant=quant,
         has_head=is_small,
+        emb_cpu=is_small,
     )
-    table = model_config.vocab_size * model_config.n_embd * 2
-    return (guess - table * is_small) / GIB
+    return guess / GIB
 
 
 def of_process() -> float | None:

@@ -16,6 +16,8 @@ from rwkv_peft.training.settings import Facts, Settings
 KEPT_VECTORS, PASSING_VECTORS, KEPT_BY_TORCH = 37, 10, 13
 # what states at borders may have on a device, and their share of the host's free memory
 BORDERS_ON_DEVICE, BORDERS_SHARE = 1 << 30, 0.5
+# the share of the free memory that a guess may take
+USABLE = 0.8
 # where nobody can say what is free
 UNKNOWN_MEMORY = 8 << 30
 
@@ -43,6 +45,7 @@ def guess_memory(
         grad_cp=settings.grad_cp,
         quant=settings.quant,
         has_head=bool(settings.quant_head),
+        emb_cpu=bool(settings.emb_cpu),
     )
     if settings.strategy == "fsdp" and settings.num_ranks > 1:
         guess -= spared_bytes(
@@ -57,8 +60,6 @@ def guess_memory(
     if (stage := stage_of(settings.strategy)) and settings.num_ranks > 1:
         tables = 2 * model_config.vocab_size * model_config.n_embd
         guess -= _spared_by_stage(settings, stage, num_weights - tables, num_trained)
-    if settings.emb_cpu:
-        guess -= model_config.vocab_size * model_config.n_embd * settings.dtype.itemsize
     return guess
 
 
@@ -73,6 +74,7 @@ def guess_bytes(
     grad_cp: int,
     quant: str = "none",
     has_head: bool = False,
+    emb_cpu: bool = False,
 ) -> float:
     """`guess_memory` for so many positions, those of all rows, that have activations at once.
 
@@ -88,6 +90,7 @@ def guess_bytes(
     activations += vectors * PASSING_VECTORS * size
     logits = min(positions * model_config.vocab_size, 1 << 24) * 12
     weights = weigh_base(model_config, num_weights, size, quant, has_head)
+    weights -= model_config.vocab_size * model_config.n_embd * size * emb_cpu
     return weights + training + activations + logits
 
 
@@ -210,9 +213,8 @@ def fits(
         grad_cp=grad_cp,
         quant=quant,
         has_head=has_head,
+        emb_cpu=emb_cpu,
     )
-    if emb_cpu:
-        guess -= facts.model_config.vocab_size * facts.model_config.n_embd * dtype.itemsize
     if num_ranks > 1:
         guess -= spared_bytes(
             facts.model_config,
@@ -224,7 +226,7 @@ def fits(
             quant=quant,
         )
     free = UNKNOWN_MEMORY if facts.memory is None else facts.memory
-    return guess <= 0.8 * free
+    return guess <= USABLE * free
 
 
 def fits_whole(settings: Settings, facts: Facts, num_trained: int) -> bool:
@@ -235,7 +237,7 @@ def fits_whole(settings: Settings, facts: Facts, num_trained: int) -> bool:
     if facts.memory is None:
         return False
     guess = guess_memory(settings, facts.model_config, settings.op, facts.num_weights, num_trained)
-    return guess + facts.num_weights * settings.dtype.itemsize <= 0.8 * facts.memory
+    return guess + facts.num_weights * settings.dtype.itemsize <= USABLE * facts.memory
 
 
 def positions_at_once(ctx_len: int, chunk_ctx: int) -> int:
