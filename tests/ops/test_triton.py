@@ -1,9 +1,6 @@
 """The Triton kernels on a machine without a GPU: interpreted, and compiled for several."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +12,7 @@ import torch
 from rwkv_peft.ops import OPERATORS
 from rwkv_peft.ops.dispatch import Request
 from rwkv_peft.ops.triton import Launcher, Variant
+from tests.processes import run_interpreted
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs the package triton"
@@ -25,13 +23,7 @@ AMD = {("hip", "gfx942", 64): 64 * 1024}
 
 
 def test_kernels_give_right_results_in_the_interpreter() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(Path(__file__).with_name("interpreted.py"))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_interpreted(Path(__file__).with_name("interpreted.py"))
 
 
 def variants(op: str) -> Iterator[Variant]:

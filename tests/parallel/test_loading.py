@@ -1,8 +1,6 @@
 """What ranks hold of a frozen base that they share, while it is loaded and an adapter saved."""
 
 import json
-import multiprocessing
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +21,7 @@ from rwkv_peft.quant import linear
 from rwkv_peft.training.follow import go_on, serve
 from rwkv_peft.training.prepare import prepare_run
 from tests.conftest import make_model_config
+from tests.processes import become_rank, run_ranks
 
 RANKS, LAYERS, WIDTH = 2, 12, 128
 CASES: dict[str, dict[str, Any]] = {
@@ -67,12 +66,8 @@ def take_rank(rank: int, port: int, configs: Mapping[str, TrainConfig], folder: 
     torch.set_num_threads(1)
     # as small beside a block as they are beside those of a real model
     linear.PIECE, residual.ROWS = 1 << 13, 16
-    values = (rank, rank, RANKS, RANKS, "127.0.0.1", port, "True")
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    names += ("TORCHELASTIC_USE_AGENT_STORE",)
-    os.environ |= {name: str(value) for name, value in zip(names, values, strict=True)}
     for number, (name, config) in enumerate(configs.items()):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+        become_rank(rank, RANKS, port, number)
         with take_part(config) as strategy:
             with counted() as loading:
                 run, _ = prepare_run(config, strategy=strategy)
@@ -107,17 +102,7 @@ def measure(folder: Path, names: Sequence[str]) -> tuple[dict[str, Measured], di
         strategy="fsdp",
     )
     configs = {n: replace(config, proj_dir=str(folder / "runs" / n), **CASES[n]) for n in names}
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
-    given = store.port, configs, folder
-    ranks = [context.Process(target=take_rank, args=(rank, *given)) for rank in range(RANKS)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(400)
-        if process.is_alive():
-            process.kill()
-    assert [process.exitcode for process in ranks] == [0] * RANKS
+    run_ranks(take_rank, RANKS, configs, folder)
     read = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
     return {n: Measured(*x) for n, x in read.items()}, dict(read_weights(config.load_model))
 

@@ -1,9 +1,6 @@
 """AdamW in one pass: interpreted, compiled for several GPUs, and on a GPU."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ from torch import nn
 
 from rwkv_peft.ops import adamw
 from rwkv_peft.training.halves import join, split
+from tests.processes import run_interpreted
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs the package triton"
@@ -20,13 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_the_kernel_gives_right_results_in_the_interpreter() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(Path(__file__).with_name("interpreted.py"))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_interpreted(Path(__file__).with_name("interpreted.py"))
 
 
 @pytest.mark.filterwarnings("ignore")

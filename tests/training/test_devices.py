@@ -1,8 +1,6 @@
 """Several ranks on the CPU learn what one process with the same global batch does."""
 
 import json
-import multiprocessing
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from rwkv_peft.config import TrainConfig
 from rwkv_peft.models.initial import initial_weights
 from rwkv_peft.training.run import train
 from tests.conftest import make_model_config, older_weights
+from tests.processes import become_rank, run_ranks
 
 SIZES = {"n_layer": 2, "n_embd": 64, "dim_att": 64, "dim_ffn": 128}
 # versions before the seventh, with the ranks of their low-rank maps
@@ -214,16 +213,7 @@ def take_rank(rank: int, port: int, configs: Sequence[TrainConfig]) -> None:
     """One of two processes, which runs the configurations one after another."""
     torch.set_num_threads(1)
     for number, config in enumerate(configs):
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(RANKS),
-            "LOCAL_WORLD_SIZE": str(RANKS),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": str(number),
-        }
+        become_rank(rank, RANKS, port, number)
         # a CPU does not say what is free
         has_room = "room" in Path(config.proj_dir).name
         with patch("rwkv_peft.training.load.fits_whole", return_value=has_room):
@@ -231,16 +221,7 @@ def take_rank(rank: int, port: int, configs: Sequence[TrainConfig]) -> None:
 
 
 def run_together(configs: Sequence[TrainConfig]) -> None:
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=take_rank, args=(r, store.port, configs)) for r in range(RANKS)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(400)
-        if rank.is_alive():
-            rank.kill()
-    assert [rank.exitcode for rank in ranks] == [0] * RANKS
+    run_ranks(take_rank, RANKS, configs)
 
 
 def take_runs(folder: Path, names: Sequence[str], resumed: Sequence[str] = ()) -> Runs:
