@@ -66,25 +66,37 @@ def measure(
     }
 
 
-def predict(size: str, method: str, quant: str, *, is_small: bool, grad_cp: int = 1) -> float:
-    """GiB that a run would say it takes, by the shapes alone."""
+def predict(
+    size: str,
+    method: str,
+    quant: str,
+    *,
+    is_small: bool,
+    grad_cp: int = 1,
+    positions: int = CTX,
+) -> float:
+    """GiB that a run over so many positions at once would say it takes, by the shapes alone."""
     from step import RANK
 
     model_config = config_of(size)
     shapes = build(model_config, op="reference")
+    num_weights = sum(x.numel() for x in shapes.parameters())
     layers = [x for name, x in stored_layers(shapes) if name.startswith("blocks.")]
     sides = [x.in_features * (method != "miss") + x.out_features for x in layers]
     # a state is in float32
     states = model_config.n_layer * model_config.n_embd * model_config.head_size
-    trained, width = (states, 4) if method == "state" else (RANK * sum(sides), 2)
+    of_method = {"state": (states, 4), "full": (num_weights, 2)}
+    trained, width = of_method.get(method, (RANK * sum(sides), 2))
     optimizer = "adamw8bit" if is_small and method != "state" else "adamw"
-    each = width + bytes_of_training(width, optimizer, has_one_backward=True)
+    each = bytes_of_training(width, optimizer, has_one_backward=True)
+    # those of the model are there already
+    each += width if method != "full" else 0
     guess = guess_bytes(
         model_config,
         torch.bfloat16,
         "cuda",
-        CTX,
-        sum(x.numel() for x in shapes.parameters()),
+        positions,
+        num_weights,
         trained * each,
         grad_cp=grad_cp,
         quant=quant,

@@ -10,7 +10,8 @@ both; the gradients of each are compared with those of the plain one, and a way 
 differ by more than bf16 explains is not timed. The floor is the time of the step's matrix products
 alone, as one graph, in the same run; the share is that of the card's bf16 rate by these products.
 With stored weights the gradients are compared with those of the plain step on the same weights.
-Memory is the peak of allocated and the reserved memory in GiB.
+Memory is what a run says it takes before it begins, the peak of allocated and the reserved memory,
+in GiB. The way "fla" is a control: fla's model with peft's LoRA (`control.py`).
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from gpu_step import SIZES, device_name, make_model, optimizer_over, random_batch
+from memory import predict
 from report import report_as_found
 from torch import Tensor
 
@@ -55,6 +57,7 @@ WAYS = {
     "compiled": (True, False),
     "compiled, graphed": (True, True),
 }
+CONTROL = "fla"
 # dense bf16 operations a second of an H100 or H200
 RATE = 989e12
 # relative, of gradients: at 0.1b those of either way are up to a tenth off float64, as are fp8's
@@ -157,6 +160,13 @@ class Case:
         return loss, vector
 
 
+def make_control(size: str, ours: Case) -> Any:
+    """A case of another program with the values and the batch of ours."""
+    from control import FlaCase
+
+    return FlaCase(size, ours, RANK)
+
+
 def milliseconds(function: Any, rounds: int = ROUNDS) -> float:
     """Median of the time between ends of calls that the host does not wait for."""
     for _ in range(3):
@@ -224,6 +234,7 @@ def measure(
     clean()
     least, operations = floor(size, ctx * rows, method)
     name = method if quant == "none" else f"{method}, {quant}"
+    guess = predict(size, method, quant, is_small=False, grad_cp=grad_cp, positions=ctx * rows)
     expected: tuple[float, Tensor] | None = None
     for way in ways:
         clean()
@@ -231,7 +242,11 @@ def measure(
             f"| {size} | {ctx} × {rows} | {name} | {way}{f', grad_cp {grad_cp}' * (grad_cp > 0)} | "
         )
         try:
-            case = Case(size, ctx, rows, method, way, grad_cp, quant)
+            case: Any = Case(
+                size, ctx, rows, method, "plain" if way == CONTROL else way, grad_cp, quant
+            )
+            if way == CONTROL:
+                case = make_control(size, case)
             started = time.perf_counter()
             loss, gradient = case.gradients()
             first = time.perf_counter() - started
@@ -239,23 +254,24 @@ def measure(
             error = ((gradient - expected[1]).norm() / expected[1].norm()).item()
             checked = f"{loss - expected[0]:+.1e} | {error:.1e}"
             if abs(loss - expected[0]) > 0.02 or error > LARGEST_ERROR:
-                yield f"{start}refused: | | | | | | {checked} | |"
+                yield f"{start}refused: | | | | | | | {checked} | |"
                 continue
             torch.cuda.reset_peak_memory_stats()
             ms = milliseconds(case.take)
             peak, held = (
                 f() / 2**30 for f in (torch.cuda.max_memory_allocated, torch.cuda.memory_reserved)
             )
+            said = "–" if way == CONTROL else f"{guess:.1f}"
             yield (
                 f"{start}{ms:.2f} | {ctx * rows / ms:,.1f} | {least:.2f} | {ms / least:.2f} | "
-                f"{100 * operations / RATE / ms * 1e3:.0f} % | {peak:.1f} ({held:.1f}) | "
+                f"{100 * operations / RATE / ms * 1e3:.0f} % | {said} | {peak:.1f} ({held:.1f}) | "
                 f"{checked} | {first:.0f} |"
             )
         except torch.OutOfMemoryError:
-            yield f"{start}out of memory | | | | | | | | |"
+            yield f"{start}out of memory | | | | | | | | | |"
         except Exception as error:
             yield f"{start}{type(error).__name__}: {str(error).strip().splitlines()[0][:200]} |"
-        case = None  # type: ignore[assignment]
+        case = None
 
 
 def measure_all(options: argparse.Namespace) -> Iterator[str]:
@@ -286,9 +302,9 @@ def main() -> None:
     head = [
         f"{device_name()}, PyTorch {torch.__version__}; one optimizer step, bf16",
         "",
-        "| size | ctx × rows | method | way | ms | kt/s | floor ms | ratio | share | GiB "
-        "(reserved) | loss | gradient | first s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| size | ctx × rows | method | way | ms | kt/s | floor ms | ratio | share | GiB said "
+        "| GiB (reserved) | loss | gradient | first s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     with own_stream(torch.device("cuda")):
         report_as_found(head, measure_all(options), options.output)

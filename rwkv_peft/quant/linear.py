@@ -90,16 +90,15 @@ class QuantisedLinear(FrozenLinear):
 
     def add_product(self, y: Tensor, x: Tensor) -> Tensor:
         """See `FrozenLinear`."""
-        if torch.compiler.is_compiling():
-            return y.add_(self.forward(x))
-        return y.addmm_(x, self.dense().t())
+        stored = self.weight, self.scale, self.storage, self.out_features, self._dtype
+        torch.ops.rwkv_peft.add_stored_product(y, x, *stored)
+        return y
 
     def add_transposed(self, dx: Tensor, dy: Tensor) -> Tensor:
         """See `FrozenLinear`."""
-        if torch.compiler.is_compiling():
-            stored = self.weight, self.scale, self.storage, self.in_features, self._dtype
-            return dx.add_(torch.ops.rwkv_peft.stored_transposed(dy, *stored))
-        return dx.addmm_(dy, self.dense())
+        stored = self.weight, self.scale, self.storage, self.in_features, self._dtype
+        torch.ops.rwkv_peft.add_stored_transposed(dx, dy, *stored)
+        return dx
 
     def store(self, weight: Tensor) -> None:
         """Stores another dense weight (out, in)."""
@@ -262,6 +261,14 @@ def _fake_product(x: Tensor, packed: Tensor, scale: Tensor, storage: str, rows: 
     return x.new_empty((*x.shape[:-1], rows))
 
 
+def _add_product(
+    y: Tensor, x: Tensor, packed: Tensor, scale: Tensor, storage: str, rows: int, dtype: torch.dtype
+) -> None:
+    stored = packed, scale, storage, x.shape[-1], dtype
+    for piece in _split_rows(rows, x.shape[-1], storage):
+        y[:, piece].addmm_(x, _dense_rows(*stored, piece).t())
+
+
 def _transposed(
     dy: Tensor, packed: Tensor, scale: Tensor, storage: str, width: int, dtype: torch.dtype
 ) -> Tensor:
@@ -274,6 +281,17 @@ def _transposed(
     for piece in others:
         total += torch.matmul(dy[..., piece], _dense_rows(*stored, piece).to(dy.dtype))
     return total.to(dy.dtype)
+
+
+def _add_transposed(
+    dx: Tensor, dy: Tensor, packed: Tensor, scale: Tensor, storage: str, width: int, dtype: Any
+) -> None:
+    stored = packed, scale, storage, width, dtype
+    first, *others = _split_rows(dy.shape[-1], width, storage)
+    if others:
+        dx += _transposed(dy, *stored)
+    else:
+        dx.addmm_(dy, _dense_rows(*stored, first))
 
 
 def _split_rows(rows: int, width: int, storage: str) -> list[slice]:
@@ -325,6 +343,13 @@ def _register() -> None:
         _library.define(f"{name}(Tensor {first}, {given}) -> Tensor")
         _library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"rwkv_peft::{name}", fake, lib=_library)
+    for name, to, first, adding in (
+        ("add_stored_product", "y", "x", _add_product),
+        ("add_stored_transposed", "dx", "dy", _add_transposed),
+    ):
+        _library.define(f"{name}(Tensor(a!) {to}, Tensor {first}, {given}) -> ()")
+        _library.impl(name, adding, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"rwkv_peft::{name}", lambda *_: None, lib=_library)
     torch.library.register_autograd(
         "rwkv_peft::stored_product", _gradients, setup_context=_setup_context, lib=_library
     )
