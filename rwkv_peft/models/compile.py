@@ -13,18 +13,27 @@ from rwkv_peft.models.recompute import recompute
 
 # codes that are kept of a function, each for one shape
 MAX_SHAPES = 64
+# PyTorch 2.10 and 2.11 were seen to give NaN where sums over rows and over columns become one
+# kernel, which happens from 4096 rows on (pytorch/pytorch#190796)
+OPTIONS = {"triton.mix_order_reduction": False}
 
 
-def compile_function(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def compile_function(
+    function: Callable[..., Any], *, backend: str = "inductor", **options: Any
+) -> Callable[..., Any]:
     """A function compiled anew for each shape, so that what it gives depends on no earlier shape.
 
     Code for several lengths at once takes minutes to compile on a GPU, and is tuned for the length
     that came first: a run that goes on in its middle would get another code.
 
     Args:
-        options: of `torch.compile`.
+        backend: of `torch.compile`.
+        options: of the backend "inductor", beside `OPTIONS`; others take none.
     """
-    compiled = torch.compile(function, fullgraph=True, dynamic=False, **options)
+    chosen = OPTIONS | options if backend == "inductor" else None
+    compiled: Callable[..., Any] = torch.compile(
+        function, fullgraph=True, dynamic=False, backend=backend, options=chosen
+    )
 
     def run(*args: Any) -> Any:
         with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
@@ -53,10 +62,10 @@ def compile_blocks(
     from torch._inductor.exc import InductorError
 
     compiled = compile_function(
+        # dropout draws the numbers that it draws without a compiler
         Block.forward,
         backend=backend,
-        # dropout draws the numbers that it draws without a compiler
-        options={"fallback_random": True} if backend == "inductor" else None,
+        fallback_random=True,
     )
 
     def run(block: Any, *args: Any) -> Any:

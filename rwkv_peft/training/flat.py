@@ -60,6 +60,8 @@ class Flat:
         self._no_memory = self._param.new_zeros(1, dtype=dtype).expand(size)
         self.master = nn.Parameter(self._no_memory)
         self.factor: Tensor | None = None
+        # tensors of which there is a gradient, and those to which the next backward adds
+        self._reached: set[int] = set()
         self._added: set[int] = set()
 
     @property
@@ -90,14 +92,14 @@ class Flat:
 
     def gradient(self, i: int) -> Tensor | None:
         """The gradient of tensor `i` in float32, None if no backward reached it."""
-        if self.master.grad is None or i not in self._added:
+        if self.master.grad is None or i not in self._reached:
             return None
         return self._widen(self.part(self.master.grad, i))
 
     def make_gradients(self) -> None:
         """Gives gradients memory, if they have none."""
         if self.master.grad is None:
-            self._added.clear()
+            self._reached, self._added = set(), set()
             self.master.grad = torch.zeros_like(self.master, memory_format=torch.contiguous_format)
 
     def clear(self, *, keeps_memory: bool) -> None:
@@ -120,6 +122,7 @@ class Flat:
         first = gradients.keys() - self._added
         later = [i for i in gradients if i not in first]
         self._added |= first
+        self._reached |= first
         if first:
             torch._foreach_copy_([sums[i] for i in first], [gradients[i] for i in first])
         if len(later) == 1 or self.is_narrow:

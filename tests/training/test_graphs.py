@@ -17,6 +17,7 @@ from rwkv_peft.device import own_stream
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.methods.attach import attach
 from rwkv_peft.methods.state import LearnedStates
+from rwkv_peft.models.compile import compile_blocks
 from rwkv_peft.training import choose as choosing
 from rwkv_peft.training import choose_device
 from rwkv_peft.training.graphs import HEAD_PARTS, GraphedStep, Inputs
@@ -198,6 +199,25 @@ def test_a_graph_gives_the_bits_of_its_kernels(
             for key, x in exact.items():
                 assert torch.equal(trained[key].grad, x), key  # type: ignore[arg-type]
         assert step.num_graphs == 1
+
+
+@gpu
+def test_compiled_blocks_over_many_rows_have_the_gradients_of_plain_ones(
+    make_model_file: Callable[..., Path],
+) -> None:
+    # from 4096 rows on, twice as many as columns, the compiler had one kernel for sums over both
+    path = make_model_file(n_embd=1280, dim_att=1280, dim_ffn=5120)
+    batch, found = make_batch(1, 4096, packed=False), []
+    for is_compiled in (False, True):
+        torch._dynamo.reset()
+        model, trained = load(path, "none")
+        if is_compiled:
+            compile_blocks(model)
+        with own_stream(torch.device("cuda")):
+            found.append(gradients(full_step, model, trained, batch)[1])
+    plain, compiled = found
+    for name, x in plain.items():
+        assert (compiled[name] - x).norm() <= 0.1 * x.norm() + 1e-4, name
 
 
 @pytest.fixture

@@ -167,6 +167,20 @@ def test_gradients_that_stay_take_two_bytes_where_a_step_has_one_backward(
         assert num * each <= bytes_beside(known) <= num * each + 100
 
 
+def test_gradients_that_a_graph_writes_again_are_told() -> None:
+    parameters = {"a": nn.Parameter(torch.ones(6).bfloat16())}
+    optimizer = make_optimizer(parameters, accumulates=False)
+    optimizer.keep_gradients()
+    optimizer.backward(parameters["a"].sum())
+    optimizer.clip()
+    optimizer.step(0.1)
+    # a replay writes where backward wrote, and nothing of backward runs
+    optimizer.holders[0].grad.fill_(3)  # type: ignore[union-attr]
+    found = optimizer.gradients["a"]
+    assert found is not None
+    assert found.tolist() == [3] * 6
+
+
 def test_a_tensor_without_a_gradient_counts_as_zero_beside_one_that_has_it() -> None:
     found = []
     for factor in (None, 0.0):
