@@ -45,16 +45,13 @@ class Flat:
             end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
         size = -(-end // _ROW) * _ROW
         self._param = parameters[0].new_zeros(size)
-        places = range(len(parameters))
-        self._addresses = [self.part(self._param, i).data_ptr() for i in places]
+        self._addresses = [self.part(self._param, i).data_ptr() for i in range(len(parameters))]
         for i, parameter in enumerate(parameters):
             self.hold(i, parameter)
         self._is_bf16 = self._param.dtype == torch.bfloat16
-        self._bits = (
-            torch.zeros_like(self._param, dtype=torch.int16)
-            if self._is_bf16
-            else self._param.float()
-        )
+        self._bits = torch.zeros_like(self._param, dtype=torch.int16)
+        if not self._is_bf16:
+            self._bits = self._param.float()
         # of the shape of the values, and without their memory
         dtype = torch.float32 if accumulates or not self._is_bf16 else torch.bfloat16
         self._no_memory = self._param.new_zeros(1, dtype=dtype).expand(size)
