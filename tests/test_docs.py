@@ -72,7 +72,7 @@ def test_ci_runs_the_readmes_own_line_of_tests() -> None:
     found = [c for c in commands("README.md") if "pytest" in c]
     assert found == [
         "python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt '.[test]' && "
-        ".venv/bin/pytest"
+        ".venv/bin/pytest -n 2 --dist loadfile"
     ]
 
 

@@ -91,23 +91,20 @@ def test_tensors_are_aligned_views_of_few_buffers(monkeypatch: pytest.MonkeyPatc
     assert [buffers.index(x) for x in buffers] == [0, 0, 0, 3, 4, 4, 6]
 
 
-def known_places() -> set[int]:
-    """Of all memory of tensors."""
+def all_memory() -> dict[int, torch.UntypedStorage]:
+    """Of all tensors, by its place; what has it keeps it, so that no other comes to lie there."""
     gc.collect()
     tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
-    return {x.untyped_storage().data_ptr() for x in tensors}
+    return {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors}
 
 
-def bytes_beside(known: set[int]) -> int:
-    """Of all memory of tensors but that at known places."""
-    gc.collect()
-    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-    return sum(size for place, size in storages.items() if place not in known)
+def bytes_beside(known: dict[int, torch.UntypedStorage]) -> int:
+    """Of all memory of tensors but what is known."""
+    return sum(x.nbytes() for place, x in all_memory().items() if place not in known)
 
 
 def test_between_steps_a_bf16_number_takes_twelve_bytes() -> None:
-    known = known_places()
+    known = all_memory()
     num = 1 << 16
     trained = {f"{i}": nn.Parameter(torch.ones(n).bfloat16()) for i, n in enumerate((num - 16, 16))}
     optimizer = make_optimizer(trained)
@@ -156,7 +153,7 @@ def test_one_backward_a_step_gives_the_same_bits_with_its_gradient_in_two_bytes(
 def test_gradients_that_stay_take_two_bytes_where_a_step_has_one_backward(
     accumulates: bool, each: int
 ) -> None:
-    known = known_places()
+    known = all_memory()
     num = 1 << 16
     trained = {"x": nn.Parameter(torch.ones(num).bfloat16())}
     optimizer = make_optimizer(trained, accumulates=accumulates)
