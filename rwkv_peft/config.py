@@ -22,10 +22,10 @@ UNSAVED = ("lora_alpha", "pissa_init", "lora_dropout")
 TEMPLATE_FILE = "template.jinja"
 # fields of TrainConfig with a lowest value
 POSITIVE = ["ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_save", "devices", "num_nodes"]
+POSITIVE += ["adam_eps"]
 NOT_NEGATIVE = ["chunk_ctx", "epoch_count", "epoch_steps", "epoch_begin", "lr_init", "lr_final"]
-NOT_NEGATIVE += ["save_every_steps", "save_every_minutes", "keep"]
-NOT_NEGATIVE += ["warmup_steps", "num_workers", "weight_decay", "grad_clip", "l2wrap", "adam_eps"]
-NOT_NEGATIVE += ["val_every_steps", "early_stopping_patience"]
+NOT_NEGATIVE += ["save_every_steps", "save_every_minutes", "keep", "val_every_steps", "grad_clip"]
+NOT_NEGATIVE += ["early_stopping_patience", "warmup_steps", "num_workers", "weight_decay", "l2wrap"]
 # fields that 0 leaves open, as None and auto do others
 OPEN_AT_ZERO = ("chunk_ctx", "bptt_chunks")
 DataType = Literal[

@@ -73,6 +73,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = 
     ),
     "broken JSON": (lambda m, d, t: [m, d, "--peft_config", "{r:"], "--peft_config: got {r:"),
     "negative": (lambda m, d, t: [m, d, "--micro_bsz", -1], "--micro_bsz must be above 0, got -1"),
+    "zero divided by zero": (lambda m, d, t: [m, d, "--adam_eps", 0], "--adam_eps must be above 0"),
     "unavailable op": (lambda m, d, t: [m, d, "--op", "fla"], "op='fla' needs a GPU: use --op"),
     "unknown op": (lambda m, d, t: [m, d, "--op", "tpu"], "op='tpu' is not a backend of wkv7"),
     "no such device": (lambda m, d, t: [m, d, "--accelerator", "cuda"], "--accelerator cuda"),
