@@ -35,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _draws_are_the_same() -> None:
+    """Whatever ran before; a test that wants other numbers says so."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _nothing_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run says what it is doing where that lasts, which depends on what else the machine does."""
     monkeypatch.setattr("rwkv_peft.training.display.PATIENCE", 3600.0)
