@@ -27,6 +27,7 @@ from rwkv_peft.models import build
 from rwkv_peft.models.base import RWKV
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.quant import Storage, quantise, stored_layers
+from rwkv_peft.training.hosted import HostOptimizer
 from rwkv_peft.training.kinds import Grouping
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.step import Step, full_step
@@ -113,9 +114,10 @@ def optimizer_over(
     is_full: bool,
     name: str = "adamw",
     accumulates: bool = True,
+    on_host: bool = False,
 ) -> Optimizer:
     """AdamW as a run has it, or another, without decay and with one rate for all."""
-    return Optimizer(
+    return (HostOptimizer if on_host else Optimizer)(
         trained,
         Grouping(plain=trained if is_full else (), optimizer=name),
         betas=(0.9, 0.99),

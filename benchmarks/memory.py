@@ -1,14 +1,15 @@
 """Memory of tuning on a GPU.
 
     python benchmarks/memory.py [--sizes 1.5b] [--methods lora] [--quants none nf4] [--small]
-        [--grad_cp 2]
+        [--grad_cp 2] [--optimizer_cpu]
 
 Random weights of the released shapes, ctx 1024, one row, rank 64 on the six projections, blocks
 recomputed, compiled and captured, six optimizer steps: each case in a process of its own. Allocated
 is the allocator's peak from the first step on, reserved what it holds at the end, the pools of
 graphs too; process is what the driver counts for the whole process, as nvidia-smi shows it, context
 and libraries too. `--small` also leaves the embedding on the host, keeps moments in 8 bits, and
-stores the head as the projections; `--grad_cp 2` also has the inputs of blocks wait on the host.
+stores the head as the projections; `--grad_cp 2` also has the inputs of blocks wait on the host,
+and `--optimizer_cpu` what the optimizer remembers.
 Predicted is what a run says before it begins. The losses of a case that are not finite refuse it.
 Several cases run at a time (--jobs); then the driver's count is of each process where it tells
 that, and else left out.
@@ -38,7 +39,7 @@ CTX, STEPS = 1024, 6
 
 
 def measure(
-    size: str, method: str, quant: str, *, is_small: bool, grad_cp: int, way: str
+    size: str, method: str, quant: str, *, is_small: bool, grad_cp: int, on_host: bool, way: str
 ) -> dict[str, Any]:
     """What one case takes, in GiB, in this process."""
     from step import Case
@@ -47,7 +48,7 @@ def measure(
 
     use_expandable_segments()
     with own_stream(torch.device("cuda")):
-        case = Case(size, CTX, 1, method, way, grad_cp, quant, is_small=is_small)
+        case = Case(size, CTX, 1, method, way, grad_cp, quant, is_small=is_small, on_host=on_host)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         losses = []
@@ -73,6 +74,7 @@ def predict(
     *,
     is_small: bool,
     grad_cp: int = 1,
+    on_host: bool = False,
     positions: int = CTX,
 ) -> float:
     """GiB that a run over so many positions at once would say it takes, by the shapes alone."""
@@ -88,7 +90,7 @@ def predict(
     of_method = {"state": (states, 4), "full": (num_weights, 2)}
     trained, width = of_method.get(method, (RANK * sum(sides), 2))
     optimizer = "adamw8bit" if is_small and method != "state" else "adamw"
-    each = bytes_of_training(width, optimizer, has_one_backward=True)
+    each = bytes_of_training(width, optimizer, has_one_backward=True, on_host=on_host)
     # those of the model are there already
     each += width if method != "full" else 0
     guess = guess_bytes(
@@ -125,17 +127,21 @@ def run_case(case: tuple[str, str, str], options: argparse.Namespace) -> str:
     """A table row, measured in a process of its own."""
     command = [sys.executable, __file__, "--one", *case, "--way", options.way]
     command += ["--grad_cp", str(options.grad_cp), *["--small"] * options.small]
+    command += ["--optimizer_cpu"] * options.optimizer_cpu
     alone = {"IS_ALONE": "1"} if options.jobs == 1 else {}
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **alone}, timeout=400
     )
     how = ", small" * options.small + f", grad_cp {options.grad_cp}" * (options.grad_cp > 1)
+    how += ", optimizer_cpu" * options.optimizer_cpu
     start = f"| {' | '.join(case)}{how} | "
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         return start + f"failed: {(done.stderr.strip().splitlines() or ['?'])[-1][:160]} | | | | |"
     found = json.loads(lines[-1])
-    said = predict(*case, is_small=options.small, grad_cp=options.grad_cp)
+    said = predict(
+        *case, is_small=options.small, grad_cp=options.grad_cp, on_host=options.optimizer_cpu
+    )
     process = "–" if found["process"] is None else f"{found['process']:.2f}"
     return (
         start + f"{found['allocated']:.2f} | {found['reserved']:.2f} | {process} | "
@@ -152,6 +158,7 @@ def main() -> None:
                         choices=["none", *STORAGES])  # fmt: skip
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--grad_cp", type=int, default=1, choices=[1, 2])
+    parser.add_argument("--optimizer_cpu", action="store_true")
     parser.add_argument("--way", default="compiled, graphed")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--one", nargs=3, metavar=("SIZE", "METHOD", "QUANT"))
@@ -159,7 +166,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         found = measure(
-            *options.one, is_small=options.small, grad_cp=options.grad_cp, way=options.way
+            *options.one,
+            is_small=options.small,
+            grad_cp=options.grad_cp,
+            on_host=options.optimizer_cpu,
+            way=options.way,
         )
         print(json.dumps(found))
         return

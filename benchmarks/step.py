@@ -95,6 +95,7 @@ class Case:
         quant: str = "none",
         *,
         is_small: bool = False,
+        on_host: bool = False,
     ) -> None:
         self.device = torch.device("cuda")
         is_compiled, is_graphed = WAYS[way]
@@ -119,6 +120,7 @@ class Case:
             is_full=method == "full",
             name="adamw8bit" if is_small else "adamw",
             accumulates=False,
+            on_host=on_host,
         )
         self.model: RWKV = model.train()
         self.batch = random_batch(rows, ctx, SIZES[size][-1])

@@ -232,8 +232,7 @@ class TrainConfig(DataConfig):
     """Files or folders to evaluate on before the first step, in training and at each epoch's end,
     as in data_file; they are not trained."""
     val_split: float = 0.0
-    """In its place: the share of all documents that is kept aside, chosen by a hash of their
-    texts."""
+    """In its place: the share of all documents kept aside, chosen by a hash of their texts."""
     val_every_steps: int = 0
     """Evaluate after every so many optimizer steps too."""
     val_prompts: str = ""
@@ -313,6 +312,8 @@ class TrainConfig(DataConfig):
     """Dtype of weights and activations; trained tensors are stepped in float32."""
     num_workers: int = 1
     """Threads that prepare micro-batches ahead; 0 makes each when it is needed."""
+    optimizer_cpu: Switch = 0
+    """1 leaves what the optimizer remembers in the host's memory, where the GPU works on it."""
     emb_cpu: Switch | None = None
     """1 leaves the embedding, if it is not trained, in the host's memory, from which the GPU reads
     the rows that it needs. Left open: 1 where memory is short."""
@@ -322,8 +323,7 @@ class TrainConfig(DataConfig):
     """1 compiles the blocks (torch.compile), which takes some seconds once; 0 does not; auto where
     the run is long enough to gain by it, on a GPU with a C compiler at hand."""
     cuda_graph: AutoSwitch = "auto"
-    """1 captures the kernels of a micro-batch and launches them at once; 0 does not; auto on GPUs
-    that can."""
+    """1 captures a micro-batch's kernels and launches them at once; auto: on GPUs that can."""
     random_seed: int = -1
     """Seed of initialisation, dropout and data order; drawn and printed if negative."""
 

@@ -219,6 +219,7 @@ def test_memory_that_was_measured_is_that_which_a_run_says(
             kind.split(",")[0],
             is_small="small" in kind,
             grad_cp=2 if "grad_cp 2" in kind else 1,
+            on_host="optimizer_cpu" in kind,
         )
         assert guess == pytest.approx(float(reserved), rel=0.05), (size, method, kind)
         assert f"{guess:.2f}" == said

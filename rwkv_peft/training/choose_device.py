@@ -58,6 +58,8 @@ def choose_memory(chooser: Chooser, facts: Facts) -> None:
             "--grad_cp 2 has inputs of blocks wait in the host's memory, on GPUs of NVIDIA and "
             f"AMD, and this is {facts.device.type}: give 1"
         )
+    if values["optimizer_cpu"]:
+        _require_optimizer_on_host(values, facts)
     if is_infctx(values):
         _choose_chunks(chooser, facts)
     what = "a chunk" if is_infctx(values) else "a micro-batch"
@@ -67,6 +69,18 @@ def choose_memory(chooser: Chooser, facts: Facts) -> None:
     is_deepest = is_deep and can_leave and not _fits_with(values, facts, 1)
     reason = f"{what} would not fit otherwise" if is_deep else f"{what} fits without"
     chooser.choose("grad_cp", is_deep + is_deepest, reason)
+
+
+def _require_optimizer_on_host(values: Mapping[str, Any], facts: Facts) -> None:
+    """Raises ConfigError if what an optimizer remembers cannot stay on the host."""
+    if not has_host_memory(facts.device):
+        why = f"{facts.device.type} cannot read the host's memory by itself"
+        raise ConfigError(f"--optimizer_cpu 1: {why}: give 0")
+    if stage_of(values["strategy"]) and values["devices"] * values["num_nodes"] > 1:
+        raise ConfigError(
+            f"--optimizer_cpu 1: --strategy {values['strategy']} has DeepSpeed's own: give 0, and "
+            "--strategy deepspeed_stage_2_offload"
+        )
 
 
 def _choose_embedding(chooser: Chooser, facts: Facts, *, is_deep: bool) -> None:
@@ -182,6 +196,7 @@ def _chunk_fits(values: dict[str, Any], facts: Facts, chunk_ctx: int) -> bool:
         quant=values["quant"],
         has_head=bool(values["quant_head"]),
         optimizer=values["optimizer"],
+        optimizer_cpu=bool(values["optimizer_cpu"]),
         emb_cpu=bool(values["emb_cpu"]),
         num_ranks=values["devices"] * values["num_nodes"] if values["strategy"] == "fsdp" else 1,
     )

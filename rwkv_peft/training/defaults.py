@@ -84,6 +84,7 @@ def longest_chosen(values: Mapping[str, Any], facts: Facts) -> int:
             quant=values["quant"],
             has_head=bool(values["quant_head"]),
             optimizer=values["optimizer"],
+            optimizer_cpu=bool(values["optimizer_cpu"]),
         ):
             return length
     return CHOSEN_CTX[-1]

@@ -32,6 +32,7 @@ class Flat:
     Attributes:
         master: what an optimizer steps, one dimension. Its values have memory within `step` alone,
             in float32; its gradient from the first backward until it is cleared.
+        bits: the lower halves beside bf16 numbers, or whole values beside float16 ones.
         factor: what a gradient in bfloat16 is multiplied by within `step`, None for 1.
     """
 
@@ -49,9 +50,9 @@ class Flat:
         for i, parameter in enumerate(parameters):
             self.hold(i, parameter)
         self._is_bf16 = self._param.dtype == torch.bfloat16
-        self._bits = torch.zeros_like(self._param, dtype=torch.int16)
+        self.bits = torch.zeros_like(self._param, dtype=torch.int16)
         if not self._is_bf16:
-            self._bits = self._param.float()
+            self.bits = self._param.float()
         # of the shape of the values, and without their memory
         dtype = torch.float32 if accumulates or not self._is_bf16 else torch.bfloat16
         self._no_memory = self._param.new_zeros(1, dtype=dtype).expand(size)
@@ -67,11 +68,7 @@ class Flat:
         return self.master.dtype == torch.bfloat16
 
     def hold(self, i: int, parameter: Tensor) -> None:
-        """Makes tensor `i` a view of the buffer if it is not one.
-
-        It may have ceased to be one: the forward of peft's MiSS in its mode 'bat' replaces the
-        data by a copy on a CPU.
-        """
+        """Makes tensor `i` a view of the buffer again: MiSS's mode 'bat' may have replaced it."""
         if parameter.data_ptr() != self._addresses[i]:
             view = self.part(self._param, i)
             view.copy_(parameter)
@@ -79,12 +76,12 @@ class Flat:
 
     def value(self, i: int) -> Tensor:
         """The float32 value of tensor `i`, in its shape."""
-        param, bits = self.part(self._param, i), self.part(self._bits, i)
+        param, bits = self.part(self._param, i), self.part(self.bits, i)
         return join(param, bits) if self._is_bf16 else bits
 
     def set(self, i: int, value: Tensor) -> None:
         """Gives tensor `i` a value of any type, on any device."""
-        param, bits = self.part(self._param, i), self.part(self._bits, i)
+        param, bits = self.part(self._param, i), self.part(self.bits, i)
         self._write(torch.empty_like(param, dtype=torch.float32).copy_(value), param, bits)
 
     def gradient(self, i: int) -> Tensor | None:
@@ -152,7 +149,7 @@ class Flat:
         kept = self.master.grad
         assert kept is not None
         if self._is_bf16 and steps_in_place(optimizer, kept.device):
-            step_in_place(optimizer, self.master, self._param, self._bits, kept, self.factor)
+            step_in_place(optimizer, self.master, self._param, self.bits, kept, self.factor)
             return
         for piece in self._pieces() if singles else ():
             self._step(optimizer, kept, [(singles[i], *self._places[i]) for i in piece])
@@ -171,7 +168,7 @@ class Flat:
 
     def _step(self, optimizer: torch.optim.Optimizer, gradients: Tensor, piece: list[Any]) -> None:
         first, last = piece[0][-1], piece[-1][-1] + piece[-1][0].numel()
-        param, bits = self._param[first:last], self._bits[first:last]
+        param, bits = self._param[first:last], self.bits[first:last]
         wide = join(param, bits) if self._is_bf16 else bits
         both = wide, self._widen(gradients[first:last])
         for x, shape, _, start in piece:

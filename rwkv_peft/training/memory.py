@@ -34,7 +34,12 @@ def guess_memory(
     has_one_backward = not settings.is_infctx and (
         settings.accumulate_grad_batches * settings.num_ranks == 1
     )
-    each = bytes_of_training(size, settings.optimizer, has_one_backward=has_one_backward)
+    each = bytes_of_training(
+        size,
+        settings.optimizer,
+        has_one_backward=has_one_backward,
+        on_host=bool(settings.optimizer_cpu),
+    )
     guess = guess_bytes(
         model_config,
         settings.dtype,
@@ -107,14 +112,21 @@ def _spared_by_stage(settings: Settings, stage: int, in_blocks: int, num_trained
 
 
 def bytes_of_training(
-    size: int, optimizer: str = "adamw", *, has_one_backward: bool = False
+    size: int,
+    optimizer: str = "adamw",
+    *,
+    has_one_backward: bool = False,
+    on_host: bool = False,
 ) -> int:
     """Bytes beside a trained weight of `size`: its gradient, moments, and the rest of float32.
 
     Args:
         has_one_backward: of a step, whose gradients stay as they come.
+        on_host: all but the gradient is on the host.
     """
     gradient = size if has_one_backward else 4
+    if on_host:
+        return gradient
     return gradient + OPTIMIZERS[optimizer].moments + (0 if size == 4 else 2)
 
 
@@ -191,6 +203,7 @@ def fits(
     has_head: bool = False,
     num_ranks: int = 1,
     optimizer: str = "adamw",
+    optimizer_cpu: bool = False,
     emb_cpu: bool = False,
 ) -> bool:
     """Whether so many positions leave a fifth of a device's free memory free, as far as is known.
@@ -209,7 +222,7 @@ def fits(
         op,
         positions,
         facts.num_weights,
-        num_trained * bytes_of_training(dtype.itemsize, optimizer),
+        num_trained * bytes_of_training(dtype.itemsize, optimizer, on_host=optimizer_cpu),
         grad_cp=grad_cp,
         quant=quant,
         has_head=has_head,

@@ -61,8 +61,8 @@ class Optimizer:
         self._places: dict[Tensor, tuple[Flat, int]] = {}
         self._waiting = Gradients()
         self._states: dict[Tensor, Memory] = {}
-        self._parts: list[_Part] = []
-        self._clip_groups: dict[str, list[_Part]] = {}
+        self._parts: list[Part] = []
+        self._clip_groups: dict[str, list[Part]] = {}
         self._is_fused = grouping.optimizer == "adamw" and self._device.type not in (
             "cpu",
             *PLUGINS,
@@ -237,7 +237,7 @@ class Optimizer:
             memory.write(moments, self._device, shard)
         self._scaler.load_state_dict(state["scaler"])
 
-    def _clip(self, parts: list["_Part"]) -> Tensor:
+    def _clip(self, parts: list["Part"]) -> Tensor:
         """Clips gradients together and gives their norm before that."""
         norm = self._norm(part for part in parts if not part.kind.is_shared)
         if self._shards:
@@ -252,14 +252,14 @@ class Optimizer:
                 flat.factor = factor
         return norm
 
-    def _norm(self, parts: Iterable["_Part"]) -> Tensor:
+    def _norm(self, parts: Iterable["Part"]) -> Tensor:
         measured = [x for part in parts for x in part.measured()]
         norm: Tensor = nn.utils.get_total_norm(measured, foreach=True).to(self._device)
         return norm
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """What is stepped at once: the tensor of a flat buffer, its views, or float32 parameters.
 
     Attributes:
@@ -275,6 +275,7 @@ class _Part:
 
     @property
     def tensors(self) -> list[Tensor]:
+        """What has the gradients."""
         found: list[Tensor] = self.holder.param_groups[0]["params"]
         return found
 
@@ -295,6 +296,7 @@ class _Part:
         return [x.grad for x in self.tensors if x.grad is not None]
 
     def step(self, lr: float, weight_decay: float) -> None:
+        """Takes one step, where there are gradients."""
         group = self.optimizer.param_groups[0]
         group["lr"] = lr * self.kind.lr_scale
         group["weight_decay"] = weight_decay if self.kind.decays else 0.0
@@ -310,10 +312,10 @@ def _make_part(
     flat: Flat | None,
     betas: tuple[float, float],
     eps: float,
-) -> _Part:
+) -> Part:
     maker = OPTIMIZERS[kind.optimizer]
     singles = flat.singles() if flat and not maker.is_elementwise else []
     whole = [flat.master] if flat else parameters
     optimizer = maker.make(singles or whole, betas, eps)
     holder = torch.optim.SGD(whole, lr=0.0) if singles else optimizer
-    return _Part(kind, optimizer, holder, flat, singles)
+    return Part(kind, optimizer, holder, flat, singles)

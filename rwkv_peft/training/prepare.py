@@ -45,6 +45,7 @@ from rwkv_peft.training.describe import (
 )
 from rwkv_peft.training.folder import DEFAULT_FOLDER, Claim
 from rwkv_peft.training.graphs import GraphedStep, draws
+from rwkv_peft.training.hosted import HostOptimizer
 from rwkv_peft.training.infctx import InfctxStep
 from rwkv_peft.training.inputs import mark_file, require_kept_inputs
 from rwkv_peft.training.kinds import Grouping
@@ -308,7 +309,7 @@ def make_optimizer(
     if isinstance(strategy, DeepSpeed):
         optimizer: Optimizer = ZeroOptimizer(strategy, target.parameters, grouping, **options)
     else:
-        optimizer = Optimizer(
+        optimizer = (HostOptimizer if settings.optimizer_cpu else Optimizer)(
             target.parameters,
             grouping,
             **options,

@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from torch import nn
 
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.training import hosted
+from rwkv_peft.training.checkpoints import copy_to_host
+from rwkv_peft.training.hosted import HostOptimizer
 from rwkv_peft.training.kinds import Grouping
 from rwkv_peft.training.optim import Optimizer
 from rwkv_peft.training.optimizers import OPTIMIZERS
@@ -31,6 +34,96 @@ def make_optimizer(
     return Optimizer(
         trained, grouping, **{"betas": (0.9, 0.99), "eps": 1e-8, "grad_clip": 0.0, **changes}
     )
+
+
+def require_same(found: Any, expected: Any) -> None:
+    """Every tensor of two trees of containers has the same bits."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    elif isinstance(expected, Mapping):
+        assert found.keys() == expected.keys()
+        for key, x in expected.items():
+            require_same(found[key], x)
+    elif isinstance(expected, (list, tuple)):
+        for pair in zip(found, expected, strict=True):
+            require_same(*pair)
+    else:
+        assert found == expected
+
+
+class Left:
+    """Stands for the host: what was left there, as copies."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tensors: list[torch.Tensor] = []
+        monkeypatch.setattr(hosted, "leave_on_host", self._leave)
+
+    def _leave(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
+        self.tensors.append(x.clone())
+        return self.tensors[-1]
+
+    def has(self, x: torch.Tensor) -> bool:
+        return any(x is y for y in self.tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_is_left_on_the_host_is_stepped_and_saved_as_what_stays(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    left = Left(monkeypatch)
+    makers: dict[str, Any] = {"stays": Optimizer, "left": HostOptimizer}
+    found = {}
+    for way, make in makers.items():
+        generator = torch.Generator().manual_seed(0)
+        drawn = [torch.randn(shape, generator=generator) for shape in SHAPES]
+        trained = {f"{i}.weight": nn.Parameter(x.to(dtype)) for i, x in enumerate(drawn)}
+        options: Any = {"betas": (0.9, 0.99), "eps": 1e-8, "grad_clip": 1.0}
+        optimizer = make(trained, Grouping(optimizer=name), **options)
+        for step in range(2 * STEPS):
+            if step == STEPS:
+                state = copy.deepcopy(optimizer.state_dict())
+                trained = {n: nn.Parameter(x.detach().clone()) for n, x in trained.items()}
+                optimizer = make(trained, Grouping(optimizer=name), **options)
+                optimizer.load_state_dict(state)
+            drawn = [torch.randn(shape, generator=generator) for shape in SHAPES]
+            pairs = zip(trained.values(), drawn, strict=True)
+            optimizer.backward(torch.stack([(x.float() * y).sum() for x, y in pairs]).sum())
+            optimizer.clip()
+            optimizer.step(RATE)
+        found[way] = optimizer.state_dict()
+        states = [x for part in optimizer._parts for x in part.optimizer.state.values()]
+        large = [x for held in states for x in held.values() if torch.is_tensor(x)]
+        large = [x for x in large if x.numel() >= hosted.LEAST]
+        assert all(left.has(x) == (way == "left") for x in large)
+        assert large or name == "adafactor"
+        flats = [part.flat for part in optimizer._parts if part.flat]
+        assert all(left.has(flat.bits) == (way == "left") for flat in flats)
+    require_same(*found.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "lion"])
+def test_a_gpu_steps_what_is_left_on_the_host_with_the_same_bits(name: str) -> None:
+    device, found = torch.device("cuda"), []
+    for make in (Optimizer, HostOptimizer):
+        generator = torch.Generator(device).manual_seed(0)
+        x = nn.Parameter(torch.randn(2048, 2048, device=device, generator=generator).bfloat16())
+        optimizer = make(
+            {"x.weight": x}, Grouping(optimizer=name), betas=(0.9, 0.99), eps=1e-8, grad_clip=1.0
+        )
+        for _ in range(STEPS):
+            drawn = torch.randn(x.shape, device=device, generator=generator)
+            optimizer.backward((x.float() * drawn).sum())
+            optimizer.clip()
+            optimizer.step(RATE)
+        found.append(copy_to_host(optimizer.state_dict(), device))
+        held = [y for part in optimizer._parts for y in part.optimizer.state.values()]
+        torch.cuda.synchronize()
+        del drawn, optimizer, held, x
+    require_same(*found)
 
 
 def lion(values: list[torch.Tensor], gradients: list[list[torch.Tensor]]) -> None:
