@@ -256,7 +256,7 @@ def _parts_of_run(path: Path, kind: Kind, command: str, wants_adapter: bool) -> 
     result = find_result(path, kind, command, wants_adapter=wants_adapter)
     parts = find_parts(str(result), command)
     return parts._replace(
-        run=find_run(result), note=f"{describe_result(path, result)}{_on_base(parts)}"
+        run=find_run(result), note=f"{describe_result(path, result)}{describe_base(parts)}"
     )
 
 
@@ -289,7 +289,7 @@ def _with_base(path: str, kind: Kind, command: str) -> Parts:
         # a name that leads to another machine is not looked up
         if base and not base.startswith(("\\\\", "//")) and find_kind(base) == "model":
             parts = Parts(base, run=find_run(path), **{kind: path})
-            return parts._replace(note=f"{path} is {what}{_on_base(parts)}")
+            return parts._replace(note=f"{path} is {what}{describe_base(parts)}")
     line = _BASES.get(command, "rwkv-peft {command} BASE --{kind} {path}")
     missing = f" ({bases[0]}, which is not there)" if bases else ""
     raise ConfigError(
@@ -298,7 +298,8 @@ def _with_base(path: str, kind: Kind, command: str) -> Parts:
     )
 
 
-def _on_base(parts: Parts) -> str:
+def describe_base(parts: Parts) -> str:
+    """What is said of the base that an adapter or a state is used on, behind that."""
     return f", on its base {parts.model}" if parts.adapter or parts.state else ""
 
 
