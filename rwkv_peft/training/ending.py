@@ -21,7 +21,7 @@ PROGRAMS = {
     "gguf": "llama.cpp, Ollama, LM Studio, koboldcpp",
     "st": "Ai00",
     "bin": "rwkv.cpp",
-    "hf": "transformers",
+    "hf-fla": "flash-linear-attention",
 }
 # steps at each end of a run whose losses are averaged
 NUM_STEPS = 10

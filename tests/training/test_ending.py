@@ -64,7 +64,7 @@ def test_the_end_tells_of_loss_answers_and_files(
     programs = "llama.cpp, Ollama, LM Studio, koboldcpp"
     assert end[7] == (
         f"  an export opens in {programs}: rwkv-peft export {out} --to gguf; other programs: --to "
-        "st (Ai00), bin (rwkv.cpp), hf (transformers)"
+        "st (Ai00), bin (rwkv.cpp), hf-fla (flash-linear-attention)"
     )
     report = json.loads((out / "merge_report.json").read_text())
     said = [x for x in end if x.startswith("rounding: ")]
@@ -127,7 +127,7 @@ def test_the_end_names_exports_that_can_be_made_of_the_result(
     done = cli("train", base, dialogues, "--proj_dir", out, *limits)
     assert done.code == 0, done.err
     said = [x for x in done.err.splitlines() if f"rwkv-peft export {out} --to " in x]
-    named = re.findall(r"--to (\w+)|(\w+) \(", "".join(said))
+    named = re.findall(r"--to ([\w-]+)|([\w-]+) \(", "".join(said))
     found = [a or b for a, b in named]
     # each that there is, and none that would be refused
     assert set(found) == {x for x in PROGRAMS if version in FORMATS[x].versions}
