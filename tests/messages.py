@@ -43,6 +43,7 @@ NOT_SAID = {
     "cut safetensors",
     "cut zip",
     "data prepare",
+    "llama.cpp, Ollama, LM Studio, koboldcpp",
     "not dim",
     "not dim green",
     "old torch",

@@ -50,7 +50,7 @@ def run(line: str, folder: Path, given: str = "") -> subprocess.CompletedProcess
 def test_both_readmes_hold_the_same_commands() -> None:
     english, chinese = (blocks(page, "bash") for page in PAGES)
     assert english == chinese
-    assert len(commands("README.md")) == 18
+    assert len(commands("README.md")) == 19
 
 
 def test_the_commands_of_the_readme_run_in_their_order(

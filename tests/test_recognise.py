@@ -102,12 +102,15 @@ MAYBE_DATA |= {"module", "old module"}
 
 
 @pytest.mark.parametrize("case", [case for case in STRANGE if case not in MAYBE_DATA])
+@pytest.mark.parametrize("has_own_ending", [False, True])
 def test_data_that_is_none_is_called_what_it_is(
-    case: str, model_file: Path, tmp_path: Path, cli: Cli
+    case: str, has_own_ending: bool, model_file: Path, tmp_path: Path, cli: Cli
 ) -> None:
     make, what, advice = STRANGE[case]
     path = tmp_path / "given.jsonl"
     make(path)
+    if has_own_ending and case != "parquet":
+        path = path.rename(tmp_path / f"given.{recognise(path).name}")
     for line in (["train", model_file, path], ["data", path]):
         done = cli(*line)
         assert (done.code, done.err.count("\n")) == (2, 1), done.err

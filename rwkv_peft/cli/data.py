@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwkv_peft.cli.arguments import join_arguments, split_arguments
-from rwkv_peft.cli.given import find_kind
+from rwkv_peft.cli.given import find_kind, require_data
 from rwkv_peft.cli.legacy.data import translate_data
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import DataConfig
@@ -91,12 +91,7 @@ def _saved_settings(path: str) -> dict[str, Any]:
             )
         print_line(f"note: the data of the run {path}: {saved.get('data_file')}", file=sys.stderr)
         return saved
-    if kind in ("model", "adapter", "state", "checkpoint"):
-        raise ConfigError(
-            f"{path} is {'an adapter' if kind == 'adapter' else f'a {kind}'} and no data: "
-            f"rwkv-peft inspect {path} says what it holds, rwkv-peft data data.jsonl --load_model "
-            "model.pth what training would see"
-        )
+    require_data(path, "rwkv-peft data data.jsonl --load_model model.pth")
     return {}
 
 

@@ -6,7 +6,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rwkv_peft.cli.given import complete, require_model
+from rwkv_peft.cli.given import complete, require_data, require_model
 from rwkv_peft.cli.options import AdapterOptions
 from rwkv_peft.cli.parse import parse
 from rwkv_peft.config import DataConfig
@@ -88,6 +88,7 @@ def run(args: Sequence[str]) -> int:
     options = parse(EvalOptions, args, command="eval", positional=("load_model", "data_file"))
     if not options.data_file and not options.tasks:
         require_model(options.load_model, "eval")
+    require_data(options.data_file, "rwkv-peft eval model.pth data.jsonl")
     options.require_files()
     options = complete(options, "eval")
     found, lines = _evaluate(options)

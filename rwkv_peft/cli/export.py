@@ -8,6 +8,8 @@ from typing import Literal
 
 from rwkv_peft.cli.generate import choose_template
 from rwkv_peft.cli.given import (
+    Kind,
+    describe_base,
     describe_result,
     find_kind,
     find_parts,
@@ -78,17 +80,35 @@ def run(args: Sequence[str]) -> int:
     return 0
 
 
+def _find_finest(run: Path, kind: Kind, options: ExportOptions) -> Path:
+    """The newest result of a run: its adapter, as a merged file lacks what was rounded off.
+
+    The merged file where the adapter's base is not known or gone.
+    """
+    result = find_result(run, kind, "export", wants_adapter=True)
+    if options.base_model or not options.merge:
+        return result
+    try:
+        find_parts(str(result), "export")
+    except ConfigError:
+        return find_result(run, kind, "export")
+    return result
+
+
 def _complete(options: ExportOptions) -> ExportOptions:
     """The options with a run's newest result in its place, and with the base of an adapter."""
-    options = replace(options, source=find_whole(options.source))
+    options, note = replace(options, source=find_whole(options.source)), ""
     kind = find_kind(options.source)
     require_no_log(options.source, "export")
     if kind in ("run", "checkpoint"):
         run = Path(options.source)
-        result = find_result(run, kind, "export", wants_adapter=not options.merge)
-        print_line(f"note: {describe_result(run, result)}", file=sys.stderr)
+        result = _find_finest(run, kind, options)
+        note = describe_result(run, result)
         options, kind = replace(options, source=str(result)), find_kind(result)
     if kind == "adapter" and not options.base_model:
-        base = find_parts(options.source, "export").model
-        return replace(options, base_model=base)
+        parts = find_parts(options.source, "export")
+        note = f"{note}{describe_base(parts)}" if note else parts.note
+        options = replace(options, base_model=parts.model)
+    if note:
+        print_line(f"note: {note}", file=sys.stderr)
     return options

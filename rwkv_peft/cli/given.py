@@ -55,13 +55,14 @@ def find_kind(path: str | Path) -> Kind:
     A file of an adapter's folder stands for the adapter, see `find_whole`.
     """
     path = Path(find_whole(str(path)))
-    if path.is_dir():
-        return _kind_of_folder(path)
-    if not path.is_file():
-        return "other"
     try:
+        if path.is_dir():
+            return _kind_of_folder(path)
+        if not path.is_file():
+            return "other"
         kind = recognise(path)
     except OSError:
+        # or no name at all, as a long list of files
         return "other"
     if kind not in (TORCH, OLD_TORCH, SAFETENSORS):
         return "other"
@@ -172,6 +173,21 @@ def require_model(path: str, command: str) -> None:
         raise ConfigError(f"no model given: rwkv-peft {command} model.pth {path}")
 
 
+def require_data(path: str, line: str) -> None:
+    """Raises ConfigError if what stands in the place of data is a model or a result of training.
+
+    Args:
+        line: with data in its place, for the message.
+    """
+    kind = find_kind(path) if path else "other"
+    if kind != "other":
+        what = {"adapter": "an adapter", "run": "the folder of a run"}.get(kind, f"a {kind}")
+        raise ConfigError(
+            f"{path} is {what} and no data: rwkv-peft inspect {path} says what it holds, and data "
+            f"is given as in {line}"
+        )
+
+
 def require_no_log(path: str, command: str) -> None:
     """Raises ConfigError if a file is one that a run writes beside its results."""
     folder = Path(path).parent
@@ -204,16 +220,28 @@ def find_run(path: str | Path) -> Path | None:
 
 
 def _kind_of_folder(path: Path) -> Kind:
-    known = ("config.yaml", "manifest.json", _ADAPTER, ".run.lock")
+    known = ("config.yaml", "config.json", "manifest.json", _ADAPTER, ".run.lock")
     if not any((path / name).is_file() for name in known):
         return "other"
     from rwkv_peft.training.folder import find_holder, read_settings
 
     if (path / _ADAPTER).is_file():
         return "adapter"
-    if (path / "manifest.json").is_file():
+    # others have a manifest.json too
+    if (path / "manifest.json").is_file() and (path / "run.json").is_file():
         return "checkpoint"
-    return "run" if read_settings(path) is not None or find_holder(path) else "other"
+    if read_settings(path) is not None or find_holder(path):
+        return "run"
+    return "model" if _is_model_folder(path) else "other"
+
+
+def _is_model_folder(path: Path) -> bool:
+    from rwkv_peft.exports.opened import is_model_folder
+
+    try:
+        return is_model_folder(path)
+    except CheckpointError:
+        return False
 
 
 def find_result(path: Path, kind: Kind, command: str, *, wants_adapter: bool = False) -> Path:
@@ -256,7 +284,7 @@ def _parts_of_run(path: Path, kind: Kind, command: str, wants_adapter: bool) -> 
     result = find_result(path, kind, command, wants_adapter=wants_adapter)
     parts = find_parts(str(result), command)
     return parts._replace(
-        run=find_run(result), note=f"{describe_result(path, result)}{_on_base(parts)}"
+        run=find_run(result), note=f"{describe_result(path, result)}{describe_base(parts)}"
     )
 
 
@@ -289,7 +317,7 @@ def _with_base(path: str, kind: Kind, command: str) -> Parts:
         # a name that leads to another machine is not looked up
         if base and not base.startswith(("\\\\", "//")) and find_kind(base) == "model":
             parts = Parts(base, run=find_run(path), **{kind: path})
-            return parts._replace(note=f"{path} is {what}{_on_base(parts)}")
+            return parts._replace(note=f"{path} is {what}{describe_base(parts)}")
     line = _BASES.get(command, "rwkv-peft {command} BASE --{kind} {path}")
     missing = f" ({bases[0]}, which is not there)" if bases else ""
     raise ConfigError(
@@ -298,7 +326,8 @@ def _with_base(path: str, kind: Kind, command: str) -> Parts:
     )
 
 
-def _on_base(parts: Parts) -> str:
+def describe_base(parts: Parts) -> str:
+    """What is said of the base that an adapter or a state is used on, behind that."""
     return f", on its base {parts.model}" if parts.adapter or parts.state else ""
 
 

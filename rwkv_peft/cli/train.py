@@ -15,6 +15,7 @@ from rwkv_peft.cli.given import (
     find_kind,
     find_parts,
     find_run,
+    require_data,
     require_model,
     require_no_log,
 )
@@ -124,6 +125,8 @@ def _take_given(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     An adapter, a state or the result of a run is trained further, in the run's template.
     """
     first, notes = config.load_model, []
+    for path in (config.data_file, config.val_file):
+        require_data(path, "rwkv-peft train model.pth data.jsonl")
     if config.load_adapter:
         line = f"rwkv-peft train {first or 'BASE'} {config.data_file or 'data.jsonl'}"
         added, note = find_added(config.load_adapter, "load_adapter", line)

@@ -105,7 +105,8 @@ def _find_sound(data_file: str, data_type: str) -> list[Source]:
 def _require_kind(source: Source) -> None:
     """Raises ConfigError if a file of data is something else by its first bytes."""
     allowed = {"text", "json", "utf-16", "unknown", "empty", "folder", "special"}
-    allowed |= {source.kind, Path(source.path).suffix.lower().removeprefix(".")}
+    ending = Path(source.path).suffix.lower()
+    allowed |= {source.kind, ending.removeprefix(".") if ending in _ENDINGS else ""}
     allowed |= {"html"} if source.kind in TEXT_TYPES else set()
     for file in source.files if source.kind == "binidx" else [Path(source.path)]:
         kind = recognise(file)
@@ -143,6 +144,11 @@ def _find(name: str, data_type: str) -> Source | None:
     if not name:
         return None
     path = Path(name)
+    try:
+        path.exists()
+    except OSError:
+        # a list of several may be longer than any name
+        return None
     kind = data_type if data_type in (*TOKEN_TYPES, *TEXT_TYPES) else ""
     stem = name.removesuffix(path.suffix) if path.suffix in (".bin", ".idx") else name
     # a file of exactly this name comes before a pair, unless --data_type asks for the pair

@@ -51,7 +51,11 @@ class Answer(NamedTuple):
 
 def is_choice_file(path: str | Path) -> bool:
     """Whether the first row of a file has a question, choices and an answer."""
-    row = next((_parse(x.content) for x in read_rows(path)), None)
+    try:
+        row = next((_parse(x.content) for x in read_rows(path)), None)
+    except DataError:
+        # who reads all of it says which row
+        return False
     return isinstance(row, dict) and set(KEYS) <= set(row)
 
 

@@ -56,7 +56,7 @@ class ExportReport:
 
     def lines(self) -> list[str]:
         """All of it for a person."""
-        wrote = f"wrote {' and '.join(map(str, self.files))}"
+        wrote = f"wrote {', '.join(map(str, self.files))}"
         return [wrote, f"check: {self.checked}", *(f"note: {remark}" for remark in self.remarks)]
 
 
@@ -99,7 +99,9 @@ def export(
     dtype = _choose_dtype(kind, to, dtype)
     inputs = [source, base_model] if base_model else [source]
     kept = "" if dtype == "keep" else f"-{dtype}"
-    output = Path(output or f"{safe_stem(source)}{kept}{kind.ending or f'-{to}'}")
+    # a merged adapter is a whole model
+    stem = safe_stem(source).removesuffix("-adapter" if merge else "")
+    output = Path(output or f"{stem}{kept}{kind.ending or f'-{to}'}")
     _require_output(output, kind, inputs, overwrite)
     require_sums(*inputs)
     hints = hints or LegacyAdapterHints()

@@ -6,7 +6,7 @@ and `utils/convert_from_rwkv7.py` and `configuration_rwkv7.py` of flash-linear-a
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,23 @@ FILES = (
 LARGEST_SHARD = 5_000_000_000
 # bytes of a config or an index; a large index has some hundred thousand
 LARGEST_CONFIG = 16 << 20
+EPS = 1e-5
 _UNREAD = frozenset(f"blocks.0.att.v{n}" for n in "012")
 _HEAD = rule("head.weight", "head.weight")
 NATIVE = Layout((_HEAD,), "model.", _UNREAD)
-# as an earlier form of the same had it
-_NATIVE_OF_OLD = Layout((_HEAD, rule("emb.weight", "rwkv7.embeddings.weight")), "rwkv7.", _UNREAD)
+
+
+def _native_of(prefix: str) -> Layout:
+    """A native layout as it is read: forms differ in the embedding's name, and some have the
+    low-rank maps as linear layers.
+    """
+    maps = (f"blocks.{{i}}.att.{x}{n}" for x in "wavg" for n in "12")
+    linear = (rule(name, f"{prefix}{name}.weight", TRANSPOSED) for name in maps)
+    return Layout((_HEAD, rule("emb.weight", f"{prefix}embeddings.weight"), *linear), prefix)
+
+
+# what begins the names of the forms of the native layout
+_NATIVES = {prefix: _native_of(prefix) for prefix in ("model.", "rwkv7.")}
 
 
 def _block(official: str, foreign: str, form: Form = SAME) -> Rule:
@@ -76,6 +88,33 @@ FLA = Layout(
 )  # fmt: skip
 
 
+# fla had the vectors of the token shift in one tensor at first
+_STACKED = Form(
+    lambda xs, i: torch.cat([x.reshape(1, -1) for x in xs]),
+    lambda x, i, n: tuple(row.view(1, 1, -1) for row in x),
+)
+_SHIFTS = tuple(f"blocks.{{i}}.att.x_{x}" for x in "rwkvag")
+_FLA_OF_ANY_TIME = Layout(
+    (*FLA.rules, Rule(_SHIFTS, "model.layers.{i}.attn.x_x", _STACKED)), None, _UNREAD
+)
+# keys of a config by which programs compute, with what RWKV-7 has
+ARITHMETIC = {
+    "norm_eps": EPS, "layer_norm_epsilon": EPS, "group_norm_epsilon": 64 * EPS, "norm_bias": True,
+    "norm_first": True, "hidden_act": "sqrelu", "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def find_layout(names: Collection[str]) -> Layout | None:
+    """The layout of tensors with these names, whatever form of it; None if it is another."""
+    ends = {"model.embeddings.weight", "lm_head.weight"}
+    if any(name.startswith("model.layers.") for name in names) and not ends.isdisjoint(names):
+        return _FLA_OF_ANY_TIME
+    for prefix, layout in _NATIVES.items():
+        if f"{prefix}emb.weight" in names or f"{prefix}embeddings.weight" in names:
+            return layout
+    return None
+
+
 def make_config(model_config: ModelConfig, dtype: str, *, is_fla: bool) -> dict[str, Any]:
     """The content of config.json."""
     ranks, D = model_config.ranks, model_config.n_embd
@@ -111,15 +150,15 @@ def make_config(model_config: ModelConfig, dtype: str, *, is_fla: bool) -> dict[
             "value_dim": [D] * model_config.n_layer,
             "norm_first": True,
             "norm_bias": True,
-            "norm_eps": 1e-5,
+            "norm_eps": EPS,
             "fuse_norm": True,
         }
     return config | {
         "head_size": model_config.head_size,
         "value_low_rank_dim": ranks["v"],
         "deep_embedding_size": None,
-        "layer_norm_epsilon": 1e-5,
-        "group_norm_epsilon": 64e-5,
+        "layer_norm_epsilon": EPS,
+        "group_norm_epsilon": 64 * EPS,
         "rescale_every": 0,
         "embedding_layer_norm_fused": False,
         "wkv_mode": "fp32io16",
@@ -241,11 +280,13 @@ def read(folder: Path) -> dict[str, Stored]:
             f"{folder} has blocks.0.ln0 folded into its embedding, which cannot be taken out: give "
             "the official file"
         )
-    if "lm_head.weight" in tensors:
-        layout = FLA
-    else:
-        is_old = any(name.startswith("rwkv7.") for name in tensors)
-        layout = _NATIVE_OF_OLD if is_old else NATIVE
+    for key, value in ARITHMETIC.items():
+        if config.get(key) not in (None, value):
+            raise CheckpointError(
+                f"{folder}: {CONFIG} says {key} {str(config[key])[:80]}, and RWKV-7 is computed "
+                f"with {value}: give the official .pth"
+            )
+    layout = find_layout(tensors) or NATIVE
     found = sort_official(layout.to_official(all_mapped(tensors), 0, folder))
     _require_as_configured(folder, config, found)
     return found

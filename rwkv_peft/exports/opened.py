@@ -34,11 +34,7 @@ def to_official(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """
     if st.is_layout(tensors, path):
         return {name: x.whole() for name, x in st.to_official(tensors).items()}
-    if "model.embeddings.weight" in tensors:
-        layout = hf.FLA
-    elif "model.emb.weight" in tensors and "head.weight" in tensors:
-        layout = hf.NATIVE
-    else:
+    if (layout := hf.find_layout(tensors)) is None:
         return dict(tensors)
     found = hf.sort_official(layout.to_official(all_mapped(tensors), 0, path))
     return {name: x.whole() for name, x in found.items()}

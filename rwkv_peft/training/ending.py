@@ -2,16 +2,27 @@
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from rwkv_peft.checkpoint.pth import infer_model_config, read_weights
 from rwkv_peft.checkpoint.report import REPORT, TOLERABLE
+from rwkv_peft.errors import RwkvPeftError
+from rwkv_peft.exports.formats import FORMATS
 from rwkv_peft.printing import duration
 from rwkv_peft.training.metrics import LOSSES
 from rwkv_peft.training.recorder import Result
 
 # characters of an answer
 SHOWN = 300
+# formats of exports that the end of a run names, with programs that open them
+PROGRAMS = {
+    "gguf": "llama.cpp, Ollama, LM Studio, koboldcpp",
+    "st": "Ai00",
+    "bin": "rwkv.cpp",
+    "hf-fla": "flash-linear-attention",
+}
 # steps at each end of a run whose losses are averaged
 NUM_STEPS = 10
 
@@ -50,16 +61,18 @@ def _describe_files(result: Result) -> Iterator[str]:
     if weights or adapter:
         yield f"talk with it: {_command('chat', result.proj_dir)}"
     if weights and settings and settings.peft == "state":
-        yield f"  {weights}: the state alone, for RWKV-Runner and Ai00 beside its base"
+        yield f"  {weights}: the state alone, for RWKV-Runner and the rwkv package beside its base"
         if settings.train_type == "fullstate":
             yield (
                 "  it also holds the vectors before the first token, which other programs do not "
                 "read: they want plain states, of --train_type state"
             )
+        else:
+            yield from _describe_exports(result, ["st"])
     elif weights:
         yield (
-            f"  {weights}: the whole tuned model, for RWKV-Runner, Ai00, the rwkv package and all "
-            "that opens its base"
+            f"  {weights}: the whole tuned model, for RWKV-Runner, the rwkv package and all that "
+            "opens its base"
         )
     if adapter:
         yield (
@@ -67,8 +80,26 @@ def _describe_files(result: Result) -> Iterator[str]:
             f"{_command('chat', adapter)}, and {_command('train', adapter)} data.jsonl trains it "
             "further"
         )
+    if (weights or adapter) and settings and settings.peft != "state":
+        # the base may have gone meanwhile
+        with suppress(RwkvPeftError, OSError):
+            version = infer_model_config(read_weights(settings.load_model)).version
+            held = [name for name in PROGRAMS if version in FORMATS[name].versions]
+            yield from _describe_exports(result, held)
     if result.best and (best := result.best.weights or result.best.adapter):
         yield f"  {best}: the best evaluation: {_command('chat', best)}"
+
+
+def _describe_exports(result: Result, formats: Sequence[str]) -> Iterator[str]:
+    """The command that writes a result for each program that cannot open it as it is."""
+    if formats:
+        first, *others = formats
+        line = f"  an export opens in {PROGRAMS[first]}: "
+        line += _command("export", result.proj_dir, "--to", first)
+        if others:
+            named = ", ".join(f"{name} ({PROGRAMS[name]})" for name in others)
+            line += f"; other programs: --to {named}"
+        yield line
 
 
 def _describe_rounding(result: Result) -> Iterator[str]:

@@ -48,6 +48,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     }.items():
         code = main(["train", "model.pth", "data.jsonl", "--proj_dir", name, *flags, *common])
         assert code == 0
+    for to, output in {"hf": "hf", "hf-fla": "fla", "st": "model.st"}.items():
+        assert main(["export", "model.pth", "--to", to, "--output", output]) == 0
+    assert main(["export", "state", "--to", "st", "--output", "s.state"]) == 0
     yield folder
     os.chdir(before)
 
@@ -67,6 +70,10 @@ KINDS = {
     "adapter/rwkv-1-adapter/adapter_model.safetensors": "adapter",
     "adapter/rwkv-1-adapter/adapter_config.json": "adapter",
     "adapter/config.yaml": "other",
+    "hf": "model",
+    "fla": "model",
+    "model.st": "model",
+    "s.state": "state",
 }
 
 
@@ -212,10 +219,17 @@ REST = {
 }
 # commands that cannot use a kind as it is, with what they say of it
 REFUSED = {
-    "model.pth": {
-        "merge": "model.pth is a whole model: rwkv-peft merge model.pth ADAPTER --output O",
-        "convert": "model.pth is a whole model: rwkv-peft export",
-        "data": "model.pth is a model and no data",
+    **{
+        x: {
+            "merge": f"{x} is a whole model: rwkv-peft merge {x} ADAPTER --output O",
+            "convert": f"{x} is a whole model: rwkv-peft export",
+            "data": f"{x} is a model and no data",
+        }
+        for x in ("model.pth", "model.st", "hf", "fla")
+    },
+    "s.state": {
+        **dict.fromkeys(REST, "s.state is a state, which needs the model that it was trained on"),
+        **{"inspect": "", "export": "", "data": "is a state and no data"},
     },
     "full": {
         "merge": "full has no adapter: full/rwkv-1.pth is a whole model already",
@@ -258,6 +272,61 @@ def test_every_command_uses_each_kind_or_says_what_to_do(
         assert wanted in done.err
         assert re.match("错误：.*[一-鿿]{4}", cli(command, first, *rest, "--lang", "zh").err)
     else:
+        assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("base", ["hf", "fla", "model.st"])
+@pytest.mark.parametrize("peft", ["lora", "state"])
+def test_what_is_trained_on_a_base_in_another_layout_finds_it_again(
+    base: str, peft: str, work: Path, cli: Cli, tmp_path: Path
+) -> None:
+    limits = ("--epoch_count", 1, "--epoch_steps", 1, "--accelerator", "cpu", "--merge", 0)
+    out = tmp_path / "out"
+    done = cli("train", base, "data.jsonl", "--peft", peft, "--proj_dir", out, *limits)
+    assert done.code == 0, done.err
+    for first in (out, out / ("rwkv-0.pth" if peft == "state" else "rwkv-0-adapter")):
+        done = cli("generate", first, "--prompt", "a", "--max_tokens", 1)
+        assert done.code == 0 and f"on its base {base}" in done.err, done.err
+
+
+# what stands where data belongs -> what it is called
+NO_DATA = {
+    "model.pth": "a model",
+    "hf": "a model",
+    "model.st": "a model",
+    "merged": "the folder of a run",
+    "merged/rwkv-1-adapter": "an adapter",
+    "state/rwkv-1.pth": "a state",
+}
+
+
+@pytest.mark.parametrize("path", NO_DATA)
+@pytest.mark.parametrize(
+    "line",
+    ["train model.pth {}", "train model.pth data.jsonl --val_file {}", "eval model.pth {}"],
+)
+def test_what_is_no_data_is_named_where_data_belongs(
+    path: str, line: str, work: Path, cli: Cli
+) -> None:
+    words = line.format(path).split()
+    done = cli(*words)
+    assert done.code == 2 and done.err.count("\n") == 1, done.err
+    wanted = f"{path} is {NO_DATA[path]} and no data: rwkv-peft inspect {path} says what it holds"
+    assert wanted in done.err and f"rwkv-peft {words[0]} model.pth data.jsonl" in done.err
+    assert re.match("错误：.*[一-鿿]{4}", cli(*words, "--lang", "zh").err)
+
+
+def test_a_list_of_data_may_be_longer_than_a_name_and_a_folder_have_any_manifest(
+    work: Path, cli: Cli, tmp_path: Path
+) -> None:
+    (tmp_path / "rows").mkdir()
+    shutil.copy("data.jsonl", tmp_path / "rows")
+    (tmp_path / "rows" / "manifest.json").write_text("{}")
+    rows = json.loads(cli("data", "data.jsonl", "--json").out)["num_rows"]
+    assert find_kind(tmp_path / "rows") == "other"
+    for data, count in ((",".join(["data.jsonl"] * 40), 40),):
+        assert json.loads(cli("data", data, "--json").out)["num_rows"] == count * rows
+        done = cli("train", "model.pth", data, "--proj_dir", tmp_path / "o", "--dry_run")
         assert done.code == 0, done.err
 
 
@@ -363,7 +432,8 @@ def test_the_newest_result_is_that_of_the_last_epoch_or_of_a_later_stop(
     assert "rwkv-11-adapter" in cli(*line).err
     stopped = run / "checkpoints" / "step-000100"
     shutil.copytree(run / "rwkv-1-adapter", stopped / "rwkv-adapter")
-    (stopped / "manifest.json").write_text("{}")
+    for name in ("manifest.json", "run.json"):
+        (stopped / name).write_text("{}")
     os.utime(stopped / "rwkv-adapter", (4e9, 4e9))
     assert "step-000100/rwkv-adapter" in cli(*line).err
     assert "step-000100/rwkv-adapter" in cli("generate", stopped, *line[2:]).err

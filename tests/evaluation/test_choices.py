@@ -102,6 +102,15 @@ def test_a_row_that_is_no_question_is_named(
         list(read_questions(path))
 
 
+def test_a_file_whose_first_row_is_broken_is_named(
+    model_file: Path, tmp_path: Path, cli: Callable[..., SimpleNamespace]
+) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"text": \n{"text": "a"}\n')
+    done = cli("eval", model_file, path)
+    assert done.code == 2 and f"{path}:1: not JSON" in done.err
+
+
 @pytest.mark.parametrize("answer", [2, "C", "c", "2", "字"])
 def test_an_answer_is_a_number_a_letter_or_a_text(answer: object, tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"

@@ -15,6 +15,7 @@ RWKV6 = {"version": "x060", "dim_ffn": 448, "ranks": {"maa": 32, "decay": 64}}
 RWKV5 = {"version": "x052", "dim_ffn": 448, "ranks": {}}
 MODELS = {"x070": {"n_layer": 3, "has_first_value_mix": True}, "x060": RWKV6, "x052": RWKV5}
 MODELS |= {version: RWKV5 | {"version": version} for version in ("x051", "x050")}
+FP32 = ("--dtype", "fp32")
 # what the format holds all numbers of: the dtype of the file, and what is asked for
 EXACT = {
     "gguf": [(torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")],
@@ -126,6 +127,34 @@ def test_an_adapter_is_merged_on_its_way(
     # a run stands for its last epoch
     export(run, "pth", tmp_path / "two.pth")
     assert (tmp_path / "two.pth").read_bytes() == (run / "rwkv-0.pth").read_bytes()
+
+
+def test_an_export_of_a_run_has_what_its_merged_file_lost_by_rounding(
+    make_model_file: Callable[..., Path],
+    make_data_file: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = make_model_file()
+    line = ["train", str(base), str(make_data_file()), "--proj_dir", "run", "--epoch_count", "1"]
+    assert main([*line, "--ctx_len", "32", "--lr_init", "1e-5"]) == 0
+    # what was learned is smaller than a step of bf16
+    wanted = read_weights(export(tmp_path / "run/rwkv-0-adapter", "pth", tmp_path / "a.pth", *FP32))
+    merged = read_weights("run/rwkv-0.pth")
+    assert any((x - merged[name].float()).abs().max() > 0 for name, x in wanted.items())
+    capsys.readouterr()
+    assert main(["export", "run", "--to", "pth", *FP32]) == 0
+    assert f"run/rwkv-0-adapter, on its base {base}" in capsys.readouterr().err
+    # named as what it is, a whole model
+    found = read_weights("run-rwkv-0-fp32.pth")
+    assert all(torch.equal(found[name], x) for name, x in wanted.items())
+    # without the base the merged file is what there is
+    base.rename("moved.pth")
+    assert main(["export", "run", "--to", "pth", *FP32, "--overwrite", "1"]) == 0
+    found = read_weights("run-rwkv-0-fp32.pth")
+    assert all(torch.equal(found[name], x.float()) for name, x in merged.items())
 
 
 def test_large_models_are_split_into_shards_that_are_read_together(

@@ -1,6 +1,7 @@
 """What is said at the end of a run."""
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,13 @@ import pytest
 import rwkv_peft
 from rwkv_peft.data.documents import Documents
 from rwkv_peft.data.tokenizer import Tokenizer
+from rwkv_peft.exports.formats import FORMATS
 from rwkv_peft.generation.chat import Chat
 from rwkv_peft.generation.sampling import Sampling
 from rwkv_peft.printing import escape
 from rwkv_peft.training.answers import find_question
-from rwkv_peft.training.ending import read_losses
+from rwkv_peft.training.ending import PROGRAMS, read_losses
+from tests.exports.test_round_trips import MODELS
 
 Cli = Callable[..., SimpleNamespace]
 
@@ -58,6 +61,11 @@ def test_the_end_tells_of_loss_answers_and_files(
     assert end[4] == f"talk with it: rwkv-peft chat {out}"
     assert end[5].startswith(f"  {out / 'rwkv-5.pth'}: the whole tuned model")
     assert end[6].startswith(f"  {out / 'rwkv-5-adapter'}: the adapter alone")
+    programs = "llama.cpp, Ollama, LM Studio, koboldcpp"
+    assert end[7] == (
+        f"  an export opens in {programs}: rwkv-peft export {out} --to gguf; other programs: --to "
+        "st (Ai00), bin (rwkv.cpp), hf-fla (flash-linear-attention)"
+    )
     report = json.loads((out / "merge_report.json").read_text())
     said = [x for x in end if x.startswith("rounding: ")]
     assert bool(said) == (report["relative_error"] > 0.05)
@@ -94,11 +102,38 @@ def test_a_states_end_names_its_file_and_who_reads_it(
     limits = ("--epoch_count", 1, "--train_type", train_type, "--accelerator", "cpu")
     done = cli("train", model_file, dialogues, "--proj_dir", tmp_path / "out", *limits)
     assert done.code == 0, done.err
-    assert "rwkv-0.pth: the state alone, for RWKV-Runner and Ai00" in done.err
+    assert "rwkv-0.pth: the state alone, for RWKV-Runner and the rwkv package" in done.err
+    # of a full state there is no such file
+    command = f"an export opens in Ai00: rwkv-peft export {tmp_path / 'out'} --to st"
+    assert (command in done.err) == (train_type == "state")
     assert ("they want plain states, of --train_type state" in done.err) == (
         train_type == "fullstate"
     )
     assert "rounding: " not in done.err
+
+
+@pytest.mark.parametrize("version", ["x070", "x060", "x052", "x051", "x050"])
+@pytest.mark.parametrize("merge", [0, 1])
+def test_the_end_names_exports_that_can_be_made_of_the_result(
+    version: str,
+    merge: int,
+    cli: Cli,
+    make_model_file: Callable[..., Path],
+    dialogues: Path,
+    tmp_path: Path,
+) -> None:
+    base, out = make_model_file(**MODELS[version]), tmp_path / "out"
+    limits = ("--epoch_count", 1, "--merge", merge, "--accelerator", "cpu", "--peft", "lora")
+    done = cli("train", base, dialogues, "--proj_dir", out, *limits)
+    assert done.code == 0, done.err
+    said = [x for x in done.err.splitlines() if f"rwkv-peft export {out} --to " in x]
+    named = re.findall(r"--to ([\w-]+)|([\w-]+) \(", "".join(said))
+    found = [a or b for a, b in named]
+    # each that there is, and none that would be refused
+    assert set(found) == {x for x in PROGRAMS if version in FORMATS[x].versions}
+    for to in found[:1]:
+        output = tmp_path / f"x{FORMATS[to].ending}"
+        assert cli("export", out, "--to", to, "--output", output).code == 0
 
 
 def make_documents(text: str, weights: list[int] | None = None) -> tuple[Documents, Tokenizer]:
