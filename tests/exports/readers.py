@@ -84,6 +84,8 @@ class RwkvCpp:
 def web_rwkv_logits(path: Path, tokens: Sequence[int]) -> torch.Tensor:
     """Logits (T, V) of web-rwkv, by the wheel of web-rwkv-py, behind each token."""
     web_rwkv = pytest.importorskip("web_rwkv_py", reason="web-rwkv-py is not installed")
+    # read when a device is made: on several threads Mesa's lavapipe gives other logits each time
+    os.environ["LP_NUM_THREADS"] = "1"
     try:
         model = web_rwkv.Model(str(path), quant=0, quant_nf4=0)
     except ValueError as error:
