@@ -12,12 +12,16 @@ from rwkv_peft.data.documents import Documents
 _BLOCK = 1 << 20
 
 
-def hash_documents(documents: Documents) -> str:
+def hash_documents(documents: Documents | None) -> str:
     """64 hexadecimal digits that differ once a token, border, loss weight or state's name does.
+
+    "" for no documents.
 
     Files that give the same documents, by whatever names and in whatever format, are the same
     data. About a gigabyte a second.
     """
+    if documents is None:
+        return ""
     sha256 = hashlib.sha256()
     # of one type each, as a cache may keep them in a narrower one
     arrays: dict[str, tuple[NDArray[Any] | None, str]] = {

@@ -99,7 +99,7 @@ class Checkpoints:
         self._run, self._folder, self._settings = run, folder, settings
         self._base = fingerprint(read_weights(settings.load_model))
         self._versions = find_versions(run.device)
-        self._data = ""
+        self._data: dict[str, str] = {}
         self._writing: Future[Path] | None = None
         self._last_time = time.monotonic()
         self.last, self.step = last, run.progress.step
@@ -171,6 +171,7 @@ class Checkpoints:
         files = (saved.weights, saved.adapter) if saved else (None, None)
         return {
             "step": run.progress.step,
+            "micro_batches": len(run.plan.batches),
             "settings": {**asdict(self._settings), "resume": "", "resume_changes": []},
             "base": self._base,
             "versions": self._versions,
@@ -195,11 +196,18 @@ class Checkpoints:
             if not future.done():
                 future.set_exception(CheckpointError(f"cannot write {where}"))
 
+    def _hash_data(self) -> dict[str, str]:
+        validation = self._run.validation
+        return {
+            "data": hash_documents(self._run.plan.batches.documents),
+            "held_out": hash_documents(validation.documents if validation else None),
+        }
+
     def _write(self, tree: dict[str, Any], path: Path) -> Path:
-        self._data = self._data or hash_documents(self._run.plan.batches.documents)
+        self._data = self._data or self._hash_data()
         self._folder.flush()
         with atomic_folder(path) as new:
-            write_tree(new, {**tree, "data": self._data})
+            write_tree(new, {**tree, **self._data})
             if path.is_dir() and any(x.name not in FILES for x in path.iterdir()):
                 # of a course of the run that was given up: what was learned there stays
                 remove_checkpoint(path)

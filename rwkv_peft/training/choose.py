@@ -62,6 +62,14 @@ class Plan(NamedTuple):
     window: int
     steps: int
 
+    def steps_from(self, position: int) -> int:
+        """Optimizer steps from a place in the data to the end; none goes over an epoch's end."""
+        epoch, taken = divmod(position, self.micro_batches)
+        begun = -(-(self.micro_batches - taken) // self.window)
+        whole = -(-self.micro_batches // self.window)
+        left = self.settings.epoch_count - epoch
+        return begun + (left - 1) * whole if left > 0 else 0
+
 
 def choose(config: TrainConfig, facts: Facts) -> Plan:
     """Settings from what the user said and what is known; what was said is never changed.

@@ -45,6 +45,10 @@ def require_form(values: Mapping[str, Any], folder: Path) -> None:
             x is None or (isinstance(x, str) and _SAVED.fullmatch(x)) for x in values["saved"]
         ):
             raise ValueError(f"it names other files as saved: {str(values['saved'])[:80]}")
+        # which those of earlier versions do not hold
+        micro_batches = values.get("micro_batches", 1)
+        if type(micro_batches) is not int or micro_batches < 1:
+            raise ValueError("it counts no micro-batches")
         if not isinstance(values["saved_loss"], (int, float)):
             raise TypeError("saved_loss is no number")
         progress = values["run"]["progress"]

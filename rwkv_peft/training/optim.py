@@ -235,7 +235,7 @@ class Optimizer:
         for name, moments in state["moments"].items():
             shard, memory = self._shards.get(name), self._states[self._parameters[name]]
             memory.write(moments, self._device, shard)
-        self._scaler.load_state_dict(state["scaler"])
+        self._scaler.load_state_dict(state["scaler"] or self._scaler.state_dict())
 
     def _clip(self, parts: list["Part"]) -> Tensor:
         """Clips gradients together and gives their norm before that."""

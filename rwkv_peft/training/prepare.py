@@ -88,7 +88,7 @@ def prepare_run(
     strategy, folder = strategy or Strategy(), str(claim.path) if claim else DEFAULT_FOLDER
     facts = strategy.in_turn(partial(find_facts, config, base, folder, strategy.local_size))
     if start:
-        start.require_same(base, facts.documents)
+        start.require_same(base, facts.documents, facts.held_out)
     plan, strategy = choose_together(config, facts, strategy, fingerprint(base))
     settings, names = plan.settings, facts.documents.names
     validation = make_validation(plan, facts, strategy)

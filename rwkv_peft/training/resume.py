@@ -1,6 +1,6 @@
 """Going on with a run that stopped: which checkpoint, whether it is the same run, and its state."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ HARMLESS = {
     "load_model",
     *(f.name for f in fields(DataConfig)),
 }
-# those that say which documents are learned
+# those that say which documents there are
 _DATA = [f.name for f in fields(DataConfig) if f.name not in ("data_cache", "prepare_workers")]
 
 
@@ -75,10 +75,17 @@ class Start:
             return LogPlaces(Path(self.config.proj_dir), dict.fromkeys(LOGS, 0))
         return LogPlaces(self.folder.parent.parent, self.values["logs"])
 
-    def require_same(self, weights: Mapping[str, Tensor], documents: Documents) -> None:
+    def require_same(
+        self, weights: Mapping[str, Tensor], documents: Documents, held_out: Documents | None
+    ) -> None:
         """Raises ConfigError if these are not the base and the documents of the run."""
         self._require_base(weights)
-        self._require_data(documents)
+        chooses = ["val_split", "epoch_unit"]
+        if self.config.epoch_unit == "samples":
+            chooses.append("epoch_steps")
+        self._require_data("data", documents, "data_file", chooses)
+        if held_out is not None:
+            self._require_data("held_out", held_out, "val_file", ["val_file", "val_split"])
 
     def _require_base(self, weights: Mapping[str, Tensor]) -> None:
         now, then = fingerprint(weights), self.values.get("base")
@@ -89,23 +96,32 @@ class Start:
                 f"{then[:8]}): give that file, or allow it: --resume_changes load_model"
             )
 
-    def _require_data(self, documents: Documents) -> None:
-        then = self.values.get("data")
+    def _require_data(
+        self, what: str, documents: Documents, file: str, chooses: Sequence[str]
+    ) -> None:
+        """Raises ConfigError if documents are not those that a checkpoint has the hash of.
+
+        Args:
+            file: the setting that names their files.
+            chooses: further settings that say which documents they are.
+        """
+        then = self.values.get(what)
         if then is None or then == hash_documents(documents):
             return
         settings, config = self.values["settings"], asdict(self.config)
-        changed = [n for n in _DATA if n in settings and settings[n] != config[n]]
+        names = [*_DATA, *chooses]
+        changed = [n for n in names if n in settings and settings[n] != config[n]]
         # a file that was moved explains nothing
-        changed = [n for n in changed if n != "data_file"] or changed
-        if set(changed or _DATA) & set(self.config.resume_changes):
+        changed = [n for n in changed if n != file] or changed
+        if set(changed or names) & set(self.config.resume_changes):
             return
-        what = "a file of it was changed, or another version of the program reads it otherwise"
+        why = "a file of it was changed, or another version of the program reads it otherwise"
         if changed:
-            what = _name_changes({n: (config[n], settings[n]) for n in changed})
-        names = ",".join(changed or ["data_file"])
+            why = _name_changes({n: (config[n], settings[n]) for n in changed})
+        which = "the data is" if what == "data" else "the data of evaluations is"
         raise ConfigError(
-            f"--resume {self.folder}: the data is other than the run's: {what}. Give it as it was, "
-            f"or allow it: --resume_changes {names}"
+            f"--resume {self.folder}: {which} other than the run's: {why}. Give it as it was, "
+            f"or allow it: --resume_changes {','.join(changed or [file])}"
         )
 
     def restore(self, run: Run) -> None:
@@ -124,10 +140,9 @@ class Start:
                 f"was {saved.get(differ[0], 'not trained')}, {len(differ)} tensors differ: begin a "
                 "new run, or give the method and its options as they were"
             )
-        if not state["progress"]["step"] <= run.plan.steps:
-            raise CheckpointError(f"--resume {self.folder} is of more steps than the run has")
         with foreign_in_one_line(self.folder):
-            run.load_state_dict(state)
+            run.load_state_dict(self._leave_out(state, run))
+            self._find_place(run)
         weights, adapter = (x and Path(run.settings.proj_dir, x) for x in self.values["saved"])
         if weights or adapter:
             run.saved = Saved(weights, adapter)
@@ -140,6 +155,39 @@ class Start:
         step, steps = run.progress.step, run.plan.steps
         self.lines.extend(self._compare_versions(run))
         self.lines.append(f"resume: goes on after step {step:,} of {steps:,}, from {self.folder}")
+
+    def _find_place(self, run: Run) -> None:
+        """Counts in the micro-batches and the steps of the run as it was allowed to change."""
+        progress, plan = run.progress, run.plan
+        then, now = self.values.get("micro_batches", len(plan.batches)), len(plan.batches)
+        passes, taken = divmod(progress.position, then)
+        # what is learned twice does less harm than what is left out
+        progress.position = passes * now + taken * now // then
+        left = plan.steps_from(progress.position)
+        if not left and progress.step > plan.steps:
+            raise CheckpointError(
+                f"--resume {self.folder} is of more steps than the run has: give an earlier one, "
+                "or a larger --epoch_count"
+            )
+        run.plan = plan._replace(steps=progress.step + left)
+        if then != now:
+            count = counted(now, "micro-batch", "micro-batches")
+            self.lines.append(
+                f"resume: a pass over the data has {count} and had {then:,}: it goes on where "
+                f"{taken / then:.1%} of the pass are done"
+            )
+
+    def _leave_out(self, state: Mapping[str, Any], run: Run) -> Mapping[str, Any]:
+        """The state without what has no meaning since settings were allowed to change."""
+        then, now = self.values["settings"].get("optimizer"), run.settings.optimizer
+        if then not in (None, now):
+            state = {**state, "optimizer": {**state["optimizer"], "moments": {}}}
+            self.lines.append(f"resume: {now} begins without the moments of {then}")
+        evaluated = self.values.get("held_out")
+        if run.validation and evaluated not in (None, hash_documents(run.validation.documents)):
+            state = {**state, "validation": {}}
+            self.lines.append("resume: evaluations begin anew, as their data is another")
+        return state
 
     def _compare_versions(self, run: Run) -> Iterator[str]:
         now, then = find_versions(run.device), self.values["versions"]

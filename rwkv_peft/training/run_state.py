@@ -122,5 +122,6 @@ class Run:
         random = state["random"] if isinstance(state["random"], list) else [state["random"]]
         if len(random) == self.strategy.size:
             RandomGenerators(self.device).load_state_dict(random[self.strategy.rank])
-        if self.validation:
+        # that of a run that evaluated nothing is empty
+        if self.validation and state["validation"]:
             self.validation.load_state_dict(state["validation"])

@@ -190,6 +190,72 @@ def test_a_setting_named_may_change_and_one_that_changes_no_bit_needs_no_name(
     assert [x.name for x in checkpoint(config).parent.iterdir()] == ["step-000012"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "words", "steps"),
+    [
+        ("--optimizer muon", "muon begins without the moments of adamw", 8),
+        ("--optimizer adafactor", "adafactor begins without the moments of adamw", 8),
+        ("--precision fp16", "precision is fp16 and was fp32", 8),
+        # half of the last four micro-batches of two rows are left
+        ("--accumulate_grad_batches 2", "goes on after step 6 of 7", 7),
+        ("--micro_bsz 4", "has 2 micro-batches and had 4: it goes on where 50.0% of the pass", 7),
+        ("--micro_bsz 1", "has 8 micro-batches and had 4: it goes on where 50.0% of the pass", 10),
+        ("--val_split 0.3", "evaluations begin anew", 0),
+    ],
+)
+def test_what_is_allowed_by_name_goes_on_and_learns_all_that_is_left(
+    changes: str, words: str, steps: int, config: TrainConfig, cli: Cli
+) -> None:
+    line = [*flags(config), "--resume", "auto", *changes.split()]
+    done = cli("train", *line, "--resume_changes", changes[2:].partition(" ")[0])
+    assert done.code == 0 and words in done.err, done.err
+    assert not steps or len(losses(Path(config.proj_dir))) == steps
+    assert Path(config.proj_dir, "rwkv-1-adapter", "adapter_model.safetensors").exists()
+
+
+def test_rows_that_are_left_are_the_same_in_micro_batches_of_another_size(
+    config: TrainConfig, cli: Cli
+) -> None:
+    line = [*flags(config), "--resume", checkpoint(config), "--resume_changes"]
+    found = []
+    for name, value in (("micro_bsz", 4), ("accumulate_grad_batches", 2)):
+        assert cli("train", *line, name, f"--{name}", value).code == 0
+        found.append(losses(Path(config.proj_dir))[-1])
+    assert found[0].pop("loss") == pytest.approx(found[1].pop("loss"), rel=1e-6)
+    assert found[0]["tokens"] == found[1]["tokens"] and found[0]["lr"] == found[1]["lr"]
+
+
+def test_prompts_may_be_asked_from_a_checkpoint_on(
+    config: TrainConfig, cli: Cli, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("row 3:\n")
+    line = [*flags(config), "--resume", "auto", "--val_prompts", tmp_path / "prompts.txt"]
+    done = cli("train", *line, "--val_every_steps", 1, "--resume_changes", "val_every_steps")
+    assert done.code == 0, done.err
+    samples = Path(config.proj_dir, "val_samples.jsonl").read_text().splitlines()
+    assert [json.loads(x)["step"] for x in samples] == [6, 7, 8]
+
+
+def test_other_data_to_evaluate_on_is_refused_unless_allowed(
+    config: TrainConfig, cli: Cli, tmp_path: Path
+) -> None:
+    held_out = tmp_path / "held.jsonl"
+    shutil.copy(config.data_file, held_out)
+    run = tmp_path / "evaluated"
+    config = replace(config, proj_dir=str(run), val_file=str(held_out), val_every_steps=1)
+    assert train(config).best is not None
+    held_out.write_text(json.dumps({"text": "words and words"}) + "\n")
+    line = ["train", *flags(config), "--resume", checkpoint(config)]
+    done = cli(*line)
+    assert done.code == 2 and "the data of evaluations is other than the run's" in done.err
+    assert "--resume_changes val_file" in done.err
+    done = cli(*line, "--resume_changes", "val_file")
+    assert done.code == 0 and "evaluations begin anew, as their data is another" in done.err
+    # the loss on other documents is compared with none on those before
+    evaluations = [json.loads(x) for x in (run / "val_data.jsonl").read_text().splitlines()]
+    assert evaluations[-3]["step"] == 6 and evaluations[-3]["is_best"]
+
+
 def test_a_finished_run_says_so_and_touches_nothing(made: TrainConfig, cli: Cli) -> None:
     before = content_of(Path(made.proj_dir))
     done = cli("train", "--resume", checkpoint(made, 8))
