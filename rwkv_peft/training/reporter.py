@@ -33,15 +33,20 @@ class TensorBoard:
 
     package = "tensorboard"
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(Path(settings.proj_dir, "tensorboard")))
+        # what a run that was killed had written behind the place where it goes on is not shown
+        purged = first_step if first_step > 1 else 0
+        folder = str(Path(settings.proj_dir, "tensorboard"))
+        self._writer = SummaryWriter(folder, purge_step=purged)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Takes the figures of an optimizer step by their names."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+        # or a run that is killed would leave out what it has already made a checkpoint of
+        self._writer.flush()
 
     def close(self) -> None:
         """Writes what waits."""
@@ -53,7 +58,7 @@ class _Experiment:
 
     package = ""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, first_step: int) -> None:
         self._module = import_module(self.package)
         self._module.init(
             project=settings.wandb or PROJECT, config=asdict(settings), **self.options(settings)
@@ -128,7 +133,8 @@ def find_loggers(config: TrainConfig) -> list[str]:
 class Reporter:
     """Gives loggers what the run's own files hold; one that fails is left out from then on.
 
-    They begin after the first step, as all that a run writes does.
+    They begin after the first step, as all that a run writes does; a run that goes on reports from
+    there on.
     """
 
     def __init__(self, names: Iterable[str], say: Callable[[str], None]) -> None:
@@ -142,10 +148,12 @@ class Reporter:
         if self._names and not self._loggers:
             rate = measure_rate(run.device, run.settings.dtype)
             self._tokens_at_most = rate and run.settings.num_ranks * rate / count_flops(run)
+            # those before the last step were reported when they were made
+            self._evaluated = record.step - 2
         for name in list(self._names):
             if name not in self._loggers:
                 with self._harmless(name):
-                    self._loggers[name] = LOGGERS[name](run.settings)
+                    self._loggers[name] = LOGGERS[name](run.settings, record.step)
         described = describe_step(record, self._tokens_at_most)
         for step, values in (*self._find_evaluations(run), (record.step, described)):
             for name in list(self._names):
@@ -154,6 +162,8 @@ class Reporter:
 
     def end(self, run: Run) -> None:
         """Reports a last evaluation, and ends all loggers."""
+        if not self._loggers:
+            return
         for step, values in self._find_evaluations(run):
             for name in list(self._names):
                 with self._harmless(name):

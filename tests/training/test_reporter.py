@@ -1,7 +1,9 @@
 """Loggers get what the run's files hold, and no error of theirs ends a run."""
 
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -80,6 +82,31 @@ def test_a_service_gets_every_step_and_evaluation(
     assert {"train/lr", "train/grad_norm", "memory/peak_bytes"} <= set(values)
 
 
+def resumed(config: Callable[..., TrainConfig], name: str) -> TrainConfig:
+    """A finished run of eight steps with evaluations, to go on from its second."""
+    whole = config(report_to=[name], micro_bsz=4, epoch_count=2, save_every_steps=2, keep=0)
+    assert train(replace(whole, val_every_steps=1)).steps == 8
+    checkpoint = str(Path(whole.proj_dir, "checkpoints", "step-000002"))
+    return replace(whole, val_every_steps=1, resume=checkpoint)
+
+
+def test_a_run_that_goes_on_reports_from_there_on(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service("trackio")
+    monkeypatch.setitem(sys.modules, "trackio", service)
+    again = resumed(config, "trackio")
+    service.lines.clear()
+    train(again)
+    assert [step for step, values in service.lines if "train/loss" in values] == [3, 4, 5, 6, 7, 8]
+    # that after the last step is made up for
+    assert [step for step, values in service.lines if "val/loss" in values] == [2, 3, 4, 5, 6, 7, 8]
+    started = len(service.started)
+    train(replace(again, resume="auto"))
+    assert len(service.started) == started
+    assert "fails" not in Path(again.proj_dir, "train_log.txt").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
 def test_a_logger_that_fails_does_not_end_a_run(
     where: str, config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -107,6 +134,21 @@ def test_tensorboard_reads_what_was_written(
     assert [x.value for x in events.Scalars("val/loss")] == pytest.approx(
         [x.loss for x in result.evaluations], rel=1e-6
     )
+
+
+def test_tensorboard_shows_each_step_of_a_run_that_goes_on_once(
+    config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    # its files are ordered by the second in which they were begun
+    again = resumed(config, "tensorboard")
+    time.sleep(1.1)
+    train(again)
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
+    assert [x.step for x in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_logger_that_is_not_installed_is_one_line_before_training(
