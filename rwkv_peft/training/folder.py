@@ -86,10 +86,7 @@ class Claim:
         logs, results, _ = _list_contents(self.path)
         for path in (*logs, *results):
             if not self._is_template(path):
-                path.unlink()
-                for folder in path.parents[: len(path.relative_to(self.path).parts) - 1]:
-                    # stays if it holds a file of the user
-                    _remove_empty(folder)
+                _remove(path, self.path)
 
     def try_names(self, settings: Settings, endings: Collection[str]) -> None:
         """Makes files with the names that saving will use, and removes them.
@@ -181,6 +178,13 @@ def take_folder(
                 "another --proj_dir"
             ) from error
         yield Claim(path, overwrite=overwrite, inputs=inputs, goes_on=goes_on)
+
+
+def remove_results(folder: Path, stem: str) -> None:
+    """Removes weights, adapters and states that the run of a folder saved under a name."""
+    for path in _list_contents(folder).results:
+        if re.match(rf"{re.escape(stem)}[.-]", path.relative_to(folder).parts[0]):
+            _remove(path, folder)
 
 
 def new_folders(stem: str) -> Iterator[Path]:
@@ -366,6 +370,14 @@ def _is_state(path: Path) -> bool:
         return holds_state_alone(path)
     except CheckpointError:
         return False
+
+
+def _remove(path: Path, folder: Path) -> None:
+    """Removes a file of a run's folder, and what folders within that it leaves empty."""
+    path.unlink()
+    for within in path.parents[: len(path.relative_to(folder).parts) - 1]:
+        # stays if it holds a file of the user
+        _remove_empty(within)
 
 
 def _remove_empty(folder: Path) -> None:

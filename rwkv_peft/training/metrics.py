@@ -72,6 +72,9 @@ class RunFolder:
 
     def __init__(self, folder: str | Path, *, places: LogPlaces | None = None) -> None:
         self.path = Path(folder)
+        if places and places.folder.exists() and places.folder.samefile(self.path):
+            # however it was spelled
+            places = places._replace(folder=self.path)
         self._places = places
         self._files = {name: _GrowingFile(self.path / name) for name in LOGS}
         started = f"run begins {time.strftime('%Y-%m-%d %H:%M:%S')}"
@@ -122,6 +125,13 @@ class RunFolder:
         waiting, self._waiting = self._waiting[self._introduction if goes_on else 0 :], None
         for name, line in waiting:
             self._append(name, line)
+
+    def given_up(self, name: str) -> str:
+        """What a log of this folder holds behind the place where a run goes on."""
+        path = self._files[name].path
+        if not self._places or self._places.folder != self.path or not path.exists():
+            return ""
+        return path.read_bytes()[self._places.lengths.get(name, 0) :].decode(errors="replace")
 
     def lengths(self) -> dict[str, int]:
         """Bytes of each log so far, by name."""

@@ -73,7 +73,7 @@ class Start:
         """Where the logs stood."""
         if self.folder is None:
             return LogPlaces(Path(self.config.proj_dir), dict.fromkeys(LOGS, 0))
-        return LogPlaces(self.folder.parent.parent, self.values["logs"])
+        return LogPlaces(_spell_out(self.folder).parent.parent, self.values["logs"])
 
     def require_same(
         self, weights: Mapping[str, Tensor], documents: Documents, held_out: Documents | None
@@ -333,9 +333,14 @@ def _keep_steps(config: TrainConfig, settings: Mapping[str, Any], lines: list[st
 
 def _home(folder: Path) -> str:
     """The run's folder that a checkpoint lies in."""
-    if folder.absolute().parent.name != FOLDER:
+    if _spell_out(folder).parent.name != FOLDER:
         raise ConfigError(f"--resume {folder} lies in no run's folder: give --proj_dir")
-    return str(folder.parent.parent)
+    return str(_spell_out(folder).parent.parent)
+
+
+def _spell_out(folder: Path) -> Path:
+    """A checkpoint's folder by a path that names the run's, as . or ../step-2 does not."""
+    return folder if folder.parent.name == FOLDER else folder.resolve()
 
 
 def _find_changes(

@@ -95,8 +95,8 @@ def _lead(
             recorder.meet_end(run)
             go_on(run)
             actions = recorder.log, recorder.end_epoch, recorder.save_checkpoint, recorder.stop
-            # a run that is stopped, or resumed, makes up for its evaluation when it goes on
-            run_steps(run, (*actions, validator.after_step, reporter.after_step, go_on))
+            evaluation = validator.after_step, reporter.after_step
+            run_steps(run, (validator.begin, *actions, *evaluation, go_on))
             recorder.finish(run)
             # merges, which is not done beside another merge
             validator.end(run)

@@ -1,9 +1,11 @@
 """What happens at an evaluation: it is made, logged and shown, and the best model is kept."""
 
+import re
 from collections.abc import Callable
 
 from rwkv_peft.training.evaluate import undisturbed
-from rwkv_peft.training.metrics import RunFolder, StepRecord
+from rwkv_peft.training.folder import remove_results
+from rwkv_peft.training.metrics import EVALUATIONS, RunFolder, StepRecord
 from rwkv_peft.training.run_state import Run
 from rwkv_peft.training.validation import Evaluation, Sample
 
@@ -16,9 +18,17 @@ class Validator:
 
     def __init__(self, folder: RunFolder, say: Callable[[str], None]) -> None:
         self._folder, self._say = folder, say
+        # the best's files are of a later step than the run goes on from
+        self._is_given_up = bool(re.search(r'"is_best":\strue', folder.given_up(EVALUATIONS)))
+
+    def begin(self, run: Run, record: StepRecord) -> None:
+        """Removes the best of a course that was given up, before its evaluations are cut off."""
+        if self._is_given_up:
+            remove_results(self._folder.path, BEST)
+            self._is_given_up = False
 
     def after_step(self, run: Run, record: StepRecord) -> None:
-        """Evaluates when it is due, unless the run was stopped."""
+        """Evaluates when it is due; a run that was stopped makes up for it when it goes on."""
         if not run.stopped_by:
             self.evaluate(run)
 
@@ -41,9 +51,13 @@ class Validator:
         for sample in samples:
             self._say(_show(sample))
         if found and found.is_best:
+            self._is_given_up = False
             with undisturbed(run.model):
                 # merged once, at the end: a model may be large
-                run.target.save(self._folder.path / BEST, run.values, merges=False)
+                saved = run.target.save(self._folder.path / BEST, run.values, merges=False)
+            if not saved.weights:
+                # merged from the best that a run had ended with before it was resumed
+                (self._folder.path / f"{BEST}.pth").unlink(missing_ok=True)
         if validation.is_enough:
             patience = run.settings.early_stopping_patience
             self._say(f"stopped early: {patience} evaluations in a row were no better")
@@ -54,12 +68,15 @@ class Validator:
         if best is None:
             return
         line = f"best evaluation: loss {best.loss:.4f} after step {best.step:d}"
-        # a run that was resumed into another folder may have left its best where it was
-        if not run.stopped_by and any(self._folder.path.glob(f"{BEST}*")):
+        # a run that was resumed in another folder may have left its best where it was
+        has_files = any(self._folder.path.glob(f"{BEST}*"))
+        if not run.stopped_by and has_files:
             with undisturbed(run.model):
                 run.best = run.target.complete(self._folder.path / BEST)
             files = " and ".join(str(p) for p in (run.best.weights, run.best.adapter) if p)
             line = "; ".join((f"{line}, saved {files}", *run.best.remarks))
+        elif not has_files:
+            line += f"; it was made before the run was resumed, and {self._folder.path} has it not"
         self._say(line)
 
 

@@ -327,6 +327,35 @@ def test_a_copied_checkpoint_goes_on_in_a_folder_of_its_own(
     assert Path(other, adapter).read_bytes() == Path(made.proj_dir, adapter).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("within", "resume", "proj_dir"),
+    [
+        ("run/checkpoints/step-000006", ".", []),
+        ("run/checkpoints/step-000006", "../step-000006", []),
+        ("run/checkpoints", "step-000006", []),
+        ("run", "{run}/checkpoints/step-000006", ["--proj_dir", "."]),
+        (".", "./run/checkpoints/step-000006", ["--proj_dir", "{run}"]),
+    ],
+)
+def test_the_folder_of_a_run_is_found_however_it_is_spelled(
+    within: str,
+    resume: str,
+    proj_dir: list[str],
+    config: TrainConfig,
+    made: TrainConfig,
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = Path(config.proj_dir)
+    monkeypatch.chdir(run.parent / within)
+    line = ["--resume", resume, *proj_dir]
+    files = ["--load_model", config.load_model, "--data_file", config.data_file]
+    done = cli("train", *files, *(x.format(run=run) for x in line))
+    assert done.code == 0, done.err
+    assert losses(run) == losses(Path(made.proj_dir))
+    assert results(run) == results(Path(made.proj_dir))
+
+
 def test_a_full_disk_skips_a_checkpoint_or_stops_the_run_and_the_last_one_stays(
     config: TrainConfig, made: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -348,6 +348,34 @@ def test_a_resumed_run_evaluates_as_one_that_never_stopped(
     assert whole.evaluations and parts.best.adapter.exists()
 
 
+def test_the_best_of_a_course_that_was_given_up_is_not_taken_for_the_best(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    out, names = tmp_path / "out", ["lr_init", "lr_final", "val_every_steps"]
+    config = replace(config, lr_init=0.1, lr_final=0.1, epoch_count=4, merge=0)
+    first = train(replace(config, val_every_steps=1, save_every_steps=1, keep=0))
+    assert first.steps == 8 and first.evaluations[7].is_best and first.best
+
+    # the folder by another name is the same folder
+    options = {"proj_dir": str(out / ".." / "out"), "save_every_steps": 1, "keep": 0}
+
+    def go_on(step: int, rate: float, every: int) -> Result:
+        where = str(out / "checkpoints" / f"step-{step:06d}")
+        rates = {"lr_init": rate, "lr_final": rate, "val_every_steps": every}
+        return train(replace(config, **options, **rates, resume=where, resume_changes=names))
+
+    worse = go_on(5, 3.0, 100)
+    assert not worse.evaluations[-1].is_best and worse.best is None
+    assert not list(out.glob("rwkv-best*"))
+    log = (out / "train_log.txt").read_text(encoding="utf-8")
+    assert "after step 4; it was made before the run was resumed, and" in log
+
+    unmoved = go_on(2, 0.0, 1)
+    assert [x.step for x in unmoved.evaluations if x.is_best][-1] == 2 and unmoved.best
+    kept, last = read_adapter(unmoved.best.adapter), read_adapter(unmoved.adapter)
+    assert all(torch.equal(x, last.tensors[n]) for n, x in kept.tensors.items())
+
+
 def test_long_rows_are_evaluated_in_chunks_that_hand_the_state_on(run: Run) -> None:
     changes = {"merge": 0, "epoch_count": 1, "ctx_len": 128}
     whole = run(**changes).evaluations[-1]
