@@ -216,7 +216,8 @@ class Recorder:
         if not run.is_done:
             return
         if run.progress.step:
-            self.say(describe_end(run.plan.steps, run.settings.resume))
+            # not of the log, which is that of a run that never stopped
+            self._display.line(describe_end(run.plan.steps, run.settings.resume))
             return
         self._begin(run)
         files = self._save(run, f"rwkv-{run.settings.epoch_begin}")

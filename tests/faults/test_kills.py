@@ -1,9 +1,10 @@
 """SIGKILL at random moments: the run goes on each time, and ends as one that was never killed.
 
 Each run is a process of its own that kills itself, at a random time or before a random one of its
-operations on files: in training, in saving, in merging and in preparing data.
+operations on files: in training, in saving, in merging, in evaluating and in preparing data.
 """
 
+import json
 import multiprocessing
 import os
 import random
@@ -27,8 +28,10 @@ OPERATIONS = ("fsync", "rename", "replace", "unlink", "mkdir", "rmdir", "open", 
 
 def run_until_killed(config: TrainConfig, operation: int, seconds: float, answers: Any) -> None:
     """Trains, and dies before the file operation of this number, or after so many seconds."""
+    from rwkv_peft.training import samples
     from rwkv_peft.training.run import train
 
+    samples.NUM_TOKENS = 6
     count = 0
 
     def dying(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,6 +53,13 @@ def run_until_killed(config: TrainConfig, operation: int, seconds: float, answer
     started = time.monotonic()
     result = train(config)
     answers.put((result.steps, count, time.monotonic() - started))
+
+
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    """Evaluations and samples, without what is measured."""
+    names = ("val_data.jsonl", "val_samples.jsonl")
+    lines = [x for name in names for x in (folder / name).read_text().splitlines()]
+    return [{**json.loads(line), "t_cost": 0} for line in lines]
 
 
 class Campaign:
@@ -83,6 +93,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(
     tmp_path: Path,
 ) -> None:
     sizes = {"n_layer": 1, "n_embd": 64, "dim_att": 64, "dim_ffn": 128}
+    (tmp_path / "prompts.txt").write_text("row 3:\n")
+    held_out = make_data_file([f"row {i}: few words" for i in range(3)], name="held.jsonl")
     config = TrainConfig(
         load_model=str(make_model_file(**sizes)),
         data_file=str(make_data_file([f"row {i}: " + "words " * (1 + i % 3) for i in range(12)])),
@@ -99,6 +111,9 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(
         accelerator="cpu",
         random_seed=3,
         save_every_steps=2,
+        val_file=str(held_out),
+        val_every_steps=3,
+        val_prompts=str(tmp_path / "prompts.txt"),
     )
     campaign, rng, killed, number = Campaign(), random.Random(0), 0, 0
     steps, operations, seconds = campaign.run(config)
@@ -116,3 +131,4 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(
             killed += done is None
         assert done[0] == steps
         assert_same(Path(config.proj_dir), tmp_path / "whole")
+        assert evaluations(Path(config.proj_dir)) == evaluations(tmp_path / "whole")
