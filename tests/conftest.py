@@ -18,6 +18,11 @@ os.environ["LC_MESSAGES"] = "en"
 if os.environ.get("LC_ALL", "").startswith("zh"):
     del os.environ["LC_ALL"]
 
+# processes that test side by side, and those that they start, would be in each other's way
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from rwkv_peft.checkpoint.pth import write_weights
 from rwkv_peft.models import build
 from rwkv_peft.models.config import ModelConfig
