@@ -47,7 +47,9 @@ def install(
     def write(name: str, code: str) -> None:
         (tmp_path / f"{name}.py").write_text(code)
         monkeypatch.syspath_prepend(str(tmp_path))
-        monkeypatch.delitem(sys.modules, name, raising=False)
+        # set first, so that what is imported is forgotten again: other packages would find it
+        monkeypatch.setitem(sys.modules, name, sys)
+        monkeypatch.delitem(sys.modules, name)
 
     return write
 

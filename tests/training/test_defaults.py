@@ -45,6 +45,7 @@ def test_the_rate_rises_over_three_in_a_hundred_steps(steps: int, warmup: int) -
 def test_rows_are_as_long_as_memory_allows_up_to_what_official_files_know() -> None:
     values = {"precision": "bf16", "op": "triton", "micro_bsz": None, "peft": "lora"}
     values |= {"quant": "none", "quant_head": 0, "grad_cp": None, "optimizer": "adamw"}
+    values["optimizer_cpu"] = 0
     facts: Any = SimpleNamespace(
         model_config=make_model_config(
             n_layer=24, n_embd=2048, dim_att=2048, dim_ffn=8192, vocab_size=65536

@@ -80,7 +80,7 @@ def test_a_device_that_does_nothing_but_products_has_a_share_of_one() -> None:
 def test_the_rate_of_a_device_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[dict[str, float]] = []
     logger = SimpleNamespace(log=lambda values, step: found.append(values), close=lambda: None)
-    monkeypatch.setattr("rwkv_peft.training.reporter.LOGGERS", {"a": lambda settings: logger})
+    monkeypatch.setattr("rwkv_peft.training.reporter.LOGGERS", {"a": lambda *_: logger})
     calls: list[Any] = []
 
     def rate(*device: Any) -> float:

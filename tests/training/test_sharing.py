@@ -153,6 +153,7 @@ def test_a_stage_spares_a_device_what_others_or_the_host_have(name: str, held: f
             dtype=torch.bfloat16,
             peft="none",
             optimizer="adamw",
+            optimizer_cpu=0,
             quant="none",
             quant_head=0,
             emb_cpu=0,
