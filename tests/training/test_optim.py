@@ -2,6 +2,7 @@ import copy
 import gc
 import math
 import weakref
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
@@ -94,8 +95,12 @@ def test_tensors_are_aligned_views_of_few_buffers(monkeypatch: pytest.MonkeyPatc
 def all_memory() -> dict[int, torch.UntypedStorage]:
     """Of all tensors, by its place; what has it keeps it, so that no other comes to lie there."""
     gc.collect()
-    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
-    return {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors}
+    found = {}
+    for x in [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]:
+        # what another test left may have no memory any more
+        with suppress(RuntimeError):
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage()
+    return found
 
 
 def bytes_beside(known: dict[int, torch.UntypedStorage]) -> int:
