@@ -312,8 +312,8 @@ class TrainConfig(DataConfig):
     """Dtype of weights and activations; trained tensors are stepped in float32."""
     num_workers: int = 1
     """Threads that prepare micro-batches ahead; 0 makes each when it is needed."""
-    optimizer_cpu: Switch = 0
-    """1 leaves what the optimizer remembers in the host's memory, where the GPU works on it."""
+    optimizer_cpu: Switch | None = None
+    """1 leaves what the optimizer remembers on the host. Left open: 1 where nothing else fits."""
     emb_cpu: Switch | None = None
     """1 leaves the embedding, if it is not trained, in the host's memory, from which the GPU reads
     the rows that it needs. Left open: 1 where memory is short."""

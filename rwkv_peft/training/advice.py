@@ -7,7 +7,7 @@ from typing import Any
 from rwkv_peft.device import has_host_memory
 from rwkv_peft.methods.stored import REFUSED
 from rwkv_peft.training.choose_device import trains_embedding
-from rwkv_peft.training.memory import guess_memory
+from rwkv_peft.training.memory import guess_memory, has_room_on_host
 from rwkv_peft.training.settings import Facts, Settings
 
 
@@ -27,7 +27,7 @@ def advise_memory(
     if guess(settings) <= facts.memory:
         return None
     changes: dict[str, Any] = {}
-    for change in _smaller(settings, facts):
+    for change in _smaller(settings, facts, num_trained):
         changes |= change
         if guess(replace(settings, **changes)) <= facts.memory:
             break
@@ -42,8 +42,9 @@ def advise_memory(
     )
 
 
-def _smaller(settings: Settings, facts: Facts) -> Iterator[dict[str, Any]]:
+def _smaller(settings: Settings, facts: Facts, num_trained: int) -> Iterator[dict[str, Any]]:
     """Changes that take less memory, each beside those before it."""
+    can_leave, size = has_host_memory(facts.device), settings.dtype.itemsize
     values = {"peft": settings.peft, "peft_config": settings.peft_config}
     values["train_parts"] = settings.train_parts
     if not settings.grad_cp:
@@ -51,12 +52,18 @@ def _smaller(settings: Settings, facts: Facts) -> Iterator[dict[str, Any]]:
     if settings.micro_bsz > 1:
         rows = settings.micro_bsz * settings.accumulate_grad_batches
         yield {"micro_bsz": 1, "accumulate_grad_batches": rows}
-    if not settings.emb_cpu and has_host_memory(facts.device) and not trains_embedding(values):
+    if not settings.emb_cpu and can_leave and not trains_embedding(values):
         yield {"emb_cpu": 1}
-    if settings.grad_cp < 2 and has_host_memory(facts.device):
+    if settings.grad_cp < 2 and can_leave:
         yield {"grad_cp": 2}
-    if settings.optimizer == "adamw" and settings.peft != "state" and settings.num_ranks == 1:
-        yield {"optimizer": "adamw8bit"}
+    # what is on the host already is no smaller on the device
+    if settings.peft != "state" and settings.num_ranks == 1 and not settings.optimizer_cpu:
+        optimizer = settings.optimizer
+        if optimizer == "adamw":
+            optimizer = "adamw8bit"
+            yield {"optimizer": optimizer}
+        if can_leave and has_room_on_host(num_trained, size, optimizer):
+            yield {"optimizer_cpu": 1}
     trains_more = settings.train_parts or settings.peft_config.get("modules_to_save")
     if settings.peft in REFUSED or trains_more:
         return

@@ -13,7 +13,13 @@ from rwkv_peft.device import (
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.parallel.strategy import stage_of
 from rwkv_peft.training.chooser import Chooser
-from rwkv_peft.training.memory import fits, positions_at_once
+from rwkv_peft.training.memory import (
+    USABLE,
+    fits,
+    guess_trained,
+    has_room_on_host,
+    positions_at_once,
+)
 from rwkv_peft.training.settings import Facts
 from rwkv_peft.training.sharing import require_shareable, suit_strategy
 
@@ -69,6 +75,8 @@ def choose_memory(chooser: Chooser, facts: Facts) -> None:
     is_deepest = is_deep and can_leave and not _fits_with(values, facts, 1)
     reason = f"{what} would not fit otherwise" if is_deep else f"{what} fits without"
     chooser.choose("grad_cp", is_deep + is_deepest, reason)
+    # last, as each step takes longer by it
+    _choose_optimizer(chooser, facts)
 
 
 def _require_optimizer_on_host(values: Mapping[str, Any], facts: Facts) -> None:
@@ -81,6 +89,24 @@ def _require_optimizer_on_host(values: Mapping[str, Any], facts: Facts) -> None:
             f"--optimizer_cpu 1: --strategy {values['strategy']} has DeepSpeed's own: give 0, and "
             "--strategy deepspeed_stage_2_offload"
         )
+
+
+def _choose_optimizer(chooser: Chooser, facts: Facts) -> None:
+    """Whether what the optimizer remembers stays on the host: only where nothing else fits."""
+    values, size = chooser.values, dtype_of(chooser.values["precision"]).itemsize
+    num_trained = guess_trained(facts.num_weights, trains_all=values["peft"] == "none")
+    is_short = has_host_memory(facts.device) and not _fits_with(
+        values, facts, values["grad_cp"], usable=1
+    )
+    if values["peft"] == "state":
+        is_short, reason = False, "there is little to leave"
+    elif is_short and values["devices"] * values["num_nodes"] > 1:
+        is_short, reason = False, "several devices were not measured so"
+    elif is_short and not has_room_on_host(num_trained, size, values["optimizer"]):
+        is_short, reason = False, "the host has no room for it"
+    else:
+        reason = "memory is short" if is_short else "there is room on the device"
+    chooser.choose("optimizer_cpu", int(is_short), reason)
 
 
 def _choose_embedding(chooser: Chooser, facts: Facts, *, is_deep: bool) -> None:
@@ -177,13 +203,17 @@ def _choose_chunks(chooser: Chooser, facts: Facts) -> None:
     chooser.set("chunk_ctx", (fitting or useful[-1:])[0], reason)
 
 
-def _fits_with(values: dict[str, Any], facts: Facts, grad_cp: int) -> bool:
+def _fits_with(
+    values: dict[str, Any], facts: Facts, grad_cp: int, *, usable: float = USABLE
+) -> bool:
     """Whether what has activations at once fits with so much recomputing."""
     chunk_ctx = values["chunk_ctx"] if is_infctx(values) else 0
-    return _chunk_fits({**values, "grad_cp": grad_cp}, facts, chunk_ctx)
+    return _chunk_fits({**values, "grad_cp": grad_cp}, facts, chunk_ctx, usable=usable)
 
 
-def _chunk_fits(values: dict[str, Any], facts: Facts, chunk_ctx: int) -> bool:
+def _chunk_fits(
+    values: dict[str, Any], facts: Facts, chunk_ctx: int, *, usable: float = USABLE
+) -> bool:
     """Whether chunks of so many tokens fit into the device, recomputed only if that was asked."""
     is_full = values["peft"] == "none"
     return fits(
@@ -199,6 +229,7 @@ def _chunk_fits(values: dict[str, Any], facts: Facts, chunk_ctx: int) -> bool:
         optimizer_cpu=bool(values["optimizer_cpu"]),
         emb_cpu=bool(values["emb_cpu"]),
         num_ranks=values["devices"] * values["num_nodes"] if values["strategy"] == "fsdp" else 1,
+        usable=usable,
     )
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from rwkv_peft.device import free_host_memory
 from rwkv_peft.models import build
 from rwkv_peft.models.config import ModelConfig
 from rwkv_peft.parallel.strategy import stage_of
@@ -18,6 +19,9 @@ KEPT_VECTORS, PASSING_VECTORS, KEPT_BY_TORCH = 37, 10, 13
 BORDERS_ON_DEVICE, BORDERS_SHARE = 1 << 30, 0.5
 # the share of the free memory that a guess may take
 USABLE = 0.8
+# the share of the host's free memory that an optimizer may leave there unasked: pinned memory comes
+# in powers of two
+LEFT_SHARE = 0.5
 # where nobody can say what is free
 UNKNOWN_MEMORY = 8 << 30
 
@@ -205,6 +209,7 @@ def fits(
     optimizer: str = "adamw",
     optimizer_cpu: bool = False,
     emb_cpu: bool = False,
+    usable: float = USABLE,
 ) -> bool:
     """Whether so many positions leave a fifth of a device's free memory free, as far as is known.
 
@@ -212,10 +217,11 @@ def fits(
         op: as it was asked for.
         trains_all: all weights are trained, or else a small part.
         num_ranks: devices that have parts of the model each.
+        usable: another share of the free memory that they may take.
     """
     if op == "auto" and facts.device.type == "cpu":
         op = "torch"
-    num_trained = facts.num_weights if trains_all else facts.num_weights // 20
+    num_trained = guess_trained(facts.num_weights, trains_all=trains_all)
     guess = guess_bytes(
         facts.model_config,
         dtype,
@@ -239,7 +245,19 @@ def fits(
             quant=quant,
         )
     free = UNKNOWN_MEMORY if facts.memory is None else facts.memory
-    return guess <= USABLE * free
+    return guess <= usable * free
+
+
+def guess_trained(num_weights: int, *, trains_all: bool) -> int:
+    """How many numbers may be trained, before a method says it."""
+    return num_weights if trains_all else num_weights // 20
+
+
+def has_room_on_host(num_trained: int, size: int, optimizer: str) -> bool:
+    """Whether the host has room for what an optimizer remembers of weights of `size`."""
+    left = bytes_of_training(size, optimizer) - bytes_of_training(size, optimizer, on_host=True)
+    free = free_host_memory()
+    return free is None or num_trained * left <= LEFT_SHARE * free
 
 
 def fits_whole(settings: Settings, facts: Facts, num_trained: int) -> bool:

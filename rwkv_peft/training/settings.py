@@ -27,6 +27,7 @@ class Settings(TrainConfig):
     lr_final: float
     warmup_steps: int
     precision: Literal["fp32", "tf32", "bf16", "fp16"]
+    optimizer_cpu: Switch
     emb_cpu: Switch
     grad_cp: Literal[0, 1, 2]
     compile: Switch

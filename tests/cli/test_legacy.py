@@ -337,7 +337,7 @@ def test_the_config_of_an_older_run_repeats_it(
     saved = yaml.safe_load(Path("out/config.yaml").read_text(encoding="utf-8"))
     # fields that came since have their defaults, or what is chosen on a CPU
     new = {f.name: getattr(TrainConfig(), f.name) for f in fields(TrainConfig)}
-    new |= {"compile": 0, "cuda_graph": 0, "emb_cpu": 0}
+    new |= {"compile": 0, "cuda_graph": 0, "emb_cpu": 0, "optimizer_cpu": 0}
     assert saved == new | {name: value for name, value in older.items() if name not in gone}
     again = cli("train", "--config", path, "--n_layer", 3)
     assert again.code == 2 and "--n_layer 3 contradicts base.pth, where it is 2" in again.err
