@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_peft.parallel.shard import Shard
 from rwkv_peft.training.flat import Flat
@@ -100,3 +100,83 @@ class Computed(Mapping[str, _T]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class ByName:
+    """What is asked of an optimizer by the names of its tensors: values, gradients, moments.
+
+    Values and gradients are in float32. What ranks have parts of is whole, and asked by all ranks.
+    """
+
+    _parameters: dict[str, nn.Parameter]
+    # where in a flat buffer a 16-bit tensor lies
+    _places: dict[Tensor, tuple[Flat, int]]
+    _shards: dict[str, Shard]
+    _states: dict[Tensor, Memory]
+    _device: torch.device
+    _scaler: Any
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Gives the tensors of these names values, as fine as float32."""
+        for name, value in values.items():
+            parameter = self._parameters[name]
+            if parameter in self._places:
+                flat, i = self._places[parameter]
+                flat.set(i, value)
+            else:
+                parameter.copy_(self._shards[name].cut(value) if name in self._shards else value)
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """In float32, by name, each computed when asked for."""
+        return Computed(self._parameters, self._value)
+
+    @property
+    def gradients(self) -> Mapping[str, Tensor | None]:
+        """Of the step so far, in float32, by name, None where there is none."""
+        return Computed(self._parameters, self._gradient)
+
+    def _value(self, name: str) -> Tensor:
+        if name in self._shards:
+            return self._shards[name].gather()
+        parameter = self._parameters[name]
+        if parameter not in self._places:
+            return parameter
+        flat, i = self._places[parameter]
+        return flat.value(i)
+
+    def _gradient(self, name: str) -> Tensor | None:
+        parameter = self._parameters[name]
+        if parameter not in self._places:
+            return parameter.grad
+        flat, i = self._places[parameter]
+        return flat.gradient(i)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Values and moments in float32 by the names of the tensors, and the loss scale.
+
+        What ranks have parts of is gathered when a name is asked for, which all of them must do.
+        """
+        moments: Mapping[str, Any] = Computed(self._parameters, self._read)
+        values: Mapping[str, Any] = self.values
+        if not self._shards:
+            moments = dict(moments)
+            values = {name: value.detach() for name, value in values.items()}
+        return {"values": values, "moments": moments, "scaler": self._scaler.state_dict()}
+
+    def _read(self, name: str) -> dict[str, Any]:
+        return self._states[self._parameters[name]].read(self._shards.get(name))
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` gave, on this optimizer's device.
+
+        Raises:
+            KeyError: it is of other tensors.
+        """
+        self.load(state["values"])
+        for name, moments in state["moments"].items():
+            shard, memory = self._shards.get(name), self._states[self._parameters[name]]
+            memory.write(moments, self._device, shard)
+        self._scaler.load_state_dict(state["scaler"] or self._scaler.state_dict())

@@ -2,20 +2,19 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_peft.device import PLUGINS, free_cache
 from rwkv_peft.parallel.strategy import Strategy
-from rwkv_peft.training.by_name import Computed, Memory
+from rwkv_peft.training.by_name import ByName, Memory
 from rwkv_peft.training.flat import Flat, Gradients
 from rwkv_peft.training.kinds import Grouping, Kind, pack
 from rwkv_peft.training.optimizers import OPTIMIZERS
 
 
-class Optimizer:
+class Optimizer(ByName):
     """Steps trained tensors in float32, whatever their type in the model is.
 
     Float32 parameters are stepped as they are, one without a gradient not at all. Those of a
@@ -102,43 +101,6 @@ class Optimizer:
         """What has the gradients of a step: flat buffers, and float32 parameters."""
         return [x for part in self._parts for x in part.tensors]
 
-    @torch.no_grad()
-    def load(self, values: Mapping[str, Tensor]) -> None:
-        """Gives the tensors of these names values, as fine as float32."""
-        for name, value in values.items():
-            parameter = self._parameters[name]
-            if parameter in self._places:
-                flat, i = self._places[parameter]
-                flat.set(i, value)
-            else:
-                parameter.copy_(self._shards[name].cut(value) if name in self._shards else value)
-
-    @property
-    def values(self) -> Mapping[str, Tensor]:
-        """In float32, by name, each computed when asked for."""
-        return Computed(self._parameters, self._value)
-
-    @property
-    def gradients(self) -> Mapping[str, Tensor | None]:
-        """Of the step so far, in float32, by name, None where there is none."""
-        return Computed(self._parameters, self._gradient)
-
-    def _value(self, name: str) -> Tensor:
-        if name in self._shards:
-            return self._shards[name].gather()
-        parameter = self._parameters[name]
-        if parameter not in self._places:
-            return parameter
-        flat, i = self._places[parameter]
-        return flat.value(i)
-
-    def _gradient(self, name: str) -> Tensor | None:
-        parameter = self._parameters[name]
-        if parameter not in self._places:
-            return parameter.grad
-        flat, i = self._places[parameter]
-        return flat.gradient(i)
-
     def backward(self, objective: Tensor) -> None:
         """Adds the gradient of an objective (), such as that of one micro-batch."""
         self._scaler.scale(objective).backward()
@@ -208,34 +170,6 @@ class Optimizer:
                 part.flat.clear(keeps_memory=self._keeps_gradients)
             else:
                 part.holder.zero_grad(set_to_none=not self._keeps_gradients)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Values and moments in float32 by the names of the tensors, and the loss scale.
-
-        What ranks have parts of is gathered when a name is asked for, which all of them must do.
-        """
-        moments: Mapping[str, Any] = Computed(self._parameters, self._read)
-        values: Mapping[str, Any] = self.values
-        if not self._shards:
-            moments = dict(moments)
-            values = {name: value.detach() for name, value in values.items()}
-        return {"values": values, "moments": moments, "scaler": self._scaler.state_dict()}
-
-    def _read(self, name: str) -> dict[str, Any]:
-        return self._states[self._parameters[name]].read(self._shards.get(name))
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state_dict` gave, on this optimizer's device.
-
-        Raises:
-            KeyError: it is of other tensors.
-        """
-        self.load(state["values"])
-        for name, moments in state["moments"].items():
-            shard, memory = self._shards.get(name), self._states[self._parameters[name]]
-            memory.write(moments, self._device, shard)
-        self._scaler.load_state_dict(state["scaler"] or self._scaler.state_dict())
 
     def _clip(self, parts: list["Part"]) -> Tensor:
         """Clips gradients together and gives their norm before that."""
