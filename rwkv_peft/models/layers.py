@@ -67,6 +67,35 @@ def shift_mix(
     return mixed
 
 
+def shift_mix_products(
+    x: Tensor,
+    shift: Tensor | None,
+    packing: PackingInfo,
+    mix: Sequence[Tensor],
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """The rows of `shift_mix` times a matrix each, for a compiler, as one product of x.
+
+    (x + (x' - x) m) W is x ((1 - m) W) + x' (m W), and the rows of x' are those of x: so the mixed
+    rows are never written.
+
+    Args:
+        mix: a vector of D numbers each.
+        weights: (D, n) each, narrow.
+    """
+    widths = [w.shape[1] for w in weights]
+    shares = [m.view(-1, 1) for m in mix]
+    near = [w - m * w for m, w in zip(shares, weights, strict=True)]
+    far = [m * w for m, w in zip(shares, weights, strict=True)]
+    both = x.flatten(0, 1) @ torch.cat((*near, *far), 1)
+    own, last = both.view(*x.shape[:2], -1).split(sum(widths), 2)
+    before = None if shift is None else shift.to(x.dtype) @ torch.cat(far, 1)
+    products: tuple[Tensor, ...] = (
+        (own + token_shift(last, before, packing)).flatten(0, 1).split(widths, 1)
+    )
+    return products
+
+
 class _ShiftMix(torch.autograd.Function):
     """One function, as autograd's own operations take 3 launches more forward and 12 backward.
 

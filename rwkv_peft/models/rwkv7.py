@@ -4,6 +4,7 @@ B batch, T time, D width, F feed-forward width, H heads, N head size.
 Source: RWKV-LM, RWKV-v7/train_temp/src/model.py and rwkv_v7_demo_rnn.py.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from rwkv_peft.models.layers import (
     PackingInfo,
     low_rank,
     shift_mix,
+    shift_mix_products,
     squared_relu,
     vectors,
 )
@@ -67,22 +69,22 @@ class TimeMix(nn.Module):
         N = self.head_size
         heads = (B, T, self.n_head, N)
 
-        # the first three are what an adapter by default keeps, the others are seldom kept
-        mix = torch.cat((self.x_r, self.x_k, self.x_v, self.x_w, self.x_a, self.x_g))
         shift = None if state is None else state.att_shift
-        xr, xk, xv, xw, xa, xg = shift_mix(x, shift, packing, mix, (3, 3))
+        has_value_mix = not self.is_first and v_first is not None
+        (xr, xk, xv), (w, a, g, *share) = self._mix(x, shift, packing, has_value_mix)
         r = self.receptance(xr)
-        w = torch.addmm(self.w0.view(D), torch.tanh(xw @ self.w1), self.w2)
+        w = torch.addmm(self.w0.view(D), torch.tanh(w), self.w2)
         k = self.key(xk)
         v = self.value(xv)
-        a = torch.sigmoid(torch.addmm(self.a0.view(D), xa @ self.a1, self.a2))
-        g = torch.sigmoid(xg @ self.g1) @ self.g2
+        a = torch.sigmoid(torch.addmm(self.a0.view(D), a, self.a2))
+        g = torch.sigmoid(g) @ self.g2
 
-        if self.is_first or v_first is None:
+        if v_first is None or not share:
             v_first = v
         else:
-            share = torch.sigmoid(torch.addmm(self.v0.view(D), xv @ self.v1, self.v2))
-            v = torch.lerp(v, v_first, share)
+            v = torch.lerp(
+                v, v_first, torch.sigmoid(torch.addmm(self.v0.view(D), share[0], self.v2))
+            )
         # a and b hold -kk and kk a for kk of length 1; this kk has length sqrt(N), which is one
         # kernel, and only their product counts
         kk = F.rms_norm((k * self.k_k.view(D)).view(heads), (N,), eps=1e-24 / N)
@@ -104,6 +106,25 @@ class TimeMix(nn.Module):
         y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v
         mixed: Tensor = self.output(y.view(B * T, D) * g)
         return mixed.view(B, T, D), v_first, wkv
+
+    def _mix(
+        self, x: Tensor, shift: Tensor | None, packing: PackingInfo, has_value_mix: bool
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Rows for r, k and v, and products of rows with w1, a1, g1, and v1 if that is wanted."""
+        wide, narrow = (self.x_r, self.x_k, self.x_v), [self.x_w, self.x_a, self.x_g]
+        maps = [self.w1, self.a1, self.g1]
+        if has_value_mix:
+            narrow.append(self.x_v)
+            maps.append(self.v1)
+        # the gradients of what is trained would be small differences of large numbers
+        is_frozen = not any(p.requires_grad for p in (*narrow, *maps))
+        if torch.compiler.is_compiling() and is_frozen:
+            rows = shift_mix(x, shift, packing, torch.cat(wide))
+            return rows, shift_mix_products(x, shift, packing, narrow, maps)
+        # the first three are what an adapter by default keeps, the others are seldom kept
+        mixed = shift_mix(x, shift, packing, torch.cat((*wide, *narrow[:3])), (3, 3))
+        mapped = (*mixed[3:], mixed[2])
+        return mixed[:3], [x @ w for x, w in zip(mapped, maps, strict=False)]
 
 
 class ChannelMix(nn.Module):

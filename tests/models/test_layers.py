@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 import rwkv_peft
-from rwkv_peft.models.layers import PackingInfo, shift_mix, squared_relu, token_shift
+from rwkv_peft.models.layers import (
+    PackingInfo,
+    shift_mix,
+    shift_mix_products,
+    squared_relu,
+    token_shift,
+)
 from rwkv_peft.ops.cases import make_segment_ids
 
 B, D = 2, 6
@@ -73,6 +79,48 @@ def test_mixes_made_in_one_launch_are_those_made_alone(has_all: bool) -> None:
         for sizes in ((3, 2), ())
     )
     assert all(torch.equal(one, other) for one, other in zip(at_once, alone, strict=True))
+
+
+def product_results(form: Callable[..., Any], dtype: torch.dtype, *, has_all: bool) -> list[Tensor]:
+    """Products of rows with narrow maps, and the gradients of x and of the shift."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    # shares of the last token from none to all, and some beyond
+    mix = [(draw(1, 1, 64) / 2 + 0.5).to(dtype) for _ in range(3)]
+    weights = [draw(64, width) for width in (8, 3, 16)]
+    inputs = [x.requires_grad_() for x in (draw(B, 40, 64), draw(B, 64))[: 1 + has_all]]
+    packing = PackingInfo.of(make_segment_ids(B, 40)) if has_all else PackingInfo()
+    found = form(inputs[0], inputs[1] if has_all else None, packing, mix, weights)
+    loss = torch.stack([(y * draw(*y.shape)).double().sum() for y in found]).sum()
+    return [*(y.detach() for y in found), *torch.autograd.grad(loss, inputs)]
+
+
+def products_of_mixes(
+    x: Tensor, shift: Tensor | None, packing: PackingInfo, mix: list[Tensor], weights: list[Tensor]
+) -> list[Tensor]:
+    rows = by_autograd(x, shift, packing, torch.cat(mix))
+    return [x @ w for x, w in zip(rows, weights, strict=True)]
+
+
+@pytest.mark.parametrize("has_all", [False, True], ids=["plain", "state, documents"])
+def test_products_of_mixed_rows_are_one_product_of_the_rows(has_all: bool) -> None:
+    exact, ours, plain, narrow = (
+        product_results(form, dtype, has_all=has_all)
+        for form, dtype in (
+            (products_of_mixes, torch.float64),
+            (shift_mix_products, torch.float64),
+            (products_of_mixes, torch.bfloat16),
+            (shift_mix_products, torch.bfloat16),
+        )
+    )
+    assert len(ours) == 4 + has_all
+    for wanted, one, p, n in zip(exact, ours, plain, narrow, strict=True):
+        torch.testing.assert_close(one, wanted, rtol=1e-12, atol=1e-12)
+        budget = 2 * (p - wanted).abs().max() + torch.finfo(torch.bfloat16).eps * wanted.abs().max()
+        assert (n - wanted).abs().max() <= budget
 
 
 def test_the_squared_relu_has_the_gradient_of_its_formula() -> None:
