@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rwkv_peft.ops.dequantise.ahead import begin_recurrence
+
 Function = Callable[..., tuple[Tensor, Tensor]]
 
 _are_transforms_active = torch._C._are_functorch_transforms_active
@@ -101,6 +103,7 @@ def register(name: str, forward: Part, backward: Part, kept: int) -> Function:
             dinitial_state).
         kept: index of the first of forward's results that backward gets; it gets all from there on.
     """
+    forward, backward = _announced(forward), _announced(backward)
     registered = _define(f"{name}_backward", backward)
     called = _define(name, forward)
     direct = _direct(forward.function, backward.function, kept)
@@ -182,6 +185,16 @@ def _gradients(
 
 
 _gradients_once = once_differentiable(_gradients)
+
+
+def _announced(part: Part) -> Part:
+    """A part that says when it begins."""
+
+    def function(*arguments: Any) -> Any:
+        begin_recurrence()
+        return part.function(*arguments)
+
+    return part._replace(function=function)
 
 
 def _define(name: str, part: Part) -> Callable[..., Any]:

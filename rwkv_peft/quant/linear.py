@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rwkv_peft.models.frozen import FrozenLinear
 from rwkv_peft.ops.dequantise import dequantise
+from rwkv_peft.ops.dequantise.ahead import make_dense
 from rwkv_peft.ops.dequantise.reference import (
     BLOCK,
     CODES,
@@ -313,7 +314,7 @@ def _dense_rows(
         first = rows.start * width
         packed = packed[first // 2 : -(-(first + count) // 2)]
         scale = scale[first // span(storage) :]
-    return dequantise(packed, scale, storage, count, dtype).view(-1, width)
+    return make_dense(packed, scale, storage, count, dtype).view(-1, width)
 
 
 def _fake_transposed(

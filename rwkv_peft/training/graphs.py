@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rwkv_peft.data.batching import IGNORE, Batch
 from rwkv_peft.loss import LossSums, head_loss
 from rwkv_peft.models.base import RWKV
+from rwkv_peft.ops.dequantise.ahead import Order, follow_order, note_order
 from rwkv_peft.state import LayerState, RWKVState
 from rwkv_peft.training.step import StepOutput, copy_to
 
@@ -49,6 +50,7 @@ class GraphedStep:
         self._on_failure = on_failure
         self._seen: Counter[tuple[object, ...]] = Counter()
         self._graphs: dict[tuple[object, ...], _Captured] = {}
+        self._orders: dict[tuple[object, ...], Order] = {}
         self._pool = torch.get_device_module(device).graph_pool_handle() if is_captured else None
 
     @property
@@ -74,10 +76,14 @@ class GraphedStep:
             self._seen[shape] += 1
             is_due = self._is_captured and self._seen[shape] > UNCAPTURED
             if is_due and len(self._graphs) < MAX_GRAPHS:
-                graph = self._capture(model, inputs, state, l2wrap, backward)
+                # a second weight that is dense is for where memory is not short
+                order = [] if model.grad_cp else self._orders.pop(shape)
+                with follow_order(order, self._device):
+                    graph = self._capture(model, inputs, state, l2wrap, backward)
         if graph is None:
-            sums = _forward(model, inputs.to(self._device), state, l2wrap)
-            backward(sums.objective)
+            with note_order() as self._orders[shape]:
+                sums = _forward(model, inputs.to(self._device), state, l2wrap)
+                backward(sums.objective)
             return StepOutput(sums.cross_entropy, batch.num_trained)
         self._graphs[shape] = graph
         return StepOutput(graph.replay(inputs, state), batch.num_trained)

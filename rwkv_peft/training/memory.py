@@ -98,7 +98,9 @@ def guess_bytes(
     activations = kept + borders if grad_cp else kept * layers
     activations += vectors * PASSING_VECTORS * size
     logits = min(positions * model_config.vocab_size, 1 << 24) * 12
-    weights = weigh_base(model_config, num_weights, size, quant, has_head)
+    weights, dense = _weigh(model_config, num_weights, size, quant, has_head)
+    # where nothing is recomputed a graph has those of a layer dense beside a recurrence
+    weights += dense if grad_cp else max(dense, _dense_layer(model_config, size, quant))
     weights -= model_config.vocab_size * model_config.n_embd * size * emb_cpu
     return weights + training + activations + logits
 
@@ -184,6 +186,14 @@ def _weigh(
     # one weight at a time is dense for its product
     dense = 0 if quant == "fp8" else min(max(numbers), MAX_DENSE) * size
     return (num_weights - sum(numbers)) * size + stored, dense
+
+
+def _dense_layer(model_config: ModelConfig, size: int, quant: str) -> float:
+    """Bytes of the stored weights of a layer, all of them dense."""
+    if quant in ("none", "fp8"):
+        return 0
+    layers = [layer for _, layer in stored_layers(build(model_config, op="reference"))]
+    return sum(x.out_features * x.in_features for x in layers) * size / model_config.n_layer
 
 
 def _share(model_config: ModelConfig, in_blocks: int, size: int, quant: str) -> float:

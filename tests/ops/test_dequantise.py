@@ -64,7 +64,7 @@ def exact(packed: Tensor, scale: Tensor, storage: str, count: int, dtype: torch.
 
 
 def check(
-    function: Callable[..., Tensor],
+    function: Callable[..., None],
     device: str = "cpu",
     dtypes: Sequence[torch.dtype] = tuple(IO),
 ) -> None:
@@ -74,15 +74,21 @@ def check(
             packed, scale = stored(storage, shape)
             count = shape[0] * shape[1]
             for dtype in dtypes:
-                found = function(packed.to(device), scale.to(device), storage, count, dtype)
+                found = torch.full((count,), torch.nan, dtype=dtype, device=device)
+                function(packed.to(device), scale.to(device), storage, found)
                 wanted = exact(packed, scale, storage, count, dtype)
-                assert found.shape == (count,) and found.dtype == dtype
                 assert torch.equal(found.cpu(), wanted), (storage, shape, dtype)
 
 
 def test_the_form_in_pytorch_gives_the_numbers_of_the_contract() -> None:
     check(dequantise_reference)
-    check(dequantise)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_weight_without_numbers_is_none(storage: str) -> None:
+    packed, scale = stored(storage, (1, 64))
+    found = dequantise(packed[:0], scale, storage, 0, torch.float16)
+    assert found.shape == (0,) and found.dtype == torch.float16
 
 
 @emulator.needs_compiler

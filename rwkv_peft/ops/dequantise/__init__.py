@@ -5,8 +5,8 @@
     nested:   scale[b] = share[place[b]] largest[b / 256] + mean
 
 Products and sums are in float32, each rounded, and the result once more to the dtype asked for: so
-every backend gives the same bits. A backend is called as
-`kernel(packed, scale, storage, count, dtype)`.
+every backend gives the same bits. A backend is called as `kernel(packed, scale, storage, dense)`
+and writes into `dense`.
 """
 
 import functools
@@ -18,7 +18,7 @@ from torch import Tensor
 from rwkv_peft.ops import triton
 from rwkv_peft.ops.dispatch import Backend, Request, select
 
-Kernel = Callable[..., Tensor]
+Kernel = Callable[[Tensor, Tensor, str, Tensor], None]
 
 TABLE = (
     Backend(
@@ -57,7 +57,10 @@ def dequantise(
         storage: 'int8', 'nf4', 'fp4', 'nf4_nested' or 'fp4_nested'.
         dtype: of the result.
     """
-    return kernel_for(packed.device, dtype)(packed, scale, storage, count, dtype)
+    dense = packed.new_empty(count, dtype=dtype)
+    if count:
+        kernel_for(packed.device, dtype)(packed, scale, storage, dense)
+    return dense
 
 
 @functools.cache

@@ -47,7 +47,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> Callable[..., L
     )
 
 
-def dequantiser(load: Load) -> Callable[..., Tensor]:
+def dequantiser(load: Load) -> Callable[[Tensor, Tensor, str, Tensor], None]:
     """The operator's function by kernels that `load` gives."""
 
     def prepare(
@@ -63,24 +63,21 @@ def dequantiser(load: Load) -> Callable[..., Tensor]:
 
     prepared = Prepared()
 
-    def run(packed: Tensor, scale: Tensor, storage: str, count: int, dtype: torch.dtype) -> Tensor:
-        device = packed.device
-        dense = torch.empty(count, dtype=dtype, device=device)
-        if not count:
-            return dense
+    def run(packed: Tensor, scale: Tensor, storage: str, dense: Tensor) -> None:
+        device, count = packed.device, len(dense)
         start = packed.data_ptr(), scale.data_ptr()
         if storage == "int8":
-            launch = prepared.get("dequantise_rows", (count, packed.shape[1]), dtype, device)
+            numbers = count, packed.shape[1]
+            launch = prepared.get("dequantise_rows", numbers, dense.dtype, device)
             launch(*start, dense.data_ptr())
-            return dense
+            return
         codes = code_table(storage, device).data_ptr()
         if storage in NESTED:
-            launch = prepared.get("dequantise_nested", (count,), dtype, device)
+            launch = prepared.get("dequantise_nested", (count,), dense.dtype, device)
             launch(*start, codes, share_table(device).data_ptr(), dense.data_ptr())
         else:
-            launch = prepared.get("dequantise_blocks", (count,), dtype, device)
+            launch = prepared.get("dequantise_blocks", (count,), dense.dtype, device)
             launch(*start, codes, dense.data_ptr())
-        return dense
 
     return run
 

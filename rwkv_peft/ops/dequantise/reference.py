@@ -24,16 +24,15 @@ NESTED = tuple(f"{name}_nested" for name in CODES)
 CODES |= {name: CODES[name.removesuffix("_nested")] for name in NESTED}
 
 
-def dequantise_reference(
-    packed: Tensor, scale: Tensor, storage: str, count: int, dtype: torch.dtype
-) -> Tensor:
+def dequantise_reference(packed: Tensor, scale: Tensor, storage: str, dense: Tensor) -> None:
     """See `ops.dequantise`."""
     if storage == "int8":
-        return (packed.float() * scale).to(dtype).flatten()
+        dense.view(packed.shape).copy_(packed.float() * scale)
+        return
     values = _pairs(storage, packed.device).index_select(0, packed.flatten().int()).flatten()
     scale = expand(scale) if storage in NESTED else scale
     blocks = fill_up(values).view(-1, BLOCK)
-    return blocks.mul_(scale[: len(blocks), None]).to(dtype).flatten()[:count]
+    dense.copy_(blocks.mul_(scale[: len(blocks), None]).flatten()[: len(dense)])
 
 
 def expand(scale: Tensor) -> Tensor:

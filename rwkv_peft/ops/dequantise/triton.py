@@ -15,24 +15,21 @@ _blocks = Launcher(kernels.blocks, num_warps=4)
 _nested = Launcher(kernels.nested, num_warps=4, is_fused=False)
 
 
-def dequantise_triton(
-    packed: Tensor, scale: Tensor, storage: str, count: int, dtype: torch.dtype
-) -> Tensor:
+def dequantise_triton(packed: Tensor, scale: Tensor, storage: str, dense: Tensor) -> None:
     """See `ops.dequantise`."""
-    dense = torch.empty(count, dtype=dtype, device=packed.device)
-    if storage == "int8" and count:
+    count = len(dense)
+    if storage == "int8":
         rows, width = packed.shape
         grid = (rows, -(-width // _BLOCK), 1)
         _rows(grid, (packed, scale, dense), (width,), (_BLOCK,))
-    elif count:
-        grid = (-(-count // (2 * _BLOCK)), 1, 1)
-        codes = code_table(storage, packed.device)
-        if storage in NESTED:
-            scales = scale, scale.view(torch.float32), share_table(packed.device)
-            _nested(grid, (packed, *scales, codes, dense), (count,), (_BLOCK,))
-        else:
-            _blocks(grid, (packed, scale, codes, dense), (count,), (_BLOCK,))
-    return dense
+        return
+    grid = (-(-count // (2 * _BLOCK)), 1, 1)
+    codes = code_table(storage, packed.device)
+    if storage in NESTED:
+        scales = scale, scale.view(torch.float32), share_table(packed.device)
+        _nested(grid, (packed, *scales, codes, dense), (count,), (_BLOCK,))
+    else:
+        _blocks(grid, (packed, scale, codes, dense), (count,), (_BLOCK,))
 
 
 def variants() -> Iterator[Variant]:
