@@ -12,15 +12,20 @@ same steps with the same global batch as one device does. Losses are compared wi
 device: where they differ by more than rounding to bf16 explains, no speed is given. Tokens a second
 are the median of the steps after the first four; memory is the most that rank 0 had allocated. What
 a run saved is compared too: how far its tensors are from those of one device, of their norm.
+Several runs begin and end side by side (--jobs), but one alone takes its steps at a time.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
 import random
 import statistics
 import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +47,59 @@ def find_device() -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def take_rank(rank: int, count: int, port: int, options: dict[str, Any]) -> None:
+# held by the run that takes its steps
+_devices = threading.Lock()
+
+
+class Turn:
+    """When the ranks of a run may take their steps, and when they have taken them."""
+
+    def __init__(self, context: Any) -> None:
+        self._ready, self._taken = context.Semaphore(0), context.Semaphore(0)
+        self._go = context.Event()
+
+    def wait(self, step: int) -> None:
+        """Called by a rank before its steps, 0 the first."""
+        if step == 0:
+            self._ready.release()
+            self._go.wait()
+
+    def end(self, step: int) -> None:
+        """Called by a rank after its steps."""
+        if step == STEPS - 1:
+            self._taken.release()
+
+    def give(self, ranks: list[Any]) -> None:
+        """Lets the ranks take their steps once all are ready, alone; returns when one has ended."""
+
+        def is_over(signal: Any) -> bool:
+            while any(rank.is_alive() for rank in ranks):
+                if signal.acquire(timeout=0.2):
+                    return False
+            return True
+
+        if any(is_over(self._ready) for _ in ranks):
+            return
+        with _devices:
+            self._go.set()
+            any(is_over(self._taken) for _ in ranks)
+
+
+def take_rank(rank: int, count: int, port: int, options: dict[str, Any], turn: Turn) -> None:
     from rwkv_peft.config import TrainConfig
+    from rwkv_peft.training import loop
     from rwkv_peft.training.run import train
+
+    take_step = loop.take_step
+
+    def take_in_turn(run: Any, *args: Any) -> Any:
+        step = run.progress.step
+        turn.wait(step)
+        record = take_step(run, *args)
+        turn.end(step)
+        return record
+
+    loop.take_step = take_in_turn
 
     if count > 1:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
@@ -60,12 +115,14 @@ def run(count: int, options: dict[str, Any]) -> list[dict[str, Any]] | None:
     """The records of the steps of a run on so many devices; None if it failed."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
+    turn = Turn(context)
     ranks = [
-        context.Process(target=take_rank, args=(rank, count, store.port, options))
+        context.Process(target=take_rank, args=(rank, count, store.port, options, turn))
         for rank in range(count)
     ]
     for process in ranks:
         process.start()
+    turn.give(ranks)
     for process in ranks:
         process.join()
     if any(process.exitcode for process in ranks):
@@ -141,6 +198,33 @@ def line_of(
     return f"| {name} | {off:.1e} | {files:.1e} | {speeds[0]:,.0f} | {scale:.2f} | {memory:.1f} |"
 
 
+def measure(
+    case: tuple[str, str, str],
+    args: argparse.Namespace,
+    base: dict[str, Any],
+    folder: Path,
+    pool: ThreadPoolExecutor,
+) -> Iterator[str]:
+    """A table row for one device, and for each way of several."""
+    size, method, quant = case
+    options = {**base, **METHODS[method], "quant": quant}
+    folders = {way: folder / f"{size}-{method}-{quant}-{way}" for way in ("one", *args.ways)}
+    own = {"accumulate_grad_batches": args.devices, "proj_dir": str(folders["one"])}
+    alone = pool.submit(run, 1, options | own)
+    found = {
+        way: pool.submit(
+            run, args.devices, options | {"strategy": way, "proj_dir": str(folders[way])}
+        )
+        for way in args.ways
+    }
+    records = alone.result()
+    assert records is not None
+    for way, future in {"one": alone, **found}.items():
+        yield line_of(
+            f"{' '.join(case)}, {way}", future.result(), records, folders[way], folders["one"]
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", default=["1.5b"], choices=list(SIZES))
@@ -151,6 +235,7 @@ def main() -> None:
     parser.add_argument("--ctx_len", type=int, default=4096)
     parser.add_argument("--micro_bsz", type=int, default=2)
     parser.add_argument("--compile", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     lines = [
@@ -166,23 +251,12 @@ def main() -> None:
             base = make_files(Path(name), size, rows, args.ctx_len)
             base |= {"compile": args.compile, "ctx_len": args.ctx_len, "micro_bsz": args.micro_bsz}
             base["epoch_steps"] = STEPS * args.devices
-            for method in args.methods:
-                for quant in args.quant:
-                    what = f"{size} {method} {quant}"
-                    options = {**base, **METHODS[method], "quant": quant}
-                    folder = f"{name}/{size}-{method}-{quant}"
-                    first = Path(f"{folder}-1")
-                    own = {"accumulate_grad_batches": args.devices, "proj_dir": str(first)}
-                    alone = run(1, options | own)
-                    assert alone is not None
-                    lines.append(line_of(f"{what}, one", alone, alone, first, first))
-                    print(lines[-1], flush=True)
-                    for way in args.ways:
-                        shared = {"strategy": way, "proj_dir": f"{folder}-{way}"}
-                        found = run(args.devices, options | shared)
-                        where = Path(shared["proj_dir"])
-                        lines.append(line_of(f"{what}, {way}", found, alone, where, first))
-                        print(lines[-1], flush=True)
+            cases = [(size, *x) for x in itertools.product(args.methods, args.quant)]
+            with ThreadPoolExecutor(args.jobs) as pool:
+                for case in cases:
+                    for line in measure(case, args, base, Path(name), pool):
+                        print(line, flush=True)
+                        lines.append(line)
     report(lines, args.output)
 
 
