@@ -9,14 +9,12 @@ import pytest
 import torch
 
 import rwkv_peft
-from rwkv_peft.device import own_stream
 from rwkv_peft.methods.attach import attach
 from rwkv_peft.ops.dequantise import ahead, dequantise
 from rwkv_peft.ops.dequantise.ahead import begin_recurrence, follow_order, make_dense, note_order
 from rwkv_peft.quant import Storage, quantise, stored_layers
-from rwkv_peft.training.graphs import GraphedStep
 from tests.ops.test_dequantise import stored
-from tests.training.test_graphs import BACKWARD, gradients, make_batch
+from tests.training.test_graphs import make_batch, require_captured_bits
 
 CPU = torch.device("cpu")
 
@@ -51,18 +49,28 @@ def take(wanted: list[tuple[Any, ...] | None]) -> None:
 
 
 def test_at_a_recurrence_the_weights_up_to_the_next_are_begun(begun: list[int]) -> None:
-    a, b, c, d, e = weights(5)
-    # forward and backward of two layers, between which weights are wanted twice
-    wanted = [a, None, b, c, None, d, e, e, d, None, c, b, None, a]
+    a, b, c, _, d = weights(5)
+    # forward and backward of two layers, between which a weight is wanted twice
+    wanted = [a, None, b, c, None, d, d, None, c, b, None, a]
     with note_order() as order:
         take(wanted)
     assert begun == []
     with follow_order(order, CPU):
         take(wanted)
-    assert begun == [64 * x for x in (2 + 3, 4 + 5, 3 + 2, 1)]
+    assert begun == [64 * x for x in (2 + 3, 5, 3 + 2, 1)]
     # nothing is followed or noted any more
     take(wanted)
-    assert len(begun) == 4 and len(order) == len(wanted)
+    assert len(begun) == 4 and sum(len(part) for part in order) == 8
+
+
+def test_no_more_is_begun_than_a_layer_has(begun: list[int]) -> None:
+    a, b, head = *weights(2), (*stored("nf4", (90, 64)), "nf4", 90 * 64, torch.float32)
+    wanted = [b, None, a, b, None, a, b, None, a, head, head, a, None, b, a]
+    with note_order() as order:
+        take(wanted)
+    with follow_order(order, CPU):
+        take(wanted)
+    assert begun == [64 * x for x in (3, 3, 1, 3)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -103,22 +111,5 @@ def test_a_graph_that_makes_weights_dense_ahead_gives_the_bits_of_its_kernels(
     for parameter in trained.values():
         parameter.data.normal_(0, 0.02, generator=generator)
     batches = [make_batch(2, 256, packed=False, seed=seed) for seed in range(5)]
-    with own_stream(device):
-        plain = GraphedStep(device, 256, is_captured=False)
-        expected = [gradients(plain, model, trained, batch) for batch in batches]
-        assert begun == []
-        step = GraphedStep(device, 256)
-        for parameter in trained.values():
-            parameter.grad = None
-        for batch, (output, exact) in zip(batches, expected, strict=True):
-            for parameter in trained.values():
-                if parameter.grad is not None:
-                    parameter.grad.zero_()
-            found = step(
-                model, batch, state=None, divisor=batch.weight, l2wrap=1e-3, backward=BACKWARD
-            )
-            assert torch.equal(found.loss_sum, output.loss_sum)
-            for key, x in exact.items():
-                assert torch.equal(trained[key].grad, x), key  # type: ignore[arg-type]
-    assert step.num_graphs == 1
+    require_captured_bits(model, trained, batches)
     assert bool(begun) == (not grad_cp)

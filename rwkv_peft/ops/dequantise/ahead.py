@@ -6,9 +6,10 @@ to the next one, become dense meanwhile. Which these are is known from an earlie
 kernels, so this serves graphs, that are captured after such runs.
 """
 
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import takewhile
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -32,15 +33,18 @@ class Stored(NamedTuple):
         return self.packed.data_ptr(), self.scale.data_ptr(), *self[2:]
 
 
-# weights in the order in which they became dense, None where a recurrence began
-Order = list[Stored | None]
+# weights in the order in which they became dense, those before the first recurrence, then those
+# after each
+Order = list[list[Stored]]
 
 
 class _Follower:
     """Makes the weights of an order dense, those after a recurrence when it begins."""
 
     def __init__(self, order: Order, device: torch.device) -> None:
-        self._order, self._place = order, 0
+        self._parts = iter(order[1:])
+        # those of a layer; after the last there is the head too, which is many times as large
+        self._most = statistics.median_high(sum(x.size for x in part) for part in order)
         self._module = torch.get_device_module(device)
         self._stream = self._module.Stream(device)
         self._ready: dict[tuple[Any, ...], Tensor] = {}
@@ -51,19 +55,16 @@ class _Follower:
         dense = self._ready.pop(stored.key, None)
         if dense is None:
             return dequantise(*stored)
-        if self._event is not None:
-            self._module.current_stream().wait_event(self._event)
-            self._event = None
+        self._wait()
         return dense
 
     def begin_recurrence(self) -> None:
         """Begins with the weights that are wanted before the next recurrence."""
-        if None not in self._order[self._place :]:
-            return
-        self._place = self._order.index(None, self._place) + 1
-        wanted = {
-            x.key: x for x in takewhile(lambda x: x is not None, self._order[self._place :]) if x
-        }
+        # what nobody took is written before its memory is given to others
+        self._wait()
+        part = next(self._parts, [])
+        sums = accumulate(x.size for x in part)
+        wanted = {x.key: x for x, size in zip(part, sums, strict=True) if size <= self._most}
         # memory of the stream that reads it: who had it before has been queued there
         self._ready = {key: x.packed.new_empty(x.size, dtype=x.dtype) for key, x in wanted.items()}
         if not wanted:
@@ -73,6 +74,12 @@ class _Follower:
             for key, dense in self._ready.items():
                 kernel_for(dense.device, dense.dtype)(*wanted[key][:3], dense)
             self._event = self._stream.record_event()
+
+    def _wait(self) -> None:
+        """Has the current stream wait for what was begun."""
+        if self._event is not None:
+            self._module.current_stream().wait_event(self._event)
+            self._event = None
 
 
 # for the process, as autograd runs backward in threads of its own
@@ -85,7 +92,7 @@ def make_dense(*stored: Any) -> Tensor:
     if _follower is not None:
         return _follower.take(Stored(*stored))
     if _noted is not None:
-        _noted.append(Stored(*stored))
+        _noted[-1].append(Stored(*stored))
     return dequantise(*stored)
 
 
@@ -94,14 +101,14 @@ def begin_recurrence() -> None:
     if _follower is not None:
         _follower.begin_recurrence()
     elif _noted is not None:
-        _noted.append(None)
+        _noted.append([])
 
 
 @contextmanager
 def note_order() -> Iterator[Order]:
     """Notes which weights become dense meanwhile."""
     global _noted
-    _noted = []
+    _noted = [[]]
     try:
         yield _noted
     finally:
