@@ -2,8 +2,9 @@
 
 T rows, r rank. A low-rank product is written into the output first; the product with the frozen
 weight then adds to it in its epilogue, where reading the output costs next to nothing beside the
-arithmetic. So nothing else sums or scales over (T, out), and only what a gradient needs is kept
-for backward: x and x A^T for LoRA, x A^T alone for MiSS.
+arithmetic (the narrow one adds to a product of FP8, which cannot). So nothing else sums or scales
+over (T, out), and only what a gradient needs is kept for backward: x and x A^T for LoRA, x A^T
+alone for MiSS.
 
 MiSS adds the sum of x over shards of r columns, times D (r, out). That is LoRA with B = D^T and a
 fixed A of ones and zeros, which says which column belongs to which row of D. On a GPU the product
@@ -189,7 +190,7 @@ class _LowRank(torch.autograd.Function):
         u = _product(dropped, a.t(), scale)
         ctx.base, ctx.scale, ctx.keep, ctx.is_turned = base, scale, 1 - rate, is_turned
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, a, b, u, mask)
-        return base.add_product(torch.mm(u, b if is_turned else b.t()), x)
+        return base.product_plus(x, u, b if is_turned else b.t())
 
     @staticmethod
     @once_differentiable
@@ -203,9 +204,9 @@ class _LowRank(torch.autograd.Function):
             g = _product(dy, b.t() if ctx.is_turned else b, ctx.scale)
         if needs_a:
             da = torch.mm(g.t(), x if mask is None else (x * mask).div_(ctx.keep))
-        if needs_x:
-            dx = torch.mm(g, a)
-            if mask is not None:
-                dx.mul_(mask).div_(ctx.keep)
+        if needs_x and mask is None:
+            dx = ctx.base.transposed_plus(dy, g, a)
+        elif needs_x:
+            dx = torch.mm(g, a).mul_(mask).div_(ctx.keep)
             ctx.base.add_transposed(dx, dy)
         return dx, None, da, db, None, None, None

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.ops.autograd import once_differentiable
+from rwkv_peft.ops.products import add_product
 from rwkv_peft.quant.linear import QuantisedLinear
 
 E4M3 = torch.float8_e4m3fn
@@ -72,9 +73,14 @@ class FP8Linear(QuantisedLinear):
         y: Tensor = _Product.apply(x, self.weight, self.scale, self.turned, self.turned_scale)
         return y
 
-    def add_product(self, y: Tensor, x: Tensor) -> Tensor:
+    # no product of FP8 adds to what is there, so the narrow one does
+    def product_plus(self, x: Tensor, u: Tensor, b: Tensor) -> Tensor:
         """See `FrozenLinear`."""
-        return y.add_(multiply(x, self.weight, self.scale))
+        return add_product(multiply(x, self.weight, self.scale), u, b)
+
+    def transposed_plus(self, dy: Tensor, g: Tensor, a: Tensor) -> Tensor:
+        """See `FrozenLinear`."""
+        return add_product(multiply(dy, self.turned, self.turned_scale), g, a)
 
     def add_transposed(self, dx: Tensor, dy: Tensor) -> Tensor:
         """See `FrozenLinear`."""

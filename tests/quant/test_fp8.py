@@ -58,6 +58,29 @@ def test_both_directions_are_products_of_rounded_rows() -> None:
     assert torch.equal(layer.dense().double(), rounded(w).bfloat16().double())
 
 
+def test_a_narrow_product_is_added_in_both_directions() -> None:
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    w, x, dy = draw(48, 64) / 8, draw(5, 64), draw(5, 48)
+    u, a, b = draw(5, 4), draw(4, 64), draw(4, 48)
+    layer = quantise(w, BF16)
+    for found, left, right, narrow in (
+        (layer.product_plus(x, u, b), x, w, b),
+        (layer.transposed_plus(dy, u, a), dy, w.T, a),
+    ):
+        one, other = rounded(left), rounded(right)
+        wide, added = one @ other.T, u.double() @ narrow.double()
+        # both are rounded, the wide one before and after it is added to
+        budget = 2**-8 * (wide.abs() + (wide + added).abs())
+        budget += (
+            64 * 2**-23 * (one.abs() @ other.abs().T + u.double().abs() @ narrow.double().abs())
+        )
+        assert ((found.double() - wide - added).abs() <= budget).all()
+
+
 def test_only_bytes_are_kept_twice_and_once_more_the_scales() -> None:
     layer = quantise(torch.randn(32, 64), BF16)
     assert layer.num_bytes == 2 * 32 * 64 + 4 * (32 + 64)
