@@ -15,7 +15,7 @@ from typing import IO
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import TrainingError
 from rwkv_peft.language import chosen_language
-from rwkv_peft.parallel.watch import LOST_CODE
+from rwkv_peft.parallel.watch import LOST_CODE, PATIENCE
 from rwkv_peft.parallel.world import HELD, OWN, VARIABLES, find_world
 from rwkv_peft.printing import print_text
 from rwkv_peft.training.interrupt import SIGNALS
@@ -122,7 +122,7 @@ def _forwarded(first: "subprocess.Popen[bytes]") -> Iterator[None]:
 
 
 def _wait(ranks: "Sequence[subprocess.Popen[bytes]]") -> int | None:
-    """Waits for the end of all; gives the rank that failed, None if none did."""
+    """Waits for the end of all; gives the rank that failed or stopped, None if none did."""
     failed, until = None, float("inf")
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < until:
         time.sleep(INTERVAL)
@@ -136,6 +136,10 @@ def _wait(ranks: "Sequence[subprocess.Popen[bytes]]") -> int | None:
                 until = time.monotonic() + GRACE
             elif codes[0] == 0 and until == float("inf"):
                 until = time.monotonic() + LAST_GRACE
+    stopped = [i for i, rank in enumerate(ranks) if rank.poll() is None]
+    if failed is not None and ranks[failed].poll() == LOST_CODE and stopped:
+        # it has lost one that is still there, and works no more
+        return stopped[0]
     return failed
 
 
@@ -149,7 +153,9 @@ def _describe(
 ) -> str:
     code = process.returncode
     how = f"ended with code {code}"
-    if code < 0:
+    if code is None:
+        how = f"gave no sign of life for {PATIENCE:.0f} s"
+    elif code < 0:
         how = f"was killed by signal {-code} ({signal.Signals(-code).name})"
     told.seek(0, os.SEEK_END)
     told.seek(max(0, told.tell() - TOLD))

@@ -126,6 +126,24 @@ def test_the_command_tells_of_ranks_that_could_not(
     assert all(word in errors[0] for word in (*words, "--resume auto"))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stands_still_ends_all_and_is_named(
+    rank: int, command: list[str], tmp_path: Path
+) -> None:
+    with started(command, tmp_path / "out") as run:
+        ranks = [find_rank(run.pid, 0), find_rank(run.pid, 1)]
+        os.kill(ranks[rank], signal.SIGSTOP)
+        # a minute of patience, and some seconds for each to end
+        _, told = run.communicate(timeout=100)
+    errors = [line for line in told.splitlines() if line.startswith("error")]
+    assert run.returncode == 2 and len(errors) == 1, told
+    assert f"rank {rank} of 2" in errors[0] and "gave no sign of life for 60 s" in errors[0]
+    assert "--resume auto" in errors[0]
+    assert not any(Path(f"/proc/{process}").exists() for process in ranks)
+
+
 def test_a_signal_to_the_command_stops_all_with_what_they_have_learned(
     command: list[str], tmp_path: Path
 ) -> None:
