@@ -11,9 +11,10 @@ class FrozenLinear(nn.Linear):
 
     Layers fused with an adapter and merging ask for no more than what is defined here. This class
     stores W (out, in) dense, and full tuning trains it. A quantised form is a subclass that stores
-    it otherwise, in `weight` and in buffers, and defines all this and `forward` anew.
+    it otherwise, in `weight` and in buffers, and defines all this and `forward` anew, but for the
+    sums of two products.
 
-    The first four are called in every step of a short row, which is bound by the host: so they
+    The first three are called in every step of a short row, which is bound by the host: so they
     read the dictionary of the module, as `nn.Module.__getattr__` costs as much as a product.
     """
 
@@ -29,18 +30,21 @@ class FrozenLinear(nn.Linear):
         dtype: torch.dtype = self._parameters["weight"].dtype  # type: ignore[union-attr]
         return dtype
 
-    def product_plus(self, x: Tensor, u: Tensor, b: Tensor) -> Tensor:
-        """x W^T + u b, (T, out), for x (T, in) and narrow u (T, r). Autograd is not told."""
-        w: Tensor = self._parameters["weight"]  # type: ignore[assignment]
-        return add_product(torch.mm(u, b), x, w.t())
-
-    def transposed_plus(self, dy: Tensor, g: Tensor, a: Tensor) -> Tensor:
-        """dy W + g a, (T, in), for dy (T, out) and narrow g (T, r). Autograd is not told."""
-        return self.add_transposed(torch.mm(g, a), dy)
+    def add_product(self, y: Tensor, x: Tensor) -> Tensor:
+        """Adds x W^T to y (T, out) in place, for x (T, in), and gives y. Autograd is not told."""
+        return add_product(y, x, self._parameters["weight"].t())  # type: ignore[union-attr]
 
     def add_transposed(self, dx: Tensor, dy: Tensor) -> Tensor:
         """Adds dy W to dx (T, in) in place, for dy (T, out), and gives dx. Autograd is not told."""
         return add_product(dx, dy, self._parameters["weight"])  # type: ignore[arg-type]
+
+    def product_plus(self, x: Tensor, u: Tensor, b: Tensor) -> Tensor:
+        """x W^T + u b (T, out) for x (T, in) and narrow u (T, r). Autograd is not told."""
+        return self.add_product(torch.mm(u, b), x)
+
+    def transposed_plus(self, dy: Tensor, g: Tensor, a: Tensor) -> Tensor:
+        """dy W + g a (T, in) for dy (T, out) and narrow g (T, r). Autograd is not told."""
+        return self.add_transposed(torch.mm(g, a), dy)
 
     def dense(
         self, dtype: torch.dtype | None = None, rows: slice = slice(None), *, copy: bool = False

@@ -73,6 +73,14 @@ class FP8Linear(QuantisedLinear):
         y: Tensor = _Product.apply(x, self.weight, self.scale, self.turned, self.turned_scale)
         return y
 
+    def add_product(self, y: Tensor, x: Tensor) -> Tensor:
+        """See `FrozenLinear`."""
+        return y.add_(multiply(x, self.weight, self.scale))
+
+    def add_transposed(self, dx: Tensor, dy: Tensor) -> Tensor:
+        """See `FrozenLinear`."""
+        return dx.add_(multiply(dy, self.turned, self.turned_scale))
+
     # no product of FP8 adds to what is there, so the narrow one does
     def product_plus(self, x: Tensor, u: Tensor, b: Tensor) -> Tensor:
         """See `FrozenLinear`."""
@@ -81,10 +89,6 @@ class FP8Linear(QuantisedLinear):
     def transposed_plus(self, dy: Tensor, g: Tensor, a: Tensor) -> Tensor:
         """See `FrozenLinear`."""
         return add_product(multiply(dy, self.turned, self.turned_scale), g, a)
-
-    def add_transposed(self, dx: Tensor, dy: Tensor) -> Tensor:
-        """See `FrozenLinear`."""
-        return dx.add_(multiply(dy, self.turned, self.turned_scale))
 
     def store(self, weight: Tensor) -> None:
         """Stores another dense weight (out, in)."""

@@ -89,9 +89,8 @@ class QuantisedLinear(FrozenLinear):
         )
         return y
 
-    def product_plus(self, x: Tensor, u: Tensor, b: Tensor) -> Tensor:
+    def add_product(self, y: Tensor, x: Tensor) -> Tensor:
         """See `FrozenLinear`."""
-        y = torch.mm(u, b)
         stored = self.weight, self.scale, self.storage, self.out_features, self._dtype
         torch.ops.rwkv_peft.add_stored_product(y, x, *stored)
         return y
