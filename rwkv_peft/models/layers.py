@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_peft.models.config import ModelConfig
@@ -42,28 +43,37 @@ def token_shift(x_BTD: Tensor, shift_BD: Tensor | None, packing: PackingInfo) ->
         shift_BD: (B, D), what stands before the first token of a row; zeros if None. Zeros stand
             before the first token of each further document.
     """
-    first = torch.zeros_like(x_BTD[:, :1]) if shift_BD is None else shift_BD.unsqueeze(1)
-    shifted = torch.cat((first.to(x_BTD.dtype), x_BTD[:, :-1]), 1)
+    shifted = F.pad(x_BTD[:, :-1], (0, 0, 1, 0))
+    if shift_BD is not None:
+        # a sum, as a compiler would lay what is joined into memory of its own
+        first = shift_BD.to(x_BTD.dtype).unsqueeze(1)
+        shifted = shifted + F.pad(first, (0, 0, 0, x_BTD.shape[1] - 1))
     return shifted if packing.begins is None else shifted.masked_fill(packing.begins, 0)
 
 
 def shift_mix(
-    x: Tensor, shift: Tensor | None, packing: PackingInfo, mix: Tensor, sizes: Sequence[int] = ()
+    x: Tensor,
+    shift: Tensor | None,
+    packing: PackingInfo,
+    mix: Tensor | Sequence[Tensor],
+    sizes: Sequence[int] = (),
 ) -> tuple[Tensor, ...]:
     """x + (token_shift(x) - x) * m for each m of `mix`, as rows (B*T, D).
 
     Args:
         x: (B, T, D).
         shift: (B, D), as in `token_shift`.
-        mix: (M, 1, D), or (M, B*T, D) where it depends on the token.
+        mix: M vectors (1, 1, D), or (M, B*T, D) where it depends on the token.
         sizes: how many of the M are made in one launch, such as (3, 3); what one launch makes
             shares memory, which is freed when all of it is. Empty: each has a launch of its own.
     """
     if torch.compiler.is_compiling():
         rows = x.flatten(0, 1)
         xx = token_shift(x, shift, packing).flatten(0, 1) - rows
-        return tuple(torch.addcmul(rows, xx, m) for m in mix.unbind())
-    mixed: tuple[Tensor, ...] = _ShiftMix.apply(x, shift, packing.begins, mix, sizes)
+        # no addcmul, whose backward has a kernel for a factor of 1
+        return tuple(rows + xx * m.view(-1, x.shape[-1]) for m in mix)
+    together = mix if isinstance(mix, Tensor) else torch.cat(list(mix))
+    mixed: tuple[Tensor, ...] = _ShiftMix.apply(x, shift, packing.begins, together, sizes)
     return mixed
 
 
@@ -85,15 +95,13 @@ def shift_mix_products(
     """
     widths = [w.shape[1] for w in weights]
     shares = [m.view(-1, 1) for m in mix]
-    near = [w - m * w for m, w in zip(shares, weights, strict=True)]
+    near = [(1 - m) * w for m, w in zip(shares, weights, strict=True)]
     far = [m * w for m, w in zip(shares, weights, strict=True)]
     both = x.flatten(0, 1) @ torch.cat((*near, *far), 1)
     own, last = both.view(*x.shape[:2], -1).split(sum(widths), 2)
     before = None if shift is None else shift.to(x.dtype) @ torch.cat(far, 1)
-    products: tuple[Tensor, ...] = (
-        (own + token_shift(last, before, packing)).flatten(0, 1).split(widths, 1)
-    )
-    return products
+    products = (own + token_shift(last, before, packing)).flatten(0, 1)
+    return tuple(products.split(widths, 1))
 
 
 class _ShiftMix(torch.autograd.Function):

@@ -57,7 +57,7 @@ class TimeMix(nn.Module):
         heads = (B, T, self.n_head, self.head_size)
 
         shift = None if state is None else state.att_shift
-        (xx,) = shift_mix(x, shift, packing, self.time_maa_x)
+        (xx,) = shift_mix(x, shift, packing, (self.time_maa_x,))
         mixes = torch.tanh(xx @ self.time_maa_w1).view(B * T, 5, -1).transpose(0, 1)
         names = ("w", "k", "v", "r", "g")
         fixed = torch.cat([getattr(self, f"time_maa_{name}") for name in names])
@@ -98,8 +98,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor | None, packing: PackingInfo) -> Tensor:
         """Mixed x (B, T, D)."""
-        mix = torch.cat((self.time_maa_k, self.time_maa_r))
-        xk, xr = shift_mix(x, shift, packing, mix)
+        xk, xr = shift_mix(x, shift, packing, (self.time_maa_k, self.time_maa_r))
         k = squared_relu(self.key(xk))
         mixed: Tensor = torch.sigmoid(self.receptance(xr)) * self.value(k)
         return mixed.view_as(x)

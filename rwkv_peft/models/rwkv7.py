@@ -71,7 +71,7 @@ class TimeMix(nn.Module):
 
         shift = None if state is None else state.att_shift
         has_value_mix = not self.is_first and v_first is not None
-        (xr, xk, xv), (w, a, g, *share) = self._mix(x, shift, packing, has_value_mix)
+        (xr, xk, xv), (w, a, g, *others) = self._mix(x, shift, packing, has_value_mix)
         r = self.receptance(xr)
         w = torch.addmm(self.w0.view(D), torch.tanh(w), self.w2)
         k = self.key(xk)
@@ -79,12 +79,11 @@ class TimeMix(nn.Module):
         a = torch.sigmoid(torch.addmm(self.a0.view(D), a, self.a2))
         g = torch.sigmoid(g) @ self.g2
 
-        if v_first is None or not share:
+        if v_first is None or not others:
             v_first = v
         else:
-            v = torch.lerp(
-                v, v_first, torch.sigmoid(torch.addmm(self.v0.view(D), share[0], self.v2))
-            )
+            share = torch.sigmoid(torch.addmm(self.v0.view(D), others[0], self.v2))
+            v = torch.lerp(v, v_first, share)
         # a and b hold -kk and kk a for kk of length 1; this kk has length sqrt(N), which is one
         # kernel, and only their product counts
         kk = F.rms_norm((k * self.k_k.view(D)).view(heads), (N,), eps=1e-24 / N)
@@ -119,10 +118,10 @@ class TimeMix(nn.Module):
         # the gradients of what is trained would be small differences of large numbers
         is_frozen = not any(p.requires_grad for p in (*narrow, *maps))
         if torch.compiler.is_compiling() and is_frozen:
-            rows = shift_mix(x, shift, packing, torch.cat(wide))
+            rows = shift_mix(x, shift, packing, wide)
             return rows, shift_mix_products(x, shift, packing, narrow, maps)
         # the first three are what an adapter by default keeps, the others are seldom kept
-        mixed = shift_mix(x, shift, packing, torch.cat((*wide, *narrow[:3])), (3, 3))
+        mixed = shift_mix(x, shift, packing, (*wide, *narrow[:3]), (3, 3))
         mapped = (*mixed[3:], mixed[2])
         return mixed[:3], [x @ w for x, w in zip(mapped, maps, strict=False)]
 
@@ -138,7 +137,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor | None, packing: PackingInfo) -> Tensor:
         """Mixed x (B, T, D)."""
-        (k,) = shift_mix(x, shift, packing, self.x_k)
+        (k,) = shift_mix(x, shift, packing, (self.x_k,))
         mixed: Tensor = self.value(squared_relu(self.key(k)))
         return mixed.view_as(x)
 
