@@ -173,7 +173,8 @@ class _SquaredReLU(torch.autograd.Function):
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)^2 of any shape."""
     if torch.compiler.is_compiling():
-        return torch.relu(x).square()
+        # its backward asks for x, which is there already, and not for the ReLU, which is not
+        return x.clamp(min=0).square()
     y: Tensor = _SquaredReLU.apply(x)
     return y
 
