@@ -13,6 +13,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,15 +177,12 @@ def kernels(code: str, vectors: int) -> Iterator[tuple[str, float, float]]:
 def rows_of(size: str, ctx_len: int, method: str) -> Iterator[str]:
     """A table row for each kernel, and one for all of a direction."""
     block = make(size, method)
-    patches = [mock.patch(name, answer, create=True) for name, answer in ANSWERS.items()]
-    for patch in patches:
-        patch.start()
-    try:
-        with inductor.patch(force_disable_caches=True, fallback_random=True, **COMPILER):
-            codes = trace(block, ctx_len)
-    finally:
-        for patch in patches:
-            patch.stop()
+    with ExitStack() as stack:
+        for name, answer in ANSWERS.items():
+            stack.enter_context(mock.patch(name, answer, create=True))
+        options = {"force_disable_caches": True, "fallback_random": True, **COMPILER}
+        stack.enter_context(inductor.patch(options))
+        codes = trace(block, ctx_len)
     for direction, code in zip(("forward", "backward"), codes, strict=True):
         found = list(kernels(code, ctx_len * config_of(size).n_embd))
         start = f"| {size} | {ctx_len} | {method} | {direction}"
