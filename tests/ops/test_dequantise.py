@@ -81,7 +81,13 @@ def check(
 
 
 def test_the_form_in_pytorch_gives_the_numbers_of_the_contract() -> None:
+    def whole(packed: Tensor, scale: Tensor, storage: str, dense: Tensor) -> None:
+        found = dequantise(packed, scale, storage, len(dense), dense.dtype)
+        assert found.shape == dense.shape and found.dtype == dense.dtype
+        dense.copy_(found)
+
     check(dequantise_reference)
+    check(whole)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
