@@ -76,7 +76,7 @@ class GraphedStep:
             self._seen[shape] += 1
             is_due = self._is_captured and self._seen[shape] > UNCAPTURED
             if is_due and len(self._graphs) < MAX_GRAPHS:
-                # a second weight that is dense is for where memory is not short
+                # the weights of a layer are dense at once where memory is not short
                 order = [] if model.grad_cp else self._orders.pop(shape)
                 with follow_order(order, self._device):
                     graph = self._capture(model, inputs, state, l2wrap, backward)
