@@ -98,9 +98,9 @@ def guess_bytes(
     activations = kept + borders if grad_cp else kept * layers
     activations += vectors * PASSING_VECTORS * size
     logits = min(positions * model_config.vocab_size, 1 << 24) * 12
-    weights, dense = _weigh(model_config, num_weights, size, quant, has_head)
+    weights, dense, dense_layer = _weigh(model_config, num_weights, size, quant, has_head)
     # where nothing is recomputed a graph has those of a layer dense beside a recurrence
-    weights += dense if grad_cp else max(dense, _dense_layer(model_config, size, quant))
+    weights += dense if grad_cp else max(dense, dense_layer)
     weights -= model_config.vocab_size * model_config.n_embd * size * emb_cpu
     return weights + training + activations + logits
 
@@ -169,31 +169,28 @@ def weigh_base(
     model_config: ModelConfig, num_weights: int, size: int, quant: str, has_head: bool = False
 ) -> float:
     """Bytes of a model's weights, of `size` each but for what is stored, and of dequantising."""
-    return sum(_weigh(model_config, num_weights, size, quant, has_head))
+    weights, dense, _ = _weigh(model_config, num_weights, size, quant, has_head)
+    return weights + dense
 
 
 def _weigh(
     model_config: ModelConfig, num_weights: int, size: int, quant: str, has_head: bool
-) -> tuple[float, float]:
-    """Bytes of weights, and of the one among those that are stored which is dense at a time."""
+) -> tuple[float, float, float]:
+    """Bytes of weights, and of those that are stored: of one, and of a layer's, that are dense."""
     if quant == "none":
-        return num_weights * size, 0
+        return num_weights * size, 0, 0
     plain = build(model_config, op="reference")
     layers = [layer for _, layer in stored_layers(plain, has_head=has_head)]
+    in_blocks = sum(x.out_features * x.in_features for _, x in stored_layers(plain))
     numbers = [layer.out_features * layer.in_features for layer in layers]
     count_bytes = STORAGES[quant].count_bytes
     stored = sum(count_bytes(layer.out_features, layer.in_features) for layer in layers)
+    weights = (num_weights - sum(numbers)) * size + stored
+    if quant == "fp8":
+        return weights, 0, 0
     # one weight at a time is dense for its product
-    dense = 0 if quant == "fp8" else min(max(numbers), MAX_DENSE) * size
-    return (num_weights - sum(numbers)) * size + stored, dense
-
-
-def _dense_layer(model_config: ModelConfig, size: int, quant: str) -> float:
-    """Bytes of the stored weights of a layer, all of them dense."""
-    if quant in ("none", "fp8"):
-        return 0
-    layers = [layer for _, layer in stored_layers(build(model_config, op="reference"))]
-    return sum(x.out_features * x.in_features for x in layers) * size / model_config.n_layer
+    dense = min(max(numbers), MAX_DENSE) * size
+    return weights, dense, in_blocks * size / model_config.n_layer
 
 
 def _share(model_config: ModelConfig, in_blocks: int, size: int, quant: str) -> float:
