@@ -40,6 +40,7 @@ from torch.fx.node import map_aggregate
 from rwkv_peft.methods.attach import attach
 from rwkv_peft.models import build
 from rwkv_peft.models.compile import OPTIONS as COMPILER
+from rwkv_peft.models.compile import make_choices_hold
 from rwkv_peft.models.layers import Block, PackingInfo
 from rwkv_peft.ops.wkv7.cuda import wkv7_cuda
 
@@ -182,6 +183,7 @@ def rows_of(size: str, ctx_len: int, method: str) -> Iterator[str]:
             stack.enter_context(mock.patch(name, answer, create=True))
         options = {"force_disable_caches": True, "fallback_random": True, **COMPILER}
         stack.enter_context(inductor.patch(options))
+        stack.enter_context(make_choices_hold())
         codes = trace(block, ctx_len)
     for direction, code in zip(("forward", "backward"), codes, strict=True):
         found = list(kernels(code, ctx_len * config_of(size).n_embd))

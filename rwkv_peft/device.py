@@ -181,7 +181,8 @@ def own_stream(device: torch.device) -> Iterator[None]:
         yield
         return
     module = torch.get_device_module(device)
-    with _on(module.Stream(device), device):
+    # before other streams, such as that which makes weights dense beside it
+    with _on(module.Stream(device, priority=-1), device):
         # autograd's thread gets its context from its first kernel, unless that is a product
         torch.ones((), device=device, requires_grad=True).square().backward()
         yield

@@ -1,8 +1,8 @@
 """Blocks compiled by torch.compile, one code for all that are alike."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,9 +13,55 @@ from rwkv_peft.models.recompute import recompute
 
 # codes that are kept of a function, each for one shape
 MAX_SHAPES = 64
-# PyTorch 2.10 and 2.11 were seen to give NaN where sums over rows and over columns become one
-# kernel, which happens from 4096 rows on (pytorch/pytorch#190796)
-OPTIONS = {"triton.mix_order_reduction": False}
+# numbers of a row that a kernel holds while it is normed; of more than 1024 the compiler by itself
+# reads a row once for its mean and once more to norm it
+MAX_ROW = 8192
+
+
+def make_choices() -> Any:
+    """The compiler's choices, but for rows of up to `MAX_ROW` numbers."""
+    return _choices()()
+
+
+@cache
+def _choices() -> Any:
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.virtualized import V
+
+    class Choices(InductorChoices):
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+            is_row = features.get_reduction_hint() == ReductionHint.INNER
+            numbers = features.reduction_numel
+            if is_row and V.graph.sizevars.statically_known_leq(numbers, MAX_ROW):
+                return True
+            return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+
+        def uuid(self) -> str:
+            # of what is compiled and kept
+            return f"rows of {MAX_ROW}"
+
+    return Choices
+
+
+def make_choices_hold() -> AbstractContextManager[Any]:
+    """Has this thread compile by `make_choices`, whatever it compiled by before."""
+    from torch._inductor.virtualized import V
+
+    handler: AbstractContextManager[Any] = V.set_choices_handler(make_choices())
+    return handler
+
+
+OPTIONS: dict[str, Any] = {
+    # PyTorch 2.10 and 2.11 were seen to give NaN where sums over rows and over columns become one
+    # kernel, which happens from 4096 rows on (pytorch/pytorch#190796)
+    "triton.mix_order_reduction": False,
+    # kernels that write in place are timed together with copies of what they write to, which are
+    # what decided between their variants, up to three times as slow
+    "inplace_buffers": False,
+    "inductor_choices_class": make_choices,
+}
 
 
 def compile_function(
@@ -30,13 +76,17 @@ def compile_function(
         backend: of `torch.compile`.
         options: of the backend "inductor", beside `OPTIONS`; others take none.
     """
-    chosen = OPTIONS | options if backend == "inductor" else None
+    is_inductor = backend == "inductor"
+    chosen = OPTIONS | options if is_inductor else None
     compiled: Callable[..., Any] = torch.compile(
         function, fullgraph=True, dynamic=False, backend=backend, options=chosen
     )
 
     def run(*args: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
+        with (
+            torch._dynamo.config.patch(recompile_limit=MAX_SHAPES),
+            make_choices_hold() if is_inductor else nullcontext(),
+        ):
             return compiled(*args)
 
     return run

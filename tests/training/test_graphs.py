@@ -212,7 +212,7 @@ def test_compiled_blocks_over_many_rows_have_the_gradients_of_plain_ones(
     make_model_file: Callable[..., Path],
 ) -> None:
     # from 4096 rows on, twice as many as columns, the compiler had one kernel for sums over both
-    path = make_model_file(n_embd=1280, dim_att=1280, dim_ffn=5120)
+    path = make_model_file(n_embd=2048, dim_att=2048, dim_ffn=8192)
     batch, found = make_batch(1, 4096, packed=False), []
     for is_compiled in (False, True):
         torch._dynamo.reset()
