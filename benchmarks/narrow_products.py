@@ -4,8 +4,9 @@
 
 Rank 64, bf16, medians of graphs of 20 calls, whose tensors may lie in the cache. Ways to add
 x W^T and u B^T: apart, for what comes next to add; onto the narrow one, which the wide one adds to
-while it computes; and onto a copy of the wide one, as `addmm` with another output does. The last
-three columns end in a compiled squared ReLU, which reads what there is to read.
+while it computes; onto a copy of the wide one, as `addmm` with another output does; and joined, as
+one product of [x, u] and [W, B], which lie beside each other. The last four columns end in a
+compiled squared ReLU, which reads what there is to read. Backward is dy W and g A.
 """
 
 import argparse
@@ -63,12 +64,16 @@ def narrow(T: int, D: int) -> Iterator[str]:
         for name, call in products:
             us = microseconds(call)
             yield f"| {name}, width {width} | {us:.1f} | {x.nbytes / us / 1e6:.1f} |"
-    x, a, u = drawn(3, T, D), drawn(3, RANK, D), drawn(3, T, RANK)
+    x, a, b, u = drawn(3, T, D), drawn(3, RANK, D), drawn(3, D, RANK), drawn(3, T, RANK)
     together: list[tuple[str, Callable[[], Any]]] = [
         ("three x A^T", lambda: [torch.mm(y, z.t()) for y, z in zip(x, a, strict=True)]),
         ("as one batch", lambda: torch.bmm(x, a.transpose(1, 2))),
+        ("three dy B", lambda: [torch.mm(y, z) for y, z in zip(x, b, strict=True)]),
+        ("as one batch", lambda: torch.bmm(x, b)),
         ("three g^T x", lambda: [torch.mm(y.t(), z) for y, z in zip(u, x, strict=True)]),
         ("as one batch", lambda: torch.bmm(u.transpose(1, 2), x)),
+        ("three dy^T u", lambda: [torch.mm(y.t(), z) for y, z in zip(x, u, strict=True)]),
+        ("as one batch", lambda: torch.bmm(x.transpose(1, 2), u)),
     ]
     for name, call in together:
         us = microseconds(call)
@@ -88,35 +93,53 @@ def _square(x: Tensor) -> Tensor:
 
 def sums(T: int, D: int) -> Iterator[str]:
     """Times of the ways to add two products, after what they give was compared."""
-    yield "| µs | wide alone | apart | onto | copied | apart, used | onto, used | copied, used |"
-    yield "|---|---|---|---|---|---|---|---|"
+    ways = ["apart", "onto", "copied", "joined"]
+    used = [f"{way}, used" for way in ways]
+    yield f"| µs | wide alone | {' | '.join([*ways, *used])} |"
+    yield "|---" * (2 + 2 * len(ways)) + "|"
     for K, N in ((D, D), (D, 4 * D), (4 * D, D)):
-        x, w, u, b = drawn(T, K), drawn(N, K), drawn(T, RANK), drawn(N, RANK)
-
-        def apart(x=x, w=w, u=u, b=b) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-            return torch.mm(x, w.t()), torch.mm(u, b.t())
-
-        def onto(x=x, w=w, u=u, b=b) -> Tensor:  # type: ignore[no-untyped-def]
-            return torch.mm(u, b.t()).addmm_(x, w.t())
-
-        def copied(x=x, w=w, u=u, b=b) -> Tensor:  # type: ignore[no-untyped-def]
-            return torch.addmm(torch.mm(x, w.t()), u, b.t())
-
-        expected = x.double() @ w.double().t() + u.double() @ b.double().t()
-        for found in (sum(apart()), onto(), copied()):
-            assert (found - expected).norm() <= 0.01 * expected.norm()
-        calls: list[Callable[[], Any]] = [
-            lambda x=x, w=w: torch.mm(x, w.t()),
-            apart,
-            onto,
-            copied,
-            lambda apart=apart: _add_and_square(*apart()),
-            lambda onto=onto: _square(onto()),
-            lambda copied=copied: _square(copied()),
-        ]
-        times = " | ".join(f"{microseconds(call):.1f}" for call in calls)
-        yield f"| {T} × {K} → {N} | {times} |"
+        # [[W, B], [A, 0]], of which forward takes the first rows and backward the first columns
+        beside = drawn(N + RANK, K + RANK)
+        for title, all_x, all_w in (
+            (f"{T} × {K} → {N}", drawn(T, K + RANK), beside[:N].t()),
+            (f"backward, {T} × {N} → {K}", drawn(T, N + RANK), beside[:, :K]),
+        ):
+            times = " | ".join(f"{us:.1f}" for us in _times(all_x, all_w))
+            yield f"| {title} | {times} |"
     yield ""
+
+
+def _times(all_x: Tensor, all_w: Tensor) -> Iterator[float]:
+    """Of the ways to compute the product of (T, K + r) and (K + r, N), whose last r are narrow."""
+    width = all_x.shape[1] - RANK
+    # as they lie where nothing is joined
+    x, u = (part.contiguous() for part in all_x.split((width, RANK), 1))
+    w, b = all_w.split((width, RANK))
+    if all_w.stride(1) == 1:
+        w, b = w.contiguous(), b.contiguous()
+    else:
+        w, b = w.t().contiguous().t(), b.t().contiguous().t()
+
+    def apart() -> tuple[Tensor, Tensor]:
+        return torch.mm(x, w), torch.mm(u, b)
+
+    def onto() -> Tensor:
+        return torch.mm(u, b).addmm_(x, w)
+
+    def copied() -> Tensor:
+        return torch.addmm(torch.mm(x, w), u, b)
+
+    def joined() -> Tensor:
+        return torch.mm(all_x, all_w)
+
+    expected = all_x.double() @ all_w.double()
+    for found in (sum(apart()), onto(), copied(), joined()):
+        assert (found - expected).norm() <= 0.01 * expected.norm()
+    yield microseconds(lambda: torch.mm(x, w))
+    yield from map(microseconds, (apart, onto, copied, joined))
+    yield microseconds(lambda: _add_and_square(*apart()))
+    for way in (onto, copied, joined):
+        yield microseconds(lambda way=way: _square(way()))
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ def _choices() -> Any:
 
         def uuid(self) -> str:
             # of what is compiled and kept
-            return f"rows of {MAX_ROW}"
+            return str(MAX_ROW)
 
     return Choices
 
