@@ -18,13 +18,9 @@ MAX_SHAPES = 64
 MAX_ROW = 8192
 
 
+@cache
 def make_choices() -> Any:
     """The compiler's choices, but for rows of up to `MAX_ROW` numbers."""
-    return _choices()()
-
-
-@cache
-def _choices() -> Any:
     from torch._inductor.choices import InductorChoices
     from torch._inductor.runtime.hints import ReductionHint
     from torch._inductor.virtualized import V
@@ -42,7 +38,7 @@ def _choices() -> Any:
             # of what is compiled and kept
             return str(MAX_ROW)
 
-    return Choices
+    return Choices()
 
 
 def make_choices_hold() -> AbstractContextManager[Any]:
