@@ -21,6 +21,7 @@ from rwkv_peft.models.layers import (
     token_shift,
     vectors,
 )
+from rwkv_peft.models.project import project
 from rwkv_peft.models.time_state import TIME_STATE
 from rwkv_peft.models.version import Version
 from rwkv_peft.ops.wkv6 import TABLE, Kernel, wkv6
@@ -60,9 +61,9 @@ class TimeMix(nn.Module):
         heads = (B, T, self.n_head, self.head_size)
 
         last = token_shift(x, None if state is None else state.att_shift, packing)
-        k = self.key(torch.lerp(last, x, self.time_mix_k))
-        v = self.value(torch.lerp(last, x, self.time_mix_v))
-        r = self.receptance(torch.lerp(last, x, self.time_mix_r))
+        mixes = self.time_mix_k, self.time_mix_v, self.time_mix_r
+        rows = [torch.lerp(last, x, mix) for mix in mixes]
+        k, v, r = project((self.key, self.value, self.receptance), rows)
 
         u = torch.exp(self.time_first) if self.has_time_first else self.time_faaaa
         y, wkv = wkv6(

@@ -20,6 +20,7 @@ from rwkv_peft.models.layers import (
     squared_relu,
     vectors,
 )
+from rwkv_peft.models.project import project
 from rwkv_peft.models.time_state import TIME_STATE
 from rwkv_peft.models.version import Version
 from rwkv_peft.ops.wkv6 import TABLE, Kernel, wkv6
@@ -65,10 +66,8 @@ class TimeMix(nn.Module):
         xw, xk, xv, xr, xg = shift_mix(x, shift, packing, mix)
         narrow = torch.tanh(xw @ self.time_decay_w1)
         w = torch.addmm(self.time_decay.view(D), narrow, self.time_decay_w2)
-        k = self.key(xk)
-        v = self.value(xv)
-        r = self.receptance(xr)
-        g = F.silu(self.gate(xg))
+        layers = self.key, self.value, self.receptance, self.gate
+        k, v, r, g = project(layers, (xk, xv, xr, xg))
 
         y, wkv = wkv6(
             r.view(heads),
@@ -81,7 +80,7 @@ class TimeMix(nn.Module):
             kernel=self.kernel,
         )
         y = self.ln_x(y.reshape(B * T, D))
-        mixed: Tensor = self.output(y * g)
+        mixed: Tensor = self.output(y * F.silu(g))
         return mixed.view(B, T, D), carry, wkv
 
 

@@ -24,6 +24,7 @@ from rwkv_peft.models.layers import (
     squared_relu,
     vectors,
 )
+from rwkv_peft.models.project import project
 from rwkv_peft.models.time_state import TIME_STATE
 from rwkv_peft.models.version import Version
 from rwkv_peft.ops.wkv7 import TABLE, Kernel, wkv7
@@ -72,10 +73,8 @@ class TimeMix(nn.Module):
         shift = None if state is None else state.att_shift
         has_value_mix = not self.is_first and v_first is not None
         (xr, xk, xv), (w, a, g, *others) = self._mix(x, shift, packing, has_value_mix)
-        r = self.receptance(xr)
+        r, k, v = project((self.receptance, self.key, self.value), (xr, xk, xv))
         w = torch.addmm(self.w0.view(D), torch.tanh(w), self.w2)
-        k = self.key(xk)
-        v = self.value(xv)
         a = torch.sigmoid(torch.addmm(self.a0.view(D), a, self.a2))
         g = torch.sigmoid(g) @ self.g2
 
