@@ -151,6 +151,27 @@ def test_rows_in_chunks_are_measured_beside_whole_ones(
     assert "Exact chunks take " in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
+def test_tokens_are_timed_only_where_their_logits_are_those_of_the_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    generation = importlib.import_module("generation")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    monkeypatch.setattr(sys, "argv", ["generation.py", "--sizes", "bundled", "--tokens", "2"])
+    generation.main()
+    (row,) = {x for x in capsys.readouterr().out.splitlines() if x.startswith("| bundled")}
+    assert all(float(x) > 0 for x in row.strip("|").split("|")[1:])
+
+    read = generation.Session.read
+
+    def read_another(session: Any, tokens: list[int]) -> None:
+        read(session, [token + 1 for token in tokens])
+
+    monkeypatch.setattr(generation.Session, "read", read_another)
+    with pytest.raises(SystemExit, match="off those of the whole text"):
+        generation.main()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads RssAnon of Linux")
 def test_merging_takes_less_memory_than_a_layer_and_a_third() -> None:
     sizes = ["--n_layer", "8", "--n_embd", "1024", "--vocab_size", "4096"]
