@@ -76,8 +76,7 @@ def rows(sizes: list[str], count: int, device: torch.device) -> Iterator[str]:
     """A row of the table for each size."""
     for size in sizes:
         model = make_model(size, "auto", device).eval()
-        vocabulary = model.model_config.vocab_size
-        prompt = torch.arange(1, PROMPT + 1).remainder(vocabulary).tolist()
+        prompt = list(range(1, PROMPT + 1))
         sharpen(model, prompt)
         found = [milliseconds(model, prompt, count, has_graph=x) for x in (True, False)]
         draw = draw_milliseconds(model, prompt, count)

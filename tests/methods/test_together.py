@@ -130,11 +130,6 @@ def dropping(layers: list[Any]) -> None:
     layers[2].lora_dropout["default"] = nn.Dropout(1e-300)
 
 
-def first_frozen(layers: list[Any]) -> None:
-    for layer in layers:
-        layer.lora_A.requires_grad_(False)
-
-
 @pytest.mark.parametrize("change", [other_scale, other_rank, switched_off, merged, dropping])
 def test_layers_that_differ_are_asked_one_by_one(change: Callable[[list[Any]], None]) -> None:
     layers = three("lora", is_fused=True)
@@ -170,8 +165,8 @@ def test_a_compiled_block_asks_its_layers_together(
 
 def test_each_of_several_frozen_matrices_counts() -> None:
     layers, theirs = three("lora", is_fused=True), three("lora", is_fused=False)
-    first_frozen(layers)
-    first_frozen(theirs)
+    for layer in (*layers, *theirs):
+        layer.lora_A.requires_grad_(False)
     call, counts = compiled(layers)
     found, expected = results(layers, call), results(theirs, one_by_one(theirs))
     assert sum(counts) == 5
